@@ -1,0 +1,41 @@
+"""Errors that end a run with one line and an exit code.
+
+Each is raised with a single-line message of the form ``what (flag or file): remedy``, without the
+leading ``error: ``, which the entry adds when it prints it. Standard library only.
+"""
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 75
+
+
+class RunError(Exception):
+    """A fault the user can act on: data, checkpoint, device or peer trouble (exit code 1)."""
+
+    exit_code: int = EXIT_FAILURE
+
+
+class ConfigError(RunError):
+    """A wrong flag or combination of flags (exit code 2)."""
+
+    exit_code = EXIT_USAGE
+
+
+class DataError(RunError):
+    """Training data, tokenizer or data position trouble."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint that cannot be written, verified, read or matched to this run."""
+
+
+class DeviceError(RunError):
+    """Device, process-group or file-system trouble of this machine."""
+
+
+class PeerError(RunError):
+    """Another rank died, stalled or disagrees."""
+
+
+class NonFiniteError(RunError):
+    """Loss, gradients or weights are NaN or infinite and training cannot go on."""

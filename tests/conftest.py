@@ -1,0 +1,30 @@
+"""Common test set-up: the repository root on the path, offline, one thread a process, markers off by default."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+for entry in (str(ROOT), str(ROOT / "tests")):
+    if entry not in sys.path:
+        sys.path.insert(0, entry)
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--gpu", action="store_true", help="also run the tests marked gpu")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for marker in ("slow", "gpu"):
+        if not config.getoption(f"--{marker}"):
+            skip = pytest.mark.skip(reason=f"needs --{marker}")
+            for item in items:
+                if marker in item.keywords:
+                    item.add_marker(skip)
