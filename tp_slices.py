@@ -1,0 +1,258 @@
+"""The slice map: which rectangles of which unsharded parameter each rank holds.
+
+Everything that has to know where an element lives asks this map: splitting, initial values, gathering,
+clipping, checkpoints and tests. It is a pure function of the unsharded shapes, the way one dimension of
+each parameter is cut, and the parallel degrees, so every rank can answer for every other rank without
+communication. Nothing else computes offsets.
+
+Ranks here are world ranks: ``rank = dp_rank * tp_size + tp_rank``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rectangle:
+    """A box of an unsharded parameter and the place of the same box in one rank's local tensor."""
+
+    name: str
+    """Unsharded parameter name."""
+    start: Shape
+    """First index in the unsharded parameter, per dimension."""
+    size: Shape
+    """Extent per dimension."""
+    local_start: Shape
+    """First index in the local tensor, per dimension."""
+    owned: bool
+    """Whether this rank is the one owner of these elements (copies elsewhere are not)."""
+
+    @property
+    def unsharded_index(self) -> tuple[slice, ...]:
+        """Index of the box in the unsharded parameter."""
+        return tuple(slice(first, first + extent) for first, extent in zip(self.start, self.size, strict=True))
+
+    @property
+    def local_index(self) -> tuple[slice, ...]:
+        """Index of the box in the local tensor."""
+        return tuple(slice(first, first + extent) for first, extent in zip(self.local_start, self.size, strict=True))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A run of indices along the cut dimension, held by one tensor-parallel rank."""
+
+    start: int
+    size: int
+    local_start: int
+    owned: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How one dimension of a parameter is divided over the tensor-parallel ranks."""
+
+    dimension: int
+    local_sizes: tuple[int, ...]
+    """Extent of the cut dimension on each tensor-parallel rank, padding included."""
+    pieces: tuple[tuple[Piece, ...], ...]
+    """What each tensor-parallel rank holds; indices in no piece of a rank's local extent are padding."""
+    sharers: int = 1
+    """How many consecutive tensor-parallel ranks hold the same copy (replicated key/value heads)."""
+
+
+def padded_slice_size(size: int, tp_size: int) -> int:
+    """Local extent when ``size`` elements are dealt to ``tp_size`` ranks, padded where they do not divide.
+
+    Large slices are rounded up to a multiple of 8, which keeps matrix rows aligned for tensor cores at
+    less than one percent of padding.
+    """
+    local = -(-size // tp_size)
+    if size % tp_size and local >= 1024:
+        local = -(-local // 8) * 8
+    return local
+
+
+def even_cut(size: int, tp_size: int, dimension: int) -> Cut:
+    """Contiguous slices of equal local extent; the last ones are padded where ``tp_size`` does not divide."""
+    local = padded_slice_size(size, tp_size)
+    pieces: list[tuple[Piece, ...]] = []
+    for tp_rank in range(tp_size):
+        start = min(tp_rank * local, size)
+        held = min(start + local, size) - start
+        pieces.append((Piece(start=start, size=held, local_start=0),) if held else ())
+    return Cut(dimension=dimension, local_sizes=(local,) * tp_size, pieces=tuple(pieces))
+
+
+def head_cut(num_heads: int, head_dim: int, tp_size: int, dimension: int) -> Cut:
+    """Whole heads per rank. With fewer heads than ranks each head is copied to the ranks that share it.
+
+    The first rank of those that share a head owns it. Raises ValueError where neither number divides
+    the other; callers check degrees first (``tp_shard.check_degree``).
+    """
+    if num_heads % tp_size == 0:
+        return even_cut(num_heads * head_dim, tp_size, dimension)
+    if tp_size % num_heads:
+        raise ValueError(f"{num_heads} heads cannot be laid over {tp_size} ranks")
+    sharers = tp_size // num_heads
+    pieces = tuple(
+        (
+            Piece(
+                start=(tp_rank // sharers) * head_dim, size=head_dim, local_start=0, owned=tp_rank % sharers == 0
+            ),
+        )
+        for tp_rank in range(tp_size)
+    )
+    return Cut(dimension=dimension, local_sizes=(head_dim,) * tp_size, pieces=pieces, sharers=sharers)
+
+
+def fused_cut(parts: Sequence[Cut], part_sizes: Sequence[int]) -> Cut:
+    """Several parts stored one after the other in one parameter (a fused query-key-value), each cut alone.
+
+    ``part_sizes`` are the unsharded extents of the parts along the common dimension.
+    """
+    tp_size = len(parts[0].local_sizes)
+    pieces: list[list[Piece]] = [[] for _ in range(tp_size)]
+    local_sizes = [0] * tp_size
+    offset = 0
+    for part, part_size in zip(parts, part_sizes, strict=True):
+        for tp_rank in range(tp_size):
+            pieces[tp_rank] += [
+                replace(piece, start=piece.start + offset, local_start=piece.local_start + local_sizes[tp_rank])
+                for piece in part.pieces[tp_rank]
+            ]
+            local_sizes[tp_rank] += part.local_sizes[tp_rank]
+        offset += part_size
+    return Cut(
+        dimension=parts[0].dimension,
+        local_sizes=tuple(local_sizes),
+        pieces=tuple(tuple(rank_pieces) for rank_pieces in pieces),
+        sharers=max(part.sharers for part in parts),
+    )
+
+
+class SliceMap:
+    """Where each element of each unsharded parameter lies, for all ranks.
+
+    ``parameters`` maps unsharded names, in the order of ``model.parameters()``, to (shape, cut), the cut
+    being None for a parameter that every tensor-parallel rank holds whole. With ``dp_sharded`` (FSDP) the
+    local tensor of a tensor-parallel rank is cut again into row chunks over the data-parallel ranks, as
+    ``torch.chunk`` does along dimension 0.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, tuple[Shape, Cut | None]],
+        *,
+        tp_size: int,
+        dp_size: int = 1,
+        dp_sharded: bool = False,
+    ) -> None:
+        self._parameters = {name: (tuple(shape), cut) for name, (shape, cut) in parameters.items()}
+        self.tp_size = tp_size
+        self.dp_size = dp_size
+        self.dp_sharded = dp_sharded and dp_size > 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Unsharded parameter names in optimizer order (a tied head counts once, as the embedding)."""
+        return tuple(self._parameters)
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.dp_size
+
+    def with_data_parallel(self, dp_size: int, *, sharded: bool) -> SliceMap:
+        """The same tensor-parallel cuts laid over ``dp_size`` replicas."""
+        return SliceMap(self._parameters, tp_size=self.tp_size, dp_size=dp_size, dp_sharded=sharded)
+
+    def shape(self, name: str) -> Shape:
+        """Unsharded shape."""
+        return self._parameters[name][0]
+
+    def cut(self, name: str) -> Cut | None:
+        """How the parameter is cut over the tensor-parallel ranks; None where each holds it whole."""
+        return self._parameters[name][1]
+
+    def numel(self, names: Iterable[str] | None = None) -> int:
+        """Number of unsharded elements, of all parameters or of those named."""
+        return sum(math.prod(self.shape(name)) for name in (self.names if names is None else names))
+
+    def tp_local_shape(self, name: str, tp_rank: int) -> Shape:
+        """Shape of the slice on one tensor-parallel rank, before FSDP chunks it."""
+        shape, cut = self._parameters[name]
+        if cut is None:
+            return shape
+        return (*shape[: cut.dimension], cut.local_sizes[tp_rank], *shape[cut.dimension + 1 :])
+
+    def local_shape(self, name: str, rank: int) -> Shape:
+        """Shape of the tensor that world rank ``rank`` holds."""
+        dp_rank, tp_rank = divmod(rank, self.tp_size)
+        shape = self.tp_local_shape(name, tp_rank)
+        if not self.dp_sharded:
+            return shape
+        first, last = self._chunk(shape[0], dp_rank)
+        return (last - first, *shape[1:])
+
+    def rectangles(self, name: str, rank: int) -> tuple[Rectangle, ...]:
+        """All boxes of ``name`` that world rank ``rank`` holds, copies included; padding belongs to none."""
+        dp_rank, tp_rank = divmod(rank, self.tp_size)
+        boxes = self._tp_rectangles(name, tp_rank)
+        if self.dp_sharded:
+            rows = self._chunk(self.tp_local_shape(name, tp_rank)[0], dp_rank)
+            return tuple(chunk for box in boxes if (chunk := _intersect_rows(box, *rows)) is not None)
+        if dp_rank:
+            return tuple(replace(box, owned=False) for box in boxes)
+        return boxes
+
+    def owned(self, name: str, rank: int) -> tuple[Rectangle, ...]:
+        """The boxes of ``name`` that world rank ``rank`` owns."""
+        return tuple(box for box in self.rectangles(name, rank) if box.owned)
+
+    def _tp_rectangles(self, name: str, tp_rank: int) -> tuple[Rectangle, ...]:
+        shape, cut = self._parameters[name]
+        origin = (0,) * len(shape)
+        if cut is None:
+            return (Rectangle(name=name, start=origin, size=shape, local_start=origin, owned=tp_rank == 0),)
+        dimension = cut.dimension
+        return tuple(
+            Rectangle(
+                name=name,
+                start=_with(origin, dimension, piece.start),
+                size=_with(shape, dimension, piece.size),
+                local_start=_with(origin, dimension, piece.local_start),
+                owned=piece.owned,
+            )
+            for piece in cut.pieces[tp_rank]
+        )
+
+    def _chunk(self, rows: int, dp_rank: int) -> tuple[int, int]:
+        chunk = -(-rows // self.dp_size)
+        return min(dp_rank * chunk, rows), min((dp_rank + 1) * chunk, rows)
+
+
+def _with(values: Shape, index: int, value: int) -> Shape:
+    return (*values[:index], value, *values[index + 1 :])
+
+
+def _intersect_rows(box: Rectangle, first: int, last: int) -> Rectangle | None:
+    """The part of ``box`` in local rows ``first`` to ``last``, its local rows counted from ``first``."""
+    low = max(box.local_start[0], first)
+    high = min(box.local_start[0] + box.size[0], last)
+    if low >= high:
+        return None
+    return replace(
+        box,
+        start=_with(box.start, 0, box.start[0] + low - box.local_start[0]),
+        size=_with(box.size, 0, high - low),
+        local_start=_with(box.local_start, 0, low - first),
+    )
