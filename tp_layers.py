@@ -1,0 +1,346 @@
+"""Column- and row-parallel linear layers, the vocabulary-parallel embedding, and the products behind them.
+
+A linear layer is y = x W^T with W (out_features, in_features). Cutting W by columns of W^T (output
+features) needs no communication forward: each rank makes its own outputs from the whole x, and the
+gradient of x, a sum over all outputs, is what has to be reduced backward. Cutting by rows of W^T (input
+features) is the mirror image: each rank holds part of x, the outputs are partial sums to be reduced
+forward, and backward needs nothing. A column layer followed by a row layer therefore costs one collective
+forward (at the row layer's exit) and one backward (at the column layer's entrance): Shoeybi et al. 2019.
+
+Under sequence parallelism (Korthikanti et al. 2022) what lies between the blocks is a slice of the
+sequence: the entrance gathers it, the exit reduce-scatters, and the gradients mirror that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tp_collectives import (
+    SEQUENCE_DIM,
+    TPGroup,
+    finish_gather_sequence,
+    finish_scatter_sequence,
+    gather_from_region,
+    reduce_from_region,
+    reduce_scatter_sequence,
+    scatter_to_region,
+    start_gather_sequence,
+    start_scatter_sequence,
+)
+from tp_slices import padded_slice_size
+
+
+@dataclass(eq=False)
+class SequenceState:
+    """What the layers of one sharded model must know of the sequence they are working on."""
+
+    enabled: bool = False
+    """Sequence parallelism: norms and the residual stream hold (batch, local_seq_len, hidden_size)."""
+    seq_len: int = 0
+    """Length of the whole sequence in the forward pass under way; set at the model's entrance."""
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype autocast asks for on the tensor's device; None outside autocast and for float64."""
+    kind = tensor.device.type
+    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _in_compute_dtype(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The operands as autocast would hand them to a matrix product (casts are outside our Functions)."""
+    dtype = autocast_dtype(first)
+    if dtype is None:
+        return (first, *others)
+    return tuple(None if operand is None else operand.to(dtype) for operand in (first, *others))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+class _ColumnProducts(torch.autograd.Function):
+    """Products of one input with several column slices: one entrance for all of them.
+
+    Backward: the input gradient's reduction is under way while the weight gradients are computed. With
+    sequence parallelism only the local slice of the input is kept, and gathered again meanwhile.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: TPGroup, seq_len: int, biased: tuple[bool, ...], *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights, biases = parameters[: len(biased)], iter(parameters[len(biased) :])
+        whole = finish_gather_sequence(start_gather_sequence(x, group), group, seq_len) if seq_len else x
+        ctx.save_for_backward(x, *weights)
+        ctx.group, ctx.seq_len, ctx.biased = group, seq_len, biased
+        return tuple(F.linear(whole, w, next(biases) if has else None) for w, has in zip(weights, biased, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        group: TPGroup = ctx.group
+        count = len(weights)
+        rows = [_rows(grad) for grad in grads]
+        regathered = start_gather_sequence(x, group) if ctx.seq_len else None
+
+        grad_x = reducing = None
+        if ctx.needs_input_grad[0]:
+            grad_x = rows[0] @ weights[0]
+            for grad, weight in zip(rows[1:], weights[1:], strict=True):
+                grad_x = torch.addmm(grad_x, grad, weight)
+            grad_x = grad_x.view(*grads[0].shape[:-1], grad_x.shape[-1])
+            reducing = (
+                start_scatter_sequence(grad_x, group)
+                if ctx.seq_len
+                else group.start_all_reduce(grad_x, owned=True)
+            )
+
+        whole = x if regathered is None else finish_gather_sequence(regathered, group, ctx.seq_len)
+        inputs = _rows(whole)
+        parameter_needs = ctx.needs_input_grad[4:]
+        weight_grads = [
+            grad.t() @ inputs if needed else None
+            for grad, needed in zip(rows, parameter_needs[:count], strict=True)
+        ]
+        bias_grads = [grad.sum(0) for grad, has in zip(rows, ctx.biased, strict=True) if has]
+        if reducing is not None:
+            grad_x = finish_scatter_sequence(reducing, group) if ctx.seq_len else group.wait(reducing)
+        return (grad_x, None, None, None, *weight_grads, *bias_grads)
+
+
+def column_products(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    group: TPGroup,
+    sequence: SequenceState | None = None,
+) -> tuple[Tensor, ...]:
+    """x W_i^T + b_i for the column slices W_i, with the one entrance of a parallel region.
+
+    Args:
+        x: (batch, seq_len, in_features), equal on all ranks; with sequence parallelism
+            (batch, local_seq_len, in_features).
+        weights: (local_out_features_i, in_features) each.
+        biases: (local_out_features_i,) or None each.
+
+    Returns:
+        (batch, seq_len, local_out_features_i) each.
+    """
+    operands = _in_compute_dtype(x, *weights, *biases)
+    cast_weights = operands[1 : 1 + len(weights)]
+    cast_biases = operands[1 + len(weights) :]
+    if group.size == 1:
+        return tuple(F.linear(operands[0], w, b) for w, b in zip(cast_weights, cast_biases, strict=True))  # type: ignore[arg-type]
+    biased = tuple(bias is not None for bias in cast_biases)
+    seq_len = sequence.seq_len if sequence is not None and sequence.enabled else 0
+    present = [bias for bias in cast_biases if bias is not None]
+    return _ColumnProducts.apply(operands[0], group, seq_len, biased, *cast_weights, *present)
+
+
+class ColumnGroup:
+    """Stands in for the method of a block that makes several products of one input (q, k, v; gate, up)."""
+
+    def __init__(
+        self, layers: Sequence[ColumnParallelLinear], group: TPGroup, sequence: SequenceState
+    ) -> None:
+        self.layers = tuple(layers)
+        self.group = group
+        self.sequence = sequence
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        weights = [layer.weight for layer in self.layers]
+        return column_products(x, weights, [layer.bias for layer in self.layers], self.group, self.sequence)
+
+
+class ColumnParallelLinear(nn.Module):
+    """A linear layer whose output features are divided over the tensor-parallel group.
+
+    ``weight`` is (local_out_features, in_features) and ``bias`` (local_out_features,): this rank's rows of
+    the unsharded layer. Forward: x (..., in_features), equal on all ranks, gives
+    (..., local_out_features), or with ``gather_output`` (..., out_features) on every rank. Backward: the
+    gradient of x is all-reduced, since each rank has only the part that flowed through its own outputs.
+
+    ``enter_region=False`` leaves that reduction to the caller, for layers that share one entrance.
+    out_features need not divide: the last slices are padded inside, which ``gather_output`` strips.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        group: TPGroup,
+        gather_output: bool = False,
+        enter_region: bool = True,
+        sequence: SequenceState | None = None,
+        local_out_features: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.local_out_features = local_out_features or padded_slice_size(out_features, group.size)
+        self.group, self.sequence = group, sequence
+        self.gather_output, self.enter_region = gather_output, enter_region
+        self.weight = nn.Parameter(torch.empty(self.local_out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(self.local_out_features, device=device, dtype=dtype)) if bias else None
+        _fill_linear(self.weight, self.bias, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.enter_region:
+            (y,) = column_products(x, [self.weight], [self.bias], self.group, self.sequence)
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        if not self.gather_output:
+            return y
+        return gather_from_region(y, self.group)[..., : self.out_features]
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"local_out_features={self.local_out_features}, bias={self.bias is not None}"
+        )
+
+
+class _RowProduct(torch.autograd.Function):
+    """Partial product and the exit: reduce forward; backward local (sequence parallel: all-gather)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: TPGroup, sequence_parallel: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.group, ctx.sequence_parallel, ctx.seq_len = group, sequence_parallel, x.shape[SEQUENCE_DIM]
+        partial = F.linear(x, weight)
+        if sequence_parallel:
+            return finish_scatter_sequence(start_scatter_sequence(partial, group), group)
+        return group.all_reduce(partial, owned=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0]
+        if ctx.sequence_parallel:
+            grad = finish_gather_sequence(start_gather_sequence(grad, ctx.group), ctx.group, ctx.seq_len)
+        rows = _rows(grad)
+        grad_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_weight = rows.t() @ _rows(x) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None, None
+
+
+class RowParallelLinear(nn.Module):
+    """A linear layer whose input features are divided over the tensor-parallel group.
+
+    ``weight`` is (out_features, local_in_features): this rank's columns of the unsharded layer; ``bias``
+    (out_features,) is whole on every rank and added once, after the reduction. Forward: x
+    (..., local_in_features), the output of a column-parallel layer, gives (..., out_features), summed over
+    the group (sequence parallel: this rank's positions of it). With ``input_is_parallel=False`` x is
+    (..., in_features), equal on all ranks, and each takes its own part. Backward needs no collective
+    (sequence parallel: an all-gather).
+
+    The size of the group must divide in_features when the input is not parallel.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        group: TPGroup,
+        input_is_parallel: bool = True,
+        sequence: SequenceState | None = None,
+        local_in_features: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.local_in_features = local_in_features or padded_slice_size(in_features, group.size)
+        self.group, self.sequence, self.input_is_parallel = group, sequence, input_is_parallel
+        self.weight = nn.Parameter(torch.empty(out_features, self.local_in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        _fill_linear(self.weight, self.bias, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.input_is_parallel:
+            x = scatter_to_region(x, self.group)
+        if self.group.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        operand, weight = _in_compute_dtype(x, self.weight)
+        sequence_parallel = self.sequence is not None and self.sequence.enabled
+        y = _RowProduct.apply(operand, weight, self.group, sequence_parallel)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, local_in_features={self.local_in_features}, "
+            f"out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+class VocabParallelEmbedding(nn.Module):
+    """An embedding whose rows are divided over the tensor-parallel group.
+
+    ``weight`` is (local_num_embeddings, embedding_dim), padded where the group's size does not divide.
+    Forward: ids (batch, seq_len), equal on all ranks, give (batch, seq_len, embedding_dim): a rank
+    contributes zero for ids outside its slice, and the sum over the group is the look-up (sequence
+    parallel: this rank's positions of it). Backward needs no collective (sequence parallel: all-gather).
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        group: TPGroup,
+        padding_idx: int | None = None,
+        sequence: SequenceState | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.local_num_embeddings = padded_slice_size(num_embeddings, group.size)
+        self.vocab_start = group.rank * self.local_num_embeddings
+        self.group, self.sequence, self.padding_idx = group, sequence, padding_idx
+        self.weight = nn.Parameter(torch.empty(self.local_num_embeddings, embedding_dim, device=device, dtype=dtype))
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return F.embedding(ids, self.weight, self.padding_idx)
+        local = ids - self.vocab_start
+        outside = (local < 0) | (local >= self.local_num_embeddings)
+        padding = None if self.padding_idx is None else self.padding_idx - self.vocab_start
+        if padding is not None and not 0 <= padding < self.local_num_embeddings:
+            padding = None
+        part = F.embedding(local.masked_fill(outside, 0), self.weight, padding)
+        dtype = autocast_dtype(part)
+        part = part.masked_fill(outside[..., None], 0.0)
+        if dtype is not None:
+            part = part.to(dtype)
+        if self.sequence is not None and self.sequence.enabled:
+            return reduce_scatter_sequence(part, self.group)
+        return reduce_from_region(part, self.group)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, local_num_embeddings={self.local_num_embeddings}"
+
+
+def _fill_linear(weight: nn.Parameter, bias: nn.Parameter | None, in_features: int) -> None:
+    """torch.nn.Linear's initial scale, for layers used alone; a sharded model's weights replace it."""
+    if weight.is_meta:
+        return
+    bound = in_features**-0.5
+    nn.init.uniform_(weight, -bound, bound)
+    if bias is not None:
+        nn.init.uniform_(bias, -bound, bound)
