@@ -146,7 +146,9 @@ class ProcessTPGroup(TPGroup):
         return torch.ops._c10d_functional.all_gather_into_tensor(tensor.contiguous(), self.size, self._name)
 
     def _reduce_scatter(self, tensor: Tensor) -> Tensor:
-        return torch.ops._c10d_functional.reduce_scatter_tensor(tensor.contiguous(), "sum", self.size, self._name)
+        return torch.ops._c10d_functional.reduce_scatter_tensor(
+            tensor.contiguous(), "sum", self.size, self._name
+        )
 
 
 class _Rendezvous:
@@ -243,7 +245,7 @@ def finish_gather_sequence(started: Tensor, group: TPGroup, seq_len: int) -> Ten
 
 
 def start_scatter_sequence(tensor: Tensor, group: TPGroup) -> Tensor:
-    """Issue the reduce-scatter of partial sums (batch, seq_len, hidden), padded; see `finish_scatter_sequence`."""
+    """Issue the reduce-scatter of padded partial sums (batch, seq_len, hidden)."""
     return group.start_reduce_scatter(pad_sequence(tensor, group.size).movedim(SEQUENCE_DIM, 0).contiguous())
 
 
@@ -349,7 +351,7 @@ def reduce_from_region(tensor: Tensor, group: TPGroup) -> Tensor:
 
 
 def gather_from_region(tensor: Tensor, group: TPGroup, dim: int = -1) -> Tensor:
-    """(..., local) -> (..., size * local) along ``dim``: all-gather forward, own slice of the gradient backward.
+    """(..., local) -> (..., size * local) along ``dim``: all-gather forward, own slice backward.
 
     Right where every rank computes the same from the gathered tensor, since the gradients are then equal.
     """
@@ -361,7 +363,9 @@ def scatter_to_region(tensor: Tensor, group: TPGroup, dim: int = -1) -> Tensor:
     if group.size == 1:
         return tensor
     if tensor.shape[dim] % group.size:
-        raise ValueError(f"dimension {dim} has {tensor.shape[dim]} elements, which {group.size} does not divide")
+        raise ValueError(
+            f"dimension {dim} has {tensor.shape[dim]} elements, which {group.size} does not divide"
+        )
     return _ScatterTo.apply(tensor, group, dim % tensor.dim())
 
 

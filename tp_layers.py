@@ -81,7 +81,9 @@ class _ColumnProducts(torch.autograd.Function):
         whole = finish_gather_sequence(start_gather_sequence(x, group), group, seq_len) if seq_len else x
         ctx.save_for_backward(x, *weights)
         ctx.group, ctx.seq_len, ctx.biased = group, seq_len, biased
-        return tuple(F.linear(whole, w, next(biases) if has else None) for w, has in zip(weights, biased, strict=True))
+        return tuple(
+            F.linear(whole, w, next(biases) if has else None) for w, has in zip(weights, biased, strict=True)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -156,7 +158,7 @@ class ColumnGroup:
         self.sequence = sequence
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        weights = [layer.weight for layer in self.layers]
+        weights = [layer.matrix for layer in self.layers]
         return column_products(x, weights, [layer.bias for layer in self.layers], self.group, self.sequence)
 
 
@@ -170,6 +172,7 @@ class ColumnParallelLinear(nn.Module):
 
     ``enter_region=False`` leaves that reduction to the caller, for layers that share one entrance.
     out_features need not divide: the last slices are padded inside, which ``gather_output`` strips.
+    ``transposed`` stores the weight as (in_features, local_out_features), GPT-2's way.
     """
 
     def __init__(
@@ -183,6 +186,7 @@ class ColumnParallelLinear(nn.Module):
         enter_region: bool = True,
         sequence: SequenceState | None = None,
         local_out_features: int | None = None,
+        transposed: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -191,15 +195,23 @@ class ColumnParallelLinear(nn.Module):
         self.local_out_features = local_out_features or padded_slice_size(out_features, group.size)
         self.group, self.sequence = group, sequence
         self.gather_output, self.enter_region = gather_output, enter_region
-        self.weight = nn.Parameter(torch.empty(self.local_out_features, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(self.local_out_features, device=device, dtype=dtype)) if bias else None
+        self.transposed = transposed
+        self.weight = _empty_matrix(self.local_out_features, in_features, transposed, device, dtype)
+        self.bias = (
+            nn.Parameter(torch.empty(self.local_out_features, device=device, dtype=dtype)) if bias else None
+        )
         _fill_linear(self.weight, self.bias, in_features)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (out_features, in_features), also where it is stored transposed."""
+        return self.weight.t() if self.transposed else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self.enter_region:
-            (y,) = column_products(x, [self.weight], [self.bias], self.group, self.sequence)
+            (y,) = column_products(x, [self.matrix], [self.bias], self.group, self.sequence)
         else:
-            y = F.linear(x, self.weight, self.bias)
+            y = F.linear(x, self.matrix, self.bias)
         if not self.gather_output:
             return y
         return gather_from_region(y, self.group)[..., : self.out_features]
@@ -258,6 +270,7 @@ class RowParallelLinear(nn.Module):
         input_is_parallel: bool = True,
         sequence: SequenceState | None = None,
         local_in_features: int | None = None,
+        transposed: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -265,16 +278,22 @@ class RowParallelLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.local_in_features = local_in_features or padded_slice_size(in_features, group.size)
         self.group, self.sequence, self.input_is_parallel = group, sequence, input_is_parallel
-        self.weight = nn.Parameter(torch.empty(out_features, self.local_in_features, device=device, dtype=dtype))
+        self.transposed = transposed
+        self.weight = _empty_matrix(out_features, self.local_in_features, transposed, device, dtype)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         _fill_linear(self.weight, self.bias, in_features)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (out_features, in_features), also where it is stored transposed."""
+        return self.weight.t() if self.transposed else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.input_is_parallel:
             x = scatter_to_region(x, self.group)
         if self.group.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        operand, weight = _in_compute_dtype(x, self.weight)
+            return F.linear(x, self.matrix, self.bias)
+        operand, weight = _in_compute_dtype(x, self.matrix)
         sequence_parallel = self.sequence is not None and self.sequence.enabled
         y = _RowProduct.apply(operand, weight, self.group, sequence_parallel)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -311,7 +330,9 @@ class VocabParallelEmbedding(nn.Module):
         self.local_num_embeddings = padded_slice_size(num_embeddings, group.size)
         self.vocab_start = group.rank * self.local_num_embeddings
         self.group, self.sequence, self.padding_idx = group, sequence, padding_idx
-        self.weight = nn.Parameter(torch.empty(self.local_num_embeddings, embedding_dim, device=device, dtype=dtype))
+        self.weight = nn.Parameter(
+            torch.empty(self.local_num_embeddings, embedding_dim, device=device, dtype=dtype)
+        )
         if not self.weight.is_meta:
             nn.init.normal_(self.weight)
 
@@ -333,7 +354,20 @@ class VocabParallelEmbedding(nn.Module):
         return reduce_from_region(part, self.group)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, local_num_embeddings={self.local_num_embeddings}"
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, local_num_embeddings={self.local_num_embeddings}"
+        )
+
+
+def _empty_matrix(
+    out_features: int,
+    in_features: int,
+    transposed: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Parameter:
+    shape = (in_features, out_features) if transposed else (out_features, in_features)
+    return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
 
 def _fill_linear(weight: nn.Parameter, bias: nn.Parameter | None, in_features: int) -> None:

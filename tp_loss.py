@@ -33,7 +33,13 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, group: TPGroup, vocab_start: int, valid: int, ignore_index: int
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        group: TPGroup,
+        vocab_start: int,
+        valid: int,
+        ignore_index: int,
     ) -> Tensor:
         dtype = _loss_dtype(logits)
         rows = logits.shape[0]

@@ -35,12 +35,16 @@ class Rectangle:
     @property
     def unsharded_index(self) -> tuple[slice, ...]:
         """Index of the box in the unsharded parameter."""
-        return tuple(slice(first, first + extent) for first, extent in zip(self.start, self.size, strict=True))
+        return tuple(
+            slice(first, first + extent) for first, extent in zip(self.start, self.size, strict=True)
+        )
 
     @property
     def local_index(self) -> tuple[slice, ...]:
         """Index of the box in the local tensor."""
-        return tuple(slice(first, first + extent) for first, extent in zip(self.local_start, self.size, strict=True))
+        return tuple(
+            slice(first, first + extent) for first, extent in zip(self.local_start, self.size, strict=True)
+        )
 
     @property
     def numel(self) -> int:
@@ -107,7 +111,10 @@ def head_cut(num_heads: int, head_dim: int, tp_size: int, dimension: int) -> Cut
     pieces = tuple(
         (
             Piece(
-                start=(tp_rank // sharers) * head_dim, size=head_dim, local_start=0, owned=tp_rank % sharers == 0
+                start=(tp_rank // sharers) * head_dim,
+                size=head_dim,
+                local_start=0,
+                owned=tp_rank % sharers == 0,
             ),
         )
         for tp_rank in range(tp_size)
@@ -127,7 +134,9 @@ def fused_cut(parts: Sequence[Cut], part_sizes: Sequence[int]) -> Cut:
     for part, part_size in zip(parts, part_sizes, strict=True):
         for tp_rank in range(tp_size):
             pieces[tp_rank] += [
-                replace(piece, start=piece.start + offset, local_start=piece.local_start + local_sizes[tp_rank])
+                replace(
+                    piece, start=piece.start + offset, local_start=piece.local_start + local_sizes[tp_rank]
+                )
                 for piece in part.pieces[tp_rank]
             ]
             local_sizes[tp_rank] += part.local_sizes[tp_rank]

@@ -1,0 +1,426 @@
+"""Split a model over the tensor-parallel group: swap its layers, rewrite its head counts, tie its ends.
+
+`shard_tensor_parallel` changes a plain Hugging Face model in place. The model's own code stays free of
+distribution; what it becomes is decided by the plan (``tp_plan``), laid out by the slice map
+(``tp_slices``) and carried out by the layers (``tp_layers``).
+
+The public names of the split are all importable from here.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
+
+from run_errors import ConfigError
+from tp_collectives import (
+    ProcessTPGroup,
+    SimulatedTPGroup,
+    TPGroup,
+    copy_to_region,
+    gather_from_region,
+    gather_sequence,
+    reduce_from_region,
+    reduce_scatter_sequence,
+    scatter_to_region,
+    split_sequence,
+)
+from tp_layers import (
+    ColumnGroup,
+    ColumnParallelLinear,
+    RowParallelLinear,
+    SequenceState,
+    VocabParallelEmbedding,
+)
+from tp_loss import IGNORE_INDEX, vocab_parallel_cross_entropy
+from tp_plan import (
+    HeadCounts,
+    Rule,
+    Style,
+    TensorParallelPlan,
+    build_slice_map,
+    check_degree,
+    fitting_degrees,
+    plan_for,
+    stores_transposed,
+    summed_parameters,
+)
+from tp_slices import SliceMap
+
+__all__ = [
+    "ColumnParallelLinear",
+    "ProcessTPGroup",
+    "RowParallelLinear",
+    "SimulatedTPGroup",
+    "TPGroup",
+    "TensorParallelModel",
+    "TensorParallelState",
+    "VocabParallelEmbedding",
+    "as_tp_group",
+    "check_degree",
+    "copy_to_region",
+    "fitting_degrees",
+    "gather_from_region",
+    "gather_sequence",
+    "gather_state_dict",
+    "reduce_from_region",
+    "reduce_scatter_sequence",
+    "scatter_to_region",
+    "shard_tensor_parallel",
+    "split_sequence",
+    "take_slice",
+    "vocab_parallel_cross_entropy",
+]
+
+
+def as_tp_group(mesh: DeviceMesh | dist.ProcessGroup | TPGroup | None) -> TPGroup:
+    """The group object of a mesh (its dimension "tp", or its only one), a process group, or the world."""
+    if isinstance(mesh, TPGroup):
+        return mesh
+    if isinstance(mesh, DeviceMesh):
+        names = mesh.mesh_dim_names or ()
+        return ProcessTPGroup(mesh.get_group("tp") if "tp" in names else mesh.get_group())
+    if mesh is None:
+        return ProcessTPGroup(dist.group.WORLD) if dist.is_initialized() else TPGroup(0, 1)
+    return ProcessTPGroup(mesh)
+
+
+def take_slice(unsharded: Tensor, slice_map: SliceMap, name: str, rank: int) -> Tensor:
+    """A new tensor with the local slice of ``unsharded`` that ``rank`` holds; padding is zero."""
+    local = torch.zeros(slice_map.local_shape(name, rank), dtype=unsharded.dtype, device=unsharded.device)
+    for box in slice_map.rectangles(name, rank):
+        local[box.local_index] = unsharded[box.unsharded_index]
+    return local
+
+
+@dataclass(eq=False, kw_only=True)
+class TensorParallelState:
+    """What a sharded model carries with it, as ``model.tensor_parallel``."""
+
+    group: TPGroup
+    slice_map: SliceMap
+    """Tensor-parallel cuts alone (one replica); parallel.py lays data parallelism over it."""
+    sequence: SequenceState
+    plan: TensorParallelPlan
+    summed: tuple[str, ...]
+    """Replicated parameters whose gradients are partial: summed over the whole group once a step."""
+    sharers: TPGroup | None
+    """The ranks that hold copies of the same key/value heads; None where no head is copied."""
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Parameters of which other ranks hold copies: their gradients are summed over ``sharers``."""
+        if self.sharers is None:
+            return ()
+        cuts = {name: self.slice_map.cut(name) for name in self.slice_map.names}
+        return tuple(name for name, cut in cuts.items() if cut is not None and cut.sharers > 1)
+
+    def sum_partial_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Complete, in place, the gradients of replicated parameters; once per optimizer step.
+
+        ``gradients`` are local plain tensors by parameter name. One bucket, and one more over the ranks
+        that share key/value heads.
+        """
+        _reduce_bucket([gradients[name] for name in self.summed if name in gradients], self.group)
+        if self.sharers is not None:
+            _reduce_bucket([gradients[name] for name in self.shared if name in gradients], self.sharers)
+
+
+def _reduce_bucket(gradients: list[Tensor], group: TPGroup) -> None:
+    if not gradients or group.size == 1:
+        return
+    bucket = torch.cat(
+        [
+            gradient.reshape(-1).float() if gradient.dtype != torch.float64 else gradient.reshape(-1)
+            for gradient in gradients
+        ]
+    )
+    bucket = group.all_reduce(bucket, owned=True)
+    for gradient, part in zip(gradients, bucket.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def shard_tensor_parallel(
+    model: nn.Module,
+    mesh: DeviceMesh | dist.ProcessGroup | TPGroup | None = None,
+    *,
+    sequence_parallel: bool = False,
+    plan: TensorParallelPlan | None = None,
+) -> nn.Module:
+    """Split ``model`` in place over a tensor-parallel group and return it.
+
+    The model may hold weights (every rank the same: each keeps its slice) or lie on the meta device (the
+    slices do too, and are materialised and filled afterwards). Parameter names do not change. A forward
+    pass with ``labels`` or ``shift_labels`` computes the loss on vocabulary slices and returns the local
+    logits (batch, seq_len, local_vocab_size); without them the logits are gathered.
+
+    After each backward pass of a step (once, with gradient accumulation) call
+    ``model.tensor_parallel.sum_partial_gradients``, which does nothing unless heads are shared, norms lie
+    on local heads, or ``sequence_parallel`` is on.
+
+    Args:
+        model: an ArgonneModel, or transformers' Llama, Mistral, Qwen2, Qwen3 or GPT-2 with a language head.
+        mesh: a DeviceMesh with a dimension "tp" (or of one dimension), a process group, or a group object.
+        sequence_parallel: keep norms and the residual stream as slices of the sequence.
+        plan: replaces the plan of the model's type.
+
+    Raises:
+        ConfigError: unknown architecture, or a degree that does not fit the heads.
+    """
+    group = as_tp_group(mesh)
+    plan = plan or plan_for(model)
+    if sequence_parallel and not plan.sequence_parallel:
+        raise ConfigError(f"--sequence-parallel does not work with {type(model).__name__}; leave it out")
+    slice_map = build_slice_map(model, plan, group.size)
+    summed = summed_parameters(model, plan, sequence_parallel=sequence_parallel)
+    tied = _parameter(model, plan.head) is _parameter(model, plan.embedding)
+    sequence = SequenceState(enabled=sequence_parallel and group.size > 1)
+    head_sequence = SequenceState()
+
+    swaps = [(name, module, rule) for name, module in model.named_modules() if (rule := plan.rule_for(name))]
+    for name, module, rule in swaps:
+        on = head_sequence if name == plan.head else sequence
+        replacement = _parallel_layer(name, module, rule, plan, slice_map, group, on)
+        if replacement is not None:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, replacement)
+    if tied:
+        model.get_submodule(plan.head).weight = model.get_submodule(plan.embedding).weight
+
+    _rewrite_head_counts(model, plan, group.size)
+    _open_regions(model, plan, group, sequence)
+    _attach_loss(model, plan, group, sequence, head_sequence)
+    sharers = max((cut.sharers for name in slice_map.names if (cut := slice_map.cut(name))), default=1)
+    model.tensor_parallel = TensorParallelState(  # type: ignore[assignment]
+        group=group,
+        slice_map=slice_map,
+        sequence=sequence,
+        plan=plan,
+        summed=summed if group.size > 1 else (),
+        sharers=group.subgroup(sharers) if sharers > 1 else None,
+    )
+    return model
+
+
+def _parameter(model: nn.Module, module_name: str) -> nn.Parameter:
+    weight = model.get_submodule(module_name).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _parallel_layer(
+    name: str,
+    module: nn.Module,
+    rule: Rule,
+    plan: TensorParallelPlan,
+    slice_map: SliceMap,
+    group: TPGroup,
+    sequence: SequenceState,
+) -> nn.Module | None:
+    """The layer that takes the place of ``module``, holding its slices; None for what stays whole."""
+    if rule.style not in (Style.COLUMN, Style.ROW, Style.VOCABULARY):
+        return None
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    bias = getattr(module, "bias", None)
+    known = f"{name}.weight" if f"{name}.weight" in slice_map.names else f"{plan.embedding}.weight"
+    local = slice_map.tp_local_shape(known, group.rank)
+    transposed = stores_transposed(module)
+    placed = {"device": "meta", "dtype": weight.dtype}
+    layer: nn.Module
+    if isinstance(module, nn.Embedding):
+        entrance = sequence if plan.embedding_splits_sequence else None
+        layer = VocabParallelEmbedding(
+            *weight.shape, group=group, padding_idx=module.padding_idx, sequence=entrance, **placed
+        )
+    else:
+        out_features, in_features = reversed(weight.shape) if transposed else weight.shape
+        local_out, local_in = reversed(local) if transposed else local
+        if rule.style is Style.ROW:
+            layer = RowParallelLinear(
+                in_features, out_features, bias is not None, group=group, sequence=sequence,
+                local_in_features=local_in, transposed=transposed, **placed,
+            )  # fmt: skip
+        else:
+            layer = ColumnParallelLinear(
+                in_features, out_features, bias is not None, group=group, sequence=sequence,
+                enter_region=name == plan.head, local_out_features=local_out, transposed=transposed, **placed,
+            )  # fmt: skip
+    for leaf, parameter in module.named_parameters(recurse=False):
+        full_name = f"{name}.{leaf}" if f"{name}.{leaf}" in slice_map.names else known
+        if not parameter.is_meta:
+            part = take_slice(parameter.detach(), slice_map, full_name, group.rank)
+            setattr(layer, leaf, nn.Parameter(part, requires_grad=parameter.requires_grad))
+    return layer.train(module.training)
+
+
+def _matching(model: nn.Module, pattern: str) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if fnmatch.fnmatchcase(name, pattern)]
+
+
+def _rewrite_head_counts(model: nn.Module, plan: TensorParallelPlan, tp_size: int) -> None:
+    local = HeadCounts.from_config(getattr(model, "config", None)).local(tp_size)
+    for attention in _matching(model, plan.attention):
+        for attribute, quantity in plan.head_attributes:
+            if not hasattr(attention, attribute):
+                raise AttributeError(
+                    f"{type(attention).__name__} has no {attribute}, which the plan rewrites"
+                )
+            setattr(attention, attribute, local[quantity])
+
+
+def _open_regions(
+    model: nn.Module, plan: TensorParallelPlan, group: TPGroup, sequence: SequenceState
+) -> None:
+    """Put the one entrance of each attention and MLP block in place."""
+    if group.size == 1:
+        return
+    for seam in plan.seams:
+        for module in _matching(model, seam.pattern):
+            members = [getattr(module, member) for member in seam.members]
+            setattr(module, seam.method, ColumnGroup(members, group, sequence))
+    if not plan.seams:
+
+        def enter(hidden_states: Tensor) -> Tensor:
+            if sequence.enabled:
+                return gather_sequence(hidden_states, group, sequence.seq_len)
+            return copy_to_region(hidden_states, group)
+
+        for pattern in (plan.attention, plan.mlp):
+            for module in _matching(model, pattern):
+                _transform_input(module, enter)
+    if sequence.enabled and not plan.embedding_splits_sequence:
+        _transform_input(model.get_submodule(plan.first_block), lambda hidden: split_sequence(hidden, group))
+
+
+def _transform_input(module: nn.Module, transform: Callable[[Tensor], Tensor]) -> None:
+    """Apply ``transform`` to the hidden states a module is called with, by position or by keyword."""
+
+    def hook(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (transform(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": transform(kwargs["hidden_states"])}
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _attach_loss(
+    model: nn.Module,
+    plan: TensorParallelPlan,
+    group: TPGroup,
+    sequence: SequenceState,
+    head_sequence: SequenceState,
+) -> None:
+    """Loss on vocabulary slices (at size 1 too, for its memory); logits gathered where no loss is asked for."""
+    vocab_size = model.get_submodule(plan.embedding).num_embeddings
+    head = model.get_submodule(plan.head)
+    assert isinstance(vocab_size, int) and isinstance(head, ColumnParallelLinear)
+
+    def loss_function(
+        logits: Tensor,
+        labels: Tensor | None = None,
+        vocab_size: int = vocab_size,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """As transformers' causal language model loss: labels are shifted here, shift_labels already are."""
+        if shift_labels is None:
+            if labels is None:
+                raise ValueError("a loss needs labels or shift_labels")
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = vocab_parallel_cross_entropy(
+            logits, shift_labels, group, vocab_size=vocab_size, ignore_index=ignore_index, reduction=reduction
+        )
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+    def enter_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        sequence.seq_len = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
+        wants_loss = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
+        head.gather_output = not wants_loss
+        head_sequence.enabled = sequence.enabled and wants_loss
+        head_sequence.seq_len = sequence.seq_len
+
+    def leave_norm(_: nn.Module, __: Any, hidden_states: Tensor) -> Tensor | None:
+        if not sequence.enabled or head_sequence.enabled:
+            return None
+        return gather_sequence(hidden_states, group, sequence.seq_len)
+
+    model.loss_function = loss_function  # type: ignore[assignment]
+    model.register_forward_pre_hook(enter_model, with_kwargs=True)
+    if sequence.enabled:
+        model.get_submodule(plan.final_norm).register_forward_hook(leave_norm)
+
+
+def gather_state_dict(model: nn.Module, *, gradients: bool = False) -> dict[str, Tensor]:
+    """The unsharded parameters (or gradients) of a sharded model, on every rank: for tests and checks.
+
+    Collective over the tensor-parallel group. Training saves through ``checkpointing``, which never holds
+    the whole model.
+    """
+    state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
+    group, slice_map = state.group, state.slice_map
+    gathered = {}
+    for name, parameter in model.named_parameters():
+        local = parameter.grad if gradients else parameter.detach()
+        if local is None:
+            continue
+        parts = group.all_gather(local.contiguous().unsqueeze(0)) if group.size > 1 else local.unsqueeze(0)
+        whole = torch.full(slice_map.shape(name), math.nan, dtype=local.dtype, device=local.device)
+        for rank in range(group.size):
+            for box in slice_map.owned(name, rank):
+                whole[box.unsharded_index] = parts[rank][box.local_index]
+        gathered[name] = whole
+    return gathered
+
+
+class TensorParallelModel(nn.Module):
+    """A model and its split in one module, for use without the training script.
+
+    ``TensorParallelModel(model, mesh)`` shards ``model`` in place (see `shard_tensor_parallel`) and calls
+    it; ``self.model`` is the sharded model itself.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh | dist.ProcessGroup | TPGroup | None = None,
+        *,
+        sequence_parallel: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = shard_tensor_parallel(model, mesh, sequence_parallel=sequence_parallel)
+
+    @property
+    def tensor_parallel(self) -> TensorParallelState:
+        return self.model.tensor_parallel  # type: ignore[return-value]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Every rank calls this with the same arguments and random state, and returns the same ids."""
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def sum_partial_gradients(self) -> None:
+        """Complete the gradients of replicated parameters after the backward pass."""
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        self.tensor_parallel.sum_partial_gradients(gradients)
+
+    def unsharded_state_dict(self) -> dict[str, Tensor]:
+        """The whole weights on every rank; collective."""
+        return gather_state_dict(self.model)
