@@ -1,0 +1,560 @@
+"""The Argonne decoder as a plain Hugging Face model.
+
+Llama-like: RMSNorm, rotary embedding, grouped-query attention, SwiGLU, tied or untied head. The file is
+self-contained (torch and transformers only; an export copies it for ``trust_remote_code``) and knows
+nothing of distribution. What tensor parallelism replaces are modules and the small methods ``qkv`` and
+``gate_up``; everything that depends on the sequence length is taken from ``input_ids``, because with
+sequence parallelism the embedding returns a slice of the sequence.
+
+Precision: the residual stream is in the compute dtype (the autocast dtype, cast once after the embedding);
+norms, softmax, rotation and cross entropy run in float32, or in float64 in a float64 model.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+# Keys of other Llama-like config.json files that this architecture fixes; any other value is refused.
+_FIXED_SETTINGS: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "rope_scaling": None,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+class ArgonneConfig(PretrainedConfig):
+    """Shape of an Argonne model; the defaults are Argonne 2.0 (4.92 billion parameters).
+
+    ``head_dim`` defaults to ``hidden_size // num_attention_heads``, rounded down: the query projection maps
+    ``hidden_size`` to ``num_attention_heads * head_dim``, which need not be ``hidden_size``.
+
+    Raises ValueError for head counts or sizes that cannot work, and for settings that the architecture
+    does not have (dropout, rotary scaling, another activation).
+    """
+
+    model_type = "argonne2"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 151665,
+        hidden_size: int = 4080,
+        num_hidden_layers: int = 24,
+        num_attention_heads: int = 24,
+        num_key_value_heads: int | None = 8,
+        head_dim: int | None = None,
+        intermediate_size: int = 11008,
+        rope_theta: float = 500000.0,
+        rms_norm_eps: float = 1e-6,
+        max_position_embeddings: int = 4096,
+        attention_bias: bool = False,
+        mlp_bias: bool = False,
+        tie_word_embeddings: bool = True,
+        use_cache: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for key, value in _FIXED_SETTINGS.items():
+            given = kwargs.pop(key, value)
+            if given != value and given is not None:
+                raise ValueError(
+                    f"{key} {given!r} is not part of the Argonne architecture; only {value!r} is"
+                )
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.intermediate_size = intermediate_size
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.max_position_embeddings = max_position_embeddings
+        self.attention_bias = attention_bias
+        self.mlp_bias = mlp_bias
+        self.use_cache = use_cache
+        if self.num_attention_heads % self.num_key_value_heads != 0:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} does not divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim < 2 or self.head_dim % 2 != 0:
+            raise ValueError(f"head_dim {self.head_dim} must be even and positive for the rotary embedding")
+        super().__init__(
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+
+def initial_std(config: ArgonneConfig, parameter_name: str) -> float | None:
+    """Standard deviation of a parameter's normal draw; None: filled with ones (norms); 0.0: zeros (biases).
+
+    ``hidden_size ** -0.5``, which gives logits of unit variance, so that training starts at a loss of
+    ln(vocab_size) + 0.5; projections back into the residual stream are further divided by
+    ``sqrt(2 * num_hidden_layers)`` (Radford et al. 2019, section 2.3).
+    """
+    module_name, _, leaf = parameter_name.rpartition(".")
+    module_name = module_name.rpartition(".")[2]
+    if leaf == "bias":
+        return 0.0
+    if module_name in ("input_norm", "post_norm", "norm"):
+        return None
+    std = config.hidden_size**-0.5
+    if module_name in ("o_proj", "down_proj"):
+        std /= (2 * config.num_hidden_layers) ** 0.5
+    return std
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Norm, activation, loss: float32 inside, little saved for the backward
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for sums over features: float32, or float64 for float64 input."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """``weight * (x * rstd)``, saving x and rstd (one number a token) where autograd would keep three copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x_wide = x.to(_compute_dtype(x.dtype))
+        rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, rstd)
+        # Rounded to x's dtype before the weight, as Llama does; the result stays in the residual stream's dtype.
+        return ((x_wide * rstd).to(x.dtype) * weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        grad = grad.to(rstd.dtype)
+        x_hat = x * rstd
+        product = grad * x_hat
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            projection = (product * weight).mean(-1, keepdim=True)
+            grad_x = ((grad * weight - x_hat * projection) * rstd).to(x.dtype)
+        return grad_x, grad_weight, None
+
+
+class _SwiGLUFunction(torch.autograd.Function):
+    """``silu(gate) * up``, saving gate and up only: the backward recomputes the activation."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
+class ArgonneRMSNorm(nn.Module):
+    """Root mean square norm over the last dimension (Zhang and Sennrich 2019)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return _RMSNormFunction.apply(hidden_states, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Cross entropy of logits (batch, seq_len, vocab) in float32, or in float64 for float64 logits.
+
+    ``labels`` are the input tokens, shifted here, once; ``shift_labels`` are targets already shifted and go
+    before ``labels``. The mean over the targets that are not ``ignore_index``, or the sum divided by
+    ``num_items_in_batch`` where that is given, as in transformers; with no target at all the mean is NaN,
+    as in torch.
+    """
+    if shift_labels is None:
+        if labels is None:
+            raise ValueError("causal_lm_loss needs labels or shift_labels")
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    logits = logits.to(_compute_dtype(logits.dtype)).view(-1, vocab_size)
+    targets = shift_labels.reshape(-1).to(logits.device)
+    if num_items_in_batch is None:
+        return F.cross_entropy(logits, targets, ignore_index=ignore_index)
+    total = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def rotary_frequencies(config: ArgonneConfig) -> Tensor:
+    """The inverse frequencies (head_dim / 2) in float32 on the CPU, by Llama's formula to the last bit."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    return 1.0 / (config.rope_theta**exponents)
+
+
+def rotary_tables(frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (batch or 1, seq_len, 1, head_dim) for positions (batch or 1, seq_len).
+
+    Computed in float32 like Llama's, whatever the model's dtype, and never below it: a float64 model gets the
+    same numbers widened, a bfloat16 model is rotated in float32.
+    """
+    frequencies = frequencies.to(position_ids.device, non_blocking=True)
+    angles = position_ids[..., None].float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
+    return angles.cos().to(_compute_dtype(dtype)), angles.sin().to(_compute_dtype(dtype))
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (batch, seq_len, num_heads, head_dim), dimension i paired with i + head_dim / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def _repeat_kv(x: Tensor, groups: int) -> Tensor:
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, groups: int, scaling: float
+) -> Tensor:
+    """Fused attention of query (batch, num_heads, seq_len, head_dim) on num_heads / groups key/value heads.
+
+    Without a mask it is causal. The key/value heads stay unexpanded wherever a fused kernel takes them so.
+    """
+    seq_len = query.shape[2]
+    is_causal = attention_mask is None and seq_len > 1
+    if is_causal and key.shape[2] > seq_len:
+        # The first tokens into a preallocated cache: what lies beyond them is empty.
+        key, value = key[:, :, :seq_len], value[:, :, :seq_len]
+    enable_gqa = groups > 1 and _fused_kernel_takes_groups(query, attention_mask)
+    if groups > 1 and not enable_gqa:
+        key, value = _repeat_kv(key, groups), _repeat_kv(value, groups)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        is_causal=is_causal,
+        scale=scaling,
+        enable_gqa=enable_gqa,
+    )
+
+
+def _fused_kernel_takes_groups(query: Tensor, attention_mask: Tensor | None) -> bool:
+    """On CUDA only the flash kernel does: 16-bit, no mask, heads of up to 256. The CPU's always does."""
+    if query.device.type == "cpu":
+        return True
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.device.type == "cuda" and half and attention_mask is None and query.shape[-1] <= 256
+
+
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, groups: int, scaling: float
+) -> Tensor:
+    """Attention spelled out, with the softmax in float32 (float64 for float64); shapes as in sdpa_attention."""
+    key, value = _repeat_kv(key, groups), _repeat_kv(value, groups)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=_compute_dtype(scores.dtype)).to(query.dtype)
+    return torch.matmul(weights, value)
+
+
+class ArgonneAttention(nn.Module):
+    """Grouped-query attention. The head counts are attributes, which a split rewrites to its local counts."""
+
+    def __init__(self, config: ArgonneConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_kv_heads
+        self.head_dim = config.head_dim
+        self.scaling = self.head_dim**-0.5
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
+
+    def qkv(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three projections, (batch, seq_len, heads * head_dim) each: a block's one entrance."""
+        return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        query, key, value = self.qkv(hidden_states)
+        batch, seq_len = query.shape[:2]
+        cos, sin = position_embeddings
+        query = apply_rotary(query.view(batch, seq_len, self.num_heads, self.head_dim), cos, sin).transpose(
+            1, 2
+        )
+        key = apply_rotary(key.view(batch, seq_len, self.num_kv_heads, self.head_dim), cos, sin).transpose(
+            1, 2
+        )
+        value = value.view(batch, seq_len, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = eager_attention if self.config._attn_implementation == "eager" else sdpa_attention
+        output = attend(query, key, value, attention_mask, self.num_key_value_groups, self.scaling)
+        return self.o_proj(output.transpose(1, 2).reshape(batch, seq_len, self.num_heads * self.head_dim))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Blocks and model
+
+
+class ArgonneMLP(nn.Module):
+    """SwiGLU feed-forward (Shazeer 2020)."""
+
+    def __init__(self, config: ArgonneConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def gate_up(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The two projections, (batch, seq_len, intermediate_size) each: a block's one entrance."""
+        return self.gate_proj(hidden_states), self.up_proj(hidden_states)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(_SwiGLUFunction.apply(*self.gate_up(hidden_states)))
+
+
+class ArgonneBlock(nn.Module):
+    """One layer: attention and feed-forward, each normed before and added to the residual stream."""
+
+    def __init__(self, config: ArgonneConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attn = ArgonneAttention(config, layer_idx)
+        self.input_norm = ArgonneRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_norm = ArgonneRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = ArgonneMLP(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        attended = self.attn(
+            self.input_norm(hidden_states), position_embeddings, attention_mask, past_key_values
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_norm(hidden_states))
+
+
+class ArgonneModel(PreTrainedModel, GenerationMixin):
+    """Argonne for causal language modelling.
+
+    The rotary frequencies are a plain tensor derived from the configuration, neither parameter nor buffer:
+    no checkpoint, cast, meta-device build or ``to_empty`` can lose or round them.
+    """
+
+    config_class = ArgonneConfig
+    config: ArgonneConfig
+    _no_split_modules = ["ArgonneBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    _supports_sdpa = True
+    supports_gradient_checkpointing = False
+
+    def __init__(self, config: ArgonneConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(ArgonneBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = ArgonneRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary_frequencies = rotary_frequencies(config)
+        self.loss_function = causal_lm_loss
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw one module's own parameters by ``initial_std``; ``init`` leaves alone what was loaded."""
+        parameters = list(module.named_parameters(recurse=False))
+        if not parameters:
+            return
+        module_name = next((name for name, other in self.named_modules() if other is module), "")
+        for leaf, parameter in parameters:
+            std = initial_std(self.config, f"{module_name}.{leaf}")
+            if std is None:
+                init.ones_(parameter)
+            elif std == 0.0:
+                init.zeros_(parameter)
+            else:
+                init.normal_(parameter, mean=0.0, std=std)
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> "ArgonneModel":
+        """As in torch, but a tied head stays tied (torch gives each of the two names memory of its own)."""
+        super().to_empty(device=device, recurse=recurse)
+        self.tie_weights()
+        return self
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (batch, seq_len, vocab), and the loss where ``labels`` or ``shift_labels`` are given.
+
+        ``labels`` are shifted inside, once; ``shift_labels`` are targets already shifted. ``use_cache``
+        defaults to the configuration's in evaluation and to False in training. ``logits_to_keep`` n > 0
+        computes the logits of the last n positions only (or of the positions in a 1-D tensor).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("ArgonneModel.forward needs input_ids or inputs_embeds, and not both")
+        if output_attentions:
+            raise ValueError("ArgonneModel does not return attention weights (output_attentions)")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        tokens = input_ids if input_ids is not None else inputs_embeds[..., 0]
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = _to_autocast_dtype(hidden_states)
+        mask = self._causal_mask(tokens, hidden_states.dtype, attention_mask, position_ids, past_key_values)
+        position_embeddings = self._position_embeddings(
+            tokens, hidden_states.dtype, position_ids, past_key_values
+        )
+
+        collected = [hidden_states] if output_hidden_states else None
+        for block in self.blocks:
+            hidden_states = block(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+            )
+            if collected is not None:
+                collected.append(hidden_states)
+        hidden_states = self.norm(hidden_states)
+        if collected is not None:
+            collected[-1] = hidden_states
+
+        if isinstance(logits_to_keep, Tensor):
+            hidden_states = hidden_states[:, logits_to_keep]
+        elif logits_to_keep > 0:
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                shift_labels=shift_labels,
+                vocab_size=self.config.vocab_size,
+                **kwargs,
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=None if collected is None else tuple(collected),
+        )
+
+    def _causal_mask(
+        self,
+        tokens: Tensor,
+        dtype: torch.dtype,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> Tensor | None:
+        """The mask (batch, 1, seq_len, key_len), or None where causal attention needs none.
+
+        ``position_ids`` are passed on only where the caller gave them: transformers then looks for packed
+        sequences in them, which costs a synchronisation with the device.
+        """
+        plain = attention_mask is None and position_ids is None and past_key_values is None
+        if plain and self.config._attn_implementation != "eager":
+            return None
+        shape_only = torch.empty((*tokens.shape, 0), dtype=dtype, device=tokens.device)
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=shape_only,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+    def _position_embeddings(
+        self,
+        tokens: Tensor,
+        dtype: torch.dtype,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[Tensor, Tensor]:
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(tokens.shape[1], device=tokens.device) + seen)[None]
+        return rotary_tables(self.rotary_frequencies, position_ids, dtype)
+
+
+def _to_autocast_dtype(hidden_states: Tensor) -> Tensor:
+    """Put the residual stream in the autocast dtype where autocast is on, once, at its start."""
+    device_type = hidden_states.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return hidden_states
+    return hidden_states.to(torch.get_autocast_dtype(device_type))
+
+
+AutoConfig.register("argonne2", ArgonneConfig, exist_ok=True)
+AutoModelForCausalLM.register(ArgonneConfig, ArgonneModel, exist_ok=True)
