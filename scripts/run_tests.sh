@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Everything a change must pass: ruff (lint and format), mypy, pytest. Installs into .venv on the first run.
+#
+#   bash scripts/run_tests.sh [pytest arguments, such as -k loss or --slow]
+#
+# TEST_PROCESSES sets how many tests run at once (2).
+set -euo pipefail
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+bash scripts/install.sh test
+bin=${ARGONNE_VENV:-$root/.venv}/bin
+
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy"
+
+status=0
+"$bin/python" -m pytest -n "${TEST_PROCESSES:-2}" "$@" || status=$?
+if [ "$status" -eq 5 ]; then
+    printf 'error: pytest collected no test: check the arguments %s\n' "$*" >&2
+fi
+exit "$status"
