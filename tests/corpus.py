@@ -64,7 +64,9 @@ def build_tokenizer(folder: Path, vocab_size: int = 512) -> Path:
     )
     tokenizer.train_from_iterator(standard_library_texts()[:30], trainer)
     folder.mkdir(parents=True, exist_ok=True)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS).save_pretrained(str(folder))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS).save_pretrained(
+        str(folder)
+    )
     return folder
 
 

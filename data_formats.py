@@ -1,0 +1,234 @@
+"""Bytes to texts: the footer and the rows of one shard, parquet or Arrow IPC (file and stream).
+
+A row group (an Arrow record batch counts as one) is the smallest unit that is read, checked and skipped.
+Nothing here holds more than a few rows of text at a time, whatever the size of the row group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_BYTES = 1 << 20
+"""Text aimed at in one read, bytes (a single row may be longer)."""
+BATCH_ROWS = 512
+DIGEST_BYTES = 1 << 16
+ARROW_FILE_MAGIC = b"ARROW1"
+
+
+class ShardError(Exception):
+    """A shard or a row group that cannot be used; the message is the reason, without the shard's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footer:
+    """What the start-up check learns of one shard without reading its rows."""
+
+    group_rows: tuple[int, ...]
+    """Rows of each row group."""
+    digest: str
+    """Hash of the file's last 64 KiB, which hold a parquet file's row-group offsets and statistics."""
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Consecutive rows of one row group."""
+
+    texts: list[str | None]
+    replaced: frozenset[int]
+    """Indices into ``texts`` whose bytes were not UTF-8 (each bad sequence became U+FFFD)."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of a library's exception, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def tail_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - DIGEST_BYTES))
+        return hashlib.blake2b(file.read(), digest_size=8).hexdigest()
+
+
+def check_text_column(schema: pa.Schema, column: str) -> None:
+    """Raise ShardError unless ``column`` holds strings of any layout (plain, large, view, dictionary)."""
+    import pyarrow.types as types
+
+    described = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    if schema.names.count(column) != 1:
+        raise ShardError(f"no column {column!r} (columns: {described or 'none'})")
+    value_type = schema.field(column).type
+    if types.is_null(value_type):
+        raise ShardError(f"column {column!r} holds only nulls (columns: {described})")
+    if types.is_dictionary(value_type):
+        value_type = value_type.value_type
+    if not (
+        types.is_string(value_type) or types.is_large_string(value_type) or types.is_string_view(value_type)
+    ):
+        raise ShardError(f"column {column!r} is {value_type}, not text (columns: {described})")
+
+
+def read_footer(path: Path, column: str) -> Footer:
+    """Check one shard by its footer; raises ShardError with the reason it cannot be used."""
+    import pyarrow as pa
+
+    try:
+        if path.stat().st_size == 0:
+            raise ShardError("0 bytes")
+        with open_shard(path, column) as reader:
+            group_rows, nulls = reader.group_rows, reader.null_rows()
+        if sum(group_rows) > 0 and nulls == sum(group_rows):
+            raise ShardError(f"column {column!r} holds only nulls")
+        return Footer(group_rows=group_rows, digest=tail_digest(path))
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(one_line(error)) from error
+
+
+def open_shard(path: Path, column: str) -> ParquetReader | ArrowReader:
+    """A reader for the file's format; raises ShardError, OSError or pyarrow's exceptions."""
+    with open(path, "rb") as file:
+        magic = file.read(8)
+    is_arrow = path.suffix == ".arrow" or magic.startswith(ARROW_FILE_MAGIC)
+    return ArrowReader(path, column) if is_arrow else ParquetReader(path, column)
+
+
+def rows_per_batch(rows: int, size: int) -> int:
+    """Rows that hold about BATCH_BYTES of text, from the row group's totals."""
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(size, 1)))
+
+
+def to_texts(array: Any) -> TextBatch:
+    """The rows of an Arrow array as Python strings, bad UTF-8 replaced and named."""
+    import pyarrow as pa
+
+    if isinstance(array, pa.DictionaryArray):
+        array = array.dictionary_decode()
+    try:
+        return TextBatch(array.to_pylist(), frozenset())
+    except UnicodeDecodeError:
+        return _to_texts_slowly(array)
+
+
+def _to_texts_slowly(array: Any) -> TextBatch:
+    texts: list[str | None] = []
+    replaced = set()
+    for index, value in enumerate(array):
+        try:
+            texts.append(value.as_py())
+        except UnicodeDecodeError:
+            replaced.add(index)
+            texts.append(value.as_buffer().to_pybytes().decode("utf-8", errors="replace"))
+    return TextBatch(texts, frozenset(replaced))
+
+
+class ParquetReader:
+    """Rows of a parquet file, a row group at a time, page checksums verified where the file has them."""
+
+    def __init__(self, path: Path, column: str) -> None:
+        import pyarrow.parquet as pq
+
+        # A buffered, unmapped file reads a column chunk page by page: memory does not grow with the row group.
+        self._file = pq.ParquetFile(
+            path, buffer_size=BATCH_BYTES, pre_buffer=False, page_checksum_verification=True
+        )
+        check_text_column(self._file.schema_arrow, column)
+        self._column = column
+        self._metadata = self._file.metadata
+        paths = [self._metadata.schema.column(index).path for index in range(self._metadata.num_columns)]
+        self._column_index = paths.index(column)
+        self.group_rows = tuple(
+            self._metadata.row_group(g).num_rows for g in range(self._metadata.num_row_groups)
+        )
+
+    def __enter__(self) -> ParquetReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def null_rows(self) -> int:
+        """Null rows by the footer's statistics (0 where a row group has none)."""
+        total = 0
+        for group in range(len(self.group_rows)):
+            statistics = self._metadata.row_group(group).column(self._column_index).statistics
+            total += statistics.null_count if statistics is not None and statistics.has_null_count else 0
+        return total
+
+    def batches(self, group: int) -> Iterator[TextBatch]:
+        chunk = self._metadata.row_group(group).column(self._column_index)
+        batch_rows = rows_per_batch(self.group_rows[group], chunk.total_uncompressed_size)
+        for batch in self._file.iter_batches(
+            batch_size=batch_rows, row_groups=[group], columns=[self._column], use_threads=False
+        ):
+            yield to_texts(batch.column(0))
+
+
+class ArrowReader:
+    """Rows of an Arrow IPC file or stream (as `datasets` saves them), a record batch at a time, memory-mapped."""
+
+    def __init__(self, path: Path, column: str) -> None:
+        import pyarrow as pa
+
+        self._path = path
+        self._column = column
+        self._source = pa.memory_map(str(path), "r")
+        self._is_file = self._source.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
+        self._restart()
+        check_text_column(self._reader.schema, column)
+        self.group_rows = tuple(batch.num_rows for batch in self._all_batches())
+
+    def __enter__(self) -> ArrowReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _restart(self) -> None:
+        import pyarrow as pa
+
+        self._source.seek(0)
+        self._reader: Any = (
+            pa.ipc.open_file(self._source) if self._is_file else pa.ipc.open_stream(self._source)
+        )
+        self._next_group = 0
+
+    def _all_batches(self) -> Iterator[Any]:
+        if self._is_file:
+            yield from (self._reader.get_batch(index) for index in range(self._reader.num_record_batches))
+            return
+        self._restart()
+        yield from self._reader
+        self._restart()
+
+    def null_rows(self) -> int:
+        return sum(batch.column(self._column).null_count for batch in self._all_batches())
+
+    def _batch(self, group: int) -> Any:
+        if self._is_file:
+            return self._reader.get_batch(group)
+        if group < self._next_group:
+            self._restart()
+        batch = None
+        while self._next_group <= group:  # mapped: passing over a batch touches its header only
+            batch = self._reader.read_next_batch()
+            self._next_group += 1
+        return batch
+
+    def batches(self, group: int) -> Iterator[TextBatch]:
+        array = self._batch(group).column(self._column)
+        batch_rows = rows_per_batch(len(array), array.nbytes)
+        for start in range(0, len(array), batch_rows):
+            yield to_texts(array.slice(start, batch_rows))

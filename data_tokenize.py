@@ -1,0 +1,211 @@
+"""Texts to token ids: load and identify the tokenizer, encode batches of texts in threads or processes.
+
+The ids are exactly those of ``tokenizer(text, add_special_tokens=False)["input_ids"]``, the tokenizer's EOS
+after each document, as flat int32 arrays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_worker import EncoderProcess
+from run_errors import DataError
+
+PIECE_CHARACTERS = 1 << 20
+"""A longer text is tokenized in pieces of at most this many characters."""
+PROCESSES_FROM = 4
+"""With this many workers and more, tokenizing moves from threads to processes of its own."""
+PROBES = (
+    "Long long time ago, there were 1,234 dragons.\n\n\tThey didn't\u00a0sleep  \r\n",
+    "naïve Ångström \u0041\u030a \u4f60\u597d \u0645\u0631\u062d\u0628\u0627 \U0001f600 \ufb01 \u200d",
+    "def f(x):\n    return x**2  # <|endoftext|> </s> <s>[INST]",
+)
+
+
+class Encoder(Protocol):
+    """Encodes a batch: ids of all texts in a row, EOS after each text flagged last; and the length of each."""
+
+    def encode(self, texts: Sequence[str], last: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class FastEncoder:
+    """The Rust tokenizer alone, without the Python layer around it."""
+
+    def __init__(self, backend: Any, eos_token_id: int) -> None:
+        self._backend = backend
+        self._eos = eos_token_id
+
+    def encode(self, texts: Sequence[str], last: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return join_ids([encoding.ids for encoding in encodings], last, self._eos)
+
+
+class PlainEncoder:
+    """Any tokenizer, through its call."""
+
+    def __init__(self, tokenizer: Any, eos_token_id: int) -> None:
+        self._tokenizer = tokenizer
+        self._eos = eos_token_id
+
+    def encode(self, texts: Sequence[str], last: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+        return join_ids([plain_ids(self._tokenizer, text) for text in texts], last, self._eos)
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def join_ids(lists: Sequence[list[int]], last: Sequence[bool], eos: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids int32, lengths int64) of consecutive texts, ``eos`` after those flagged last."""
+    lengths = np.array([len(ids) for ids in lists], dtype=np.int64) + np.asarray(last, dtype=np.int64)
+    flat = np.full(int(lengths.sum()), eos, dtype=np.int32)
+    start = 0
+    for ids, length in zip(lists, lengths.tolist(), strict=True):
+        flat[start : start + len(ids)] = ids
+        start += length
+    return flat, lengths
+
+
+def text_pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """The pieces a text is tokenized in, and whether each is the last one.
+
+    Each is cut after its last newline within PIECE_CHARACTERS, without one at PIECE_CHARACTERS.
+    """
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        cut = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1 or start + PIECE_CHARACTERS
+        yield text[start:cut], False
+        start = cut
+    yield text[start:] if start else text, True
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
+    """The Hugging Face tokenizer at ``path``; DataError in one line where there is none, or it has no EOS."""
+    from transformers import AutoTokenizer
+
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    folder = os.path.expanduser(path)
+    if looks_local and not os.path.exists(folder):
+        raise DataError(f"no tokenizer at {path!r} (--tokenizer-path): give a folder with tokenizer.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(f"cannot load the tokenizer {path!r} (--tokenizer-path): {reason}") from error
+    if len(tokenizer) == 0:
+        raise DataError(f"no tokenizer at {path!r} (--tokenizer-path): give a folder with tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"the tokenizer {path!r} has no EOS token (--tokenizer-path): set eos_token in its config"
+        )
+    return tokenizer
+
+
+def _fast_backend(tokenizer: Any) -> Any:
+    """The Rust tokenizer in the state in which the plain call uses it; None where there is none."""
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    plain_ids(tokenizer, PROBES[0])  # the call itself switches the backend's truncation and padding off
+    return tokenizer.backend_tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of everything that decides the ids: vocabulary, merges, normalizer, EOS, and a few encodings."""
+    backend = _fast_backend(tokenizer)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        parts = {key: content.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
+    else:
+        parts = {"vocabulary": sorted(tokenizer.get_vocab().items())}
+    parts["eos"] = tokenizer.eos_token_id
+    parts["probes"] = [plain_ids(tokenizer, probe) for probe in PROBES]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderRecipe:
+    """How to build the encoder of a tokenizer, here or in another process."""
+
+    tokenizer: Any
+    trust_remote_code: bool = False
+
+    def backend(self) -> Any:
+        """The Rust tokenizer if it alone gives the plain call's ids, else None."""
+        backend = _fast_backend(self.tokenizer)
+        if backend is None:
+            return None
+        fast = [
+            encoding.ids for encoding in backend.encode_batch_fast(list(PROBES), add_special_tokens=False)
+        ]
+        return backend if fast == [plain_ids(self.tokenizer, probe) for probe in PROBES] else None
+
+    def build(self) -> Encoder:
+        backend = self.backend()
+        eos = int(self.tokenizer.eos_token_id)
+        return FastEncoder(backend, eos) if backend is not None else PlainEncoder(self.tokenizer, eos)
+
+    def for_process(self) -> dict[str, Any]:
+        """What data_worker.py needs to build the same encoder."""
+        backend = self.backend()
+        recipe: dict[str, Any] = {"eos": int(self.tokenizer.eos_token_id)}
+        if backend is not None:
+            return recipe | {"json": backend.to_str(), "encode_special_tokens": backend.encode_special_tokens}
+        path = str(Path(self.tokenizer.name_or_path).expanduser())
+        return recipe | {"path": path, "trust_remote_code": self.trust_remote_code}
+
+
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class EncoderPool:
+    """Encodes batches in the background: threads around the Rust tokenizer, or processes of their own.
+
+    ``workers`` is the number wanted; it is cut to the CPUs this process may use. From PROCESSES_FROM on
+    (or with ``processes=True``) each is a process, so that no Python work of theirs holds up the trainer.
+    """
+
+    def __init__(self, recipe: EncoderRecipe, workers: int, processes: bool | None = None) -> None:
+        # Each worker encodes whole batches alone: one batch spread over many threads scales badly.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.workers = max(1, min(workers, usable_cpus()) if processes is None else workers)
+        self.uses_processes = self.workers >= PROCESSES_FROM if processes is None else processes
+        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="tokenize")
+        self._all: list[EncoderProcess] = []
+        self._idle: queue.SimpleQueue[Encoder] = queue.SimpleQueue()
+        if self.uses_processes:
+            content = recipe.for_process()
+            self._all = [EncoderProcess(content) for _ in range(self.workers)]
+            for process in self._all:
+                self._idle.put(process)
+        else:
+            encoder = recipe.build()
+            for _ in range(self.workers):
+                self._idle.put(encoder)
+
+    def submit(self, texts: Sequence[str], last: Sequence[bool]) -> Future[tuple[np.ndarray, np.ndarray]]:
+        return self._threads.submit(self._encode, texts, last)
+
+    def _encode(self, texts: Sequence[str], last: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+        encoder = self._idle.get()
+        try:
+            return encoder.encode(texts, last)
+        finally:
+            self._idle.put(encoder)
+
+    def close(self) -> None:
+        """End the workers; batches not yet begun are dropped."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in self._all:
+            process.close()
+        self._threads.shutdown(wait=True)

@@ -1,0 +1,121 @@
+"""A tokenizing process: encodes the batches that come in on stdin, answers on stdout, ends when its parent does.
+
+The messages are length-prefixed pickles between this program and itself. It ignores the signals meant for
+the trainer; the end of its stdin, which is also how it notices that the parent is gone, ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import IO, Any
+
+import numpy as np
+
+from run_errors import DataError
+
+TRAINER_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+LENGTH = struct.Struct("<q")
+
+
+def _send(stream: IO[bytes], message: Any) -> None:
+    payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    stream.write(LENGTH.pack(len(payload)))
+    stream.write(payload)
+    stream.flush()
+
+
+def _receive(stream: IO[bytes]) -> Any:
+    """The next message; EOFError where the other side is gone."""
+    header = stream.read(LENGTH.size)
+    if len(header) < LENGTH.size:
+        raise EOFError
+    (size,) = LENGTH.unpack(header)
+    payload = stream.read(size)
+    if len(payload) < size:
+        raise EOFError
+    return pickle.loads(payload)
+
+
+class EncoderProcess:
+    """The parent's end of one tokenizing process; use it from one thread at a time."""
+
+    def __init__(self, recipe: dict[str, Any]) -> None:
+        # A child inherits the blocked signals of the thread that starts it, so none can reach it from birth.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, TRAINER_SIGNALS)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self._recipe: dict[str, Any] | None = recipe
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def encode(self, texts: Sequence[str], last: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32, lengths int64); DataError where the process failed or died."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            if self._recipe is not None:
+                _send(self._process.stdin, self._recipe)
+                self._recipe = None
+            _send(self._process.stdin, (texts, last))
+            answer = _receive(self._process.stdout)
+        except (EOFError, BrokenPipeError, ValueError) as error:  # ValueError: closed by close()
+            code = self._process.poll()
+            raise DataError(f"a tokenizing process ended (exit status {code}): lower --num-proc") from error
+        if isinstance(answer, str):
+            raise DataError(f"a tokenizing process failed: {answer}")
+        ids, lengths = answer
+        return np.frombuffer(ids, dtype=np.int32), np.frombuffer(lengths, dtype=np.int64)
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()
+
+
+def _build_encoder(recipe: dict[str, Any]) -> Any:
+    import data_tokenize
+
+    if "json" not in recipe:
+        tokenizer = data_tokenize.load_tokenizer(recipe["path"], recipe["trust_remote_code"])
+        return data_tokenize.EncoderRecipe(tokenizer=tokenizer).build()
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(recipe["json"])
+    backend.encode_special_tokens = recipe["encode_special_tokens"]
+    return data_tokenize.FastEncoder(backend, recipe["eos"])
+
+
+def main() -> None:
+    for number in TRAINER_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    source, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not mix with the answers
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        encoder = _build_encoder(_receive(source))
+        while True:
+            texts, last = _receive(source)
+            try:
+                ids, lengths = encoder.encode(texts, last)
+            except Exception as error:  # the trainer reports it
+                _send(answers, " ".join(str(error).split()) or type(error).__name__)
+                continue
+            _send(answers, (ids.tobytes(), lengths.tobytes()))
+
+
+if __name__ == "__main__":
+    main()
