@@ -90,7 +90,8 @@ def as_tp_group(mesh: DeviceMesh | dist.ProcessGroup | TPGroup | None) -> TPGrou
         names = mesh.mesh_dim_names or ()
         return ProcessTPGroup(mesh.get_group("tp") if "tp" in names else mesh.get_group())
     if mesh is None:
-        return ProcessTPGroup(dist.group.WORLD) if dist.is_initialized() else TPGroup(0, 1)
+        world = dist.group.WORLD
+        return TPGroup(0, 1) if world is None else ProcessTPGroup(world)
     return ProcessTPGroup(mesh)
 
 
@@ -235,7 +236,7 @@ def _parallel_layer(
     known = f"{name}.weight" if f"{name}.weight" in slice_map.names else f"{plan.embedding}.weight"
     local = slice_map.tp_local_shape(known, group.rank)
     transposed = stores_transposed(module)
-    placed = {"device": "meta", "dtype": weight.dtype}
+    placed: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}
     layer: nn.Module
     if isinstance(module, nn.Embedding):
         entrance = sequence if plan.embedding_splits_sequence else None
@@ -322,7 +323,7 @@ def _attach_loss(
     sequence: SequenceState,
     head_sequence: SequenceState,
 ) -> None:
-    """Loss on vocabulary slices (at size 1 too, for its memory); logits gathered where no loss is asked for."""
+    """Loss on vocabulary slices (at size 1 too, for its memory); else the logits are gathered."""
     vocab_size = model.get_submodule(plan.embedding).num_embeddings
     head = model.get_submodule(plan.head)
     assert isinstance(vocab_size, int) and isinstance(head, ColumnParallelLinear)

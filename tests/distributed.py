@@ -1,65 +1,110 @@
-"""Start gloo ranks for a test and bring back what each returned."""
+"""Gloo ranks for tests: started once per number of ranks and used again, since importing takes seconds."""
 
+import atexit
 import multiprocessing
 import os
 import pickle
-import queue
+import shutil
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 
-def _rank_main(
-    function: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...], results: Any
-) -> None:
+def _rank_main(rank: int, world_size: int, folder: str, tasks: Connection) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = os.environ["RANK"] = str(rank)
     os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-        outcome: tuple[bool, Any] = (True, function(rank, world_size, *args))
-    except BaseException:
-        outcome = (False, traceback.format_exc())
-    results.put((rank, outcome[0], pickle.dumps(outcome[1])))
-    if outcome[0]:
-        dist.barrier()
-        dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    while True:
+        try:
+            function, args = pickle.loads(tasks.recv_bytes())
+        except EOFError:
+            os._exit(0)
+        try:
+            outcome: tuple[bool, Any] = (True, function(rank, world_size, *args))
+        except BaseException:  # noqa: BLE001 - the test that called reports it, whatever it is
+            outcome = (False, traceback.format_exc())
+        tasks.send_bytes(pickle.dumps(outcome))
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+class _Ranks:
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.folder = tempfile.mkdtemp()
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_rank_main, args=(rank, world_size, self.folder, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        payload = pickle.dumps((function, args))
+        for pipe in self.pipes:
+            pipe.send_bytes(payload)
+        deadline = time.monotonic() + timeout
+        results: dict[int, Any] = {}
+        while len(results) < len(self.pipes):
+            waiting = [rank for rank in range(len(self.pipes)) if rank not in results]
+            for rank in waiting:
+                if not self.pipes[rank].poll(0.01):
+                    assert self.processes[rank].is_alive(), f"rank {rank} died"
+                    continue
+                succeeded, value = pickle.loads(self.pipes[rank].recv_bytes())
+                assert succeeded, f"rank {rank} raised:\n{value}"
+                results[rank] = value
+            assert time.monotonic() < deadline, f"no result within {timeout:.0f} s from ranks {waiting}"
+        return [results[rank] for rank in range(len(self.pipes))]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+_pools: dict[int, _Ranks] = {}
+_LARGEST_KEPT = 4
+
+
+def _drop(world_size: int) -> None:
+    pool = _pools.pop(world_size, None)
+    if pool is not None:
+        pool.close()
+
+
+def _drop_all() -> None:
+    for world_size in list(_pools):
+        _drop(world_size)
+
+
+atexit.register(_drop_all)
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 180.0) -> list[Any]:
     """Run ``function(rank, world_size, *args)`` on ``world_size`` gloo ranks; return their results by rank.
 
     The function must be importable (module level) and its result picklable. The first rank that raises
-    ends all and its traceback becomes the AssertionError.
+    ends all and its traceback becomes the AssertionError. Ranks live on between calls: a function leaves
+    no global state behind.
     """
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    collected: dict[int, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=_rank_main, args=(function, rank, world_size, folder, args, results), daemon=True)
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        try:
-            for _ in range(world_size):
-                try:
-                    rank, succeeded, payload = results.get(timeout=timeout)
-                except queue.Empty:
-                    missing = sorted(set(range(world_size)) - set(collected))
-                    raise AssertionError(f"no result within {timeout:.0f} s from ranks {missing}") from None
-                value = pickle.loads(payload)
-                assert succeeded, f"rank {rank} raised:\n{value}"
-                collected[rank] = value
-            for process in processes:
-                process.join(timeout=timeout)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-    return [collected[rank] for rank in range(world_size)]
+    if world_size not in _pools:
+        _pools[world_size] = _Ranks(world_size)
+    try:
+        return _pools[world_size].run(function, args, timeout)
+    except BaseException:
+        _drop(world_size)
+        raise
+    finally:
+        if world_size > _LARGEST_KEPT:
+            _drop(world_size)

@@ -1,0 +1,351 @@
+"""Environment, process groups and meshes, data parallelism, recomputation and compilation.
+
+One object, `Parallel`, owns the degrees and the groups. The environment is read here and nowhere else.
+
+Precision rule: parameters and Adam state are float32. With one replica, or with DDP, bf16 and fp16 mean
+autocast. With FSDP2 they mean ``MixedPrecisionPolicy``: parameters are cast when they are gathered and
+gradients are reduced in float32. In both the residual stream has the compute dtype, and softmax, norms
+and cross entropy are float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from run_errors import ConfigError, DeviceError
+from tp_plan import check_degree, degree_fits
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PLACE_KEY = "argonne/place"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What the launcher says of this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int | None
+    """None where the launcher does not say; ranks of a host are then counted through the store."""
+    master: str
+    """host:port of the rendezvous."""
+    run_id: str | None
+    """torchrun's run id; None without torchrun."""
+
+    @classmethod
+    def read(cls, local_rank_flag: int | None = None) -> Environment:
+        """From torchrun's variables, from ones set by hand, or a single process when there are none."""
+        environ = os.environ
+        rank = int(environ.get("RANK", "0"))
+        world_size = int(environ.get("WORLD_SIZE", "1"))
+        if not 0 <= rank < world_size:
+            raise ConfigError(
+                f"RANK is {rank} and WORLD_SIZE is {world_size}: set RANK from 0 to WORLD_SIZE - 1"
+            )
+        if world_size > 1:
+            environ.setdefault("MASTER_ADDR", "localhost")
+            environ.setdefault("MASTER_PORT", "29500")
+        fallback = local_rank_flag if local_rank_flag is not None else rank if world_size > 1 else 0
+        local_world_size = environ.get("LOCAL_WORLD_SIZE")
+        return cls(
+            rank=rank,
+            world_size=world_size,
+            local_rank=int(environ.get("LOCAL_RANK", fallback)),
+            local_world_size=int(local_world_size) if local_world_size else 1 if world_size == 1 else None,
+            master=f"{environ.get('MASTER_ADDR', 'localhost')}:{environ.get('MASTER_PORT', '29500')}",
+            run_id=environ.get("TORCHELASTIC_RUN_ID"),
+        )
+
+
+def choose_device(environment: Environment) -> torch.device:
+    """The GPU of this process, or the CPU where there is none.
+
+    A process that is shown a single GPU takes it whatever its local rank (one visible device each).
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if environment.local_rank < count:
+        index = environment.local_rank
+    elif count == 1:
+        index = 0
+    else:
+        raise DeviceError(
+            f"local rank {environment.local_rank} has no GPU: {count} are visible on {socket.gethostname()}; "
+            f"start at most {count} processes there"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """Degrees, coordinates and groups of this process. world_size = dp_size * tp_size."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+    mesh: DeviceMesh | None
+    """("dp", "tp"); None in a single process."""
+    control_group: dist.ProcessGroup | None
+    """All ranks over gloo, for agreement, checkpoints and errors; None in a single process."""
+    feed_group: dist.ProcessGroup | None
+    """All ranks over gloo, for the hand-out of tokens, which goes on in the background."""
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup | None:
+        return None if self.mesh is None else self.mesh.get_group("tp")
+
+    @property
+    def world_group(self) -> dist.ProcessGroup | None:
+        """All ranks, on the device's own backend."""
+        return None if self.mesh is None else dist.group.WORLD
+
+
+def connect(environment: Environment, device: torch.device, *, timeout: timedelta) -> int:
+    """Join the process group of all ranks; return the number of ranks on this host.
+
+    Raises DeviceError naming the endpoint where the rendezvous fails or two ranks share a GPU.
+    """
+    if environment.world_size == 1:
+        return 1
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend,
+            rank=environment.rank,
+            world_size=environment.world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DeviceError(
+            f"rank {environment.rank} of {environment.world_size} cannot join the others at "
+            f"{environment.master} (MASTER_ADDR:MASTER_PORT): {first}; check that the endpoint is reachable, "
+            f"that its port is free on rank 0's node and that all {environment.world_size} ranks were started"
+        ) from error
+    return _check_places(environment, device)
+
+
+def _check_places(environment: Environment, device: torch.device) -> int:
+    """Ranks on this host; raises DeviceError on all ranks where two of them share a GPU."""
+    if device.type == "cuda":
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+    else:
+        gpu = ""
+    places: list[Any] = [None] * environment.world_size
+    host = socket.gethostname()
+    dist.all_gather_object(places, (host, gpu), group=_gloo_world())
+    seen: dict[tuple[str, str], int] = {}
+    for rank, place in enumerate(places):
+        if gpu and place in seen:
+            raise DeviceError(
+                f"ranks {seen[place]} and {rank} share one GPU of {place[0]}: start one process per GPU "
+                "(--nproc_per_node, or CUDA_VISIBLE_DEVICES for each process)"
+            )
+        seen[place] = rank
+    return environment.local_world_size or sum(place[0] == host for place in places)
+
+
+def _gloo_world() -> dist.ProcessGroup | None:
+    return None if dist.get_backend() != "nccl" else dist.new_group(backend="gloo")
+
+
+def default_tp_size(local_world_size: int, query_heads: int, key_value_heads: int) -> int:
+    """The largest degree that divides the ranks of a node and fits the heads."""
+    degrees = [d for d in range(1, local_world_size + 1) if local_world_size % d == 0]
+    return max(d for d in degrees if degree_fits(query_heads, key_value_heads, d))
+
+
+def resolve_tp_size(
+    requested: int | None, *, world_size: int, local_world_size: int, query_heads: int, key_value_heads: int
+) -> int:
+    """The tensor-parallel degree; raises ConfigError naming the degrees that work."""
+    if requested is None:
+        return default_tp_size(local_world_size, query_heads, key_value_heads)
+    check_degree(query_heads, key_value_heads, requested)
+    if world_size % requested:
+        fitting = [d for d in range(1, world_size + 1) if world_size % d == 0]
+        fitting = [d for d in fitting if degree_fits(query_heads, key_value_heads, d)]
+        raise ConfigError(
+            f"--tensor-parallel-size {requested} does not divide the {world_size} processes started; "
+            f"use {' or '.join(map(str, fitting))}, or start a multiple of {requested} processes"
+        )
+    return requested
+
+
+def build_parallel(
+    environment: Environment, device: torch.device, *, tp_size: int, local_world_size: int, timeout: timedelta
+) -> Parallel:
+    """Make the mesh and the groups. All ranks call this together."""
+    dp_size = environment.world_size // tp_size
+    mesh = control = feed = None
+    if environment.world_size > 1:
+        mesh = init_device_mesh(device.type, (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        feed = dist.new_group(backend="gloo", timeout=timeout)
+    return Parallel(
+        rank=environment.rank,
+        world_size=environment.world_size,
+        local_rank=environment.local_rank,
+        local_world_size=local_world_size,
+        tp_rank=environment.rank % tp_size,
+        tp_size=tp_size,
+        dp_rank=environment.rank // tp_size,
+        dp_size=dp_size,
+        device=device,
+        mesh=mesh,
+        control_group=control,
+        feed_group=feed,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data parallelism, recomputation, compilation
+
+
+def recompute_blocks(blocks: Iterable[nn.Module], mode: str) -> None:
+    """Recompute each block's activations in the backward pass.
+
+    ``full`` keeps a block's input only and runs its forward pass again, collectives included.
+    ``selective`` keeps the outputs of matrix products and collectives and recomputes the rest (attention,
+    norms, the SwiGLU product), so that no collective runs twice.
+    """
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if mode == "selective":
+        options["context_fn"] = _selective_contexts
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, **options)
+
+
+def _selective_contexts() -> Any:
+    # The reduction overwrites the partial product it is given: one kept tensor serves as both.
+    return create_selective_checkpoint_contexts(_keep_products, allow_cache_entry_mutation=True)
+
+
+def _keep_products(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    aten = torch.ops.aten
+    kept = (aten.mm.default, aten.addmm.default, aten.linear.default)
+    if op in kept or op.namespace == "_c10d_functional":
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """torch.compile each block in place, with static shapes; parameter names do not change."""
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
+def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], parallel: Parallel, dtype: torch.dtype) -> None:
+    """Shard each block, and the rest in the root, over the data-parallel dimension of the mesh."""
+    assert parallel.mesh is not None
+    policy = MixedPrecisionPolicy()
+    if dtype is not torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in blocks:
+        fully_shard(block, mesh=parallel.mesh["dp"], mp_policy=policy)
+    fully_shard(model, mesh=parallel.mesh["dp"], mp_policy=policy)
+
+
+def apply_ddp(model: nn.Module, parallel: Parallel) -> nn.Module:
+    """DistributedDataParallel over the data-parallel dimension; the returned wrapper is what is called."""
+    assert parallel.mesh is not None
+    return nn.parallel.DistributedDataParallel(
+        model, process_group=parallel.mesh.get_group("dp"), gradient_as_bucket_view=True
+    )
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The plain local part of a parameter or gradient that FSDP may hold as a DTensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Local plain tensors by parameter name, sharing memory with the model's parameters."""
+    return {name: local_tensor(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+def local_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Local plain gradients by parameter name."""
+    return {name: local_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def forward_context(parallel: Parallel, dtype: torch.dtype, *, sharded: bool) -> Callable[[], Any]:
+    """A context manager for each forward pass: autocast, except in float32 and under FSDP's own policy."""
+    if dtype is torch.float32 or sharded:
+        return contextlib.nullcontext
+    return partial(torch.autocast, parallel.device.type, dtype=dtype)
+
+
+def gradient_sync(
+    model: nn.Module, wrapped: nn.Module, *, last: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Context of one micro-batch: data-parallel communication of gradients happens in the last only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not last:
+        return wrapped.no_sync()
+    return contextlib.nullcontext()
+
+
+def gather_objects(value: Any, parallel: Parallel) -> list[Any]:
+    """``value`` of every rank, by rank, on every rank."""
+    if parallel.control_group is None:
+        return [value]
+    values: list[Any] = [None] * parallel.world_size
+    dist.all_gather_object(values, value, group=parallel.control_group)
+    return values
+
+
+def broadcast_object(value: Any, parallel: Parallel) -> Any:
+    """Rank 0's ``value`` on every rank."""
+    if parallel.control_group is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=parallel.control_group)
+    return box[0]
+
+
+def check_same(values: Mapping[str, Any], parallel: Parallel) -> None:
+    """Raise ConfigError on all ranks where a value (a flag, a version) differs between them."""
+    gathered = gather_objects(dict(values), parallel)
+    for key, value in gathered[0].items():
+        for rank, other in enumerate(gathered):
+            if other.get(key) != value:
+                raise ConfigError(
+                    f"{key} differs between ranks: {value!r} on rank 0, {other.get(key)!r} on rank {rank}; "
+                    "start all ranks with the same command"
+                )
+
+
+def disconnect() -> None:
+    """Leave the process groups, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,218 @@
+"""The split model is the same model: outputs, loss, every gradient, ten AdamW steps, and its collectives."""
+
+import copy
+import math
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from models import loss_of, random_tokens, relative_error, small_model
+from torch import Tensor
+
+from run_errors import ConfigError
+from tp_shard import SimulatedTPGroup, TensorParallelModel, gather_state_dict, shard_tensor_parallel
+
+Grads = dict[str, Tensor]
+
+
+def reference(dtype: torch.dtype, tokens: Tensor, **changes: Any) -> tuple[float, Grads, Tensor]:
+    """Loss, gradients and logits of the unsharded model."""
+    model = small_model(dtype, **changes)
+    loss = loss_of(model, tokens)
+    loss.backward()
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits
+    return float(loss.detach()), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, logits
+
+
+def sharded_rank(
+    rank: int, world_size: int, dtype: torch.dtype, tokens: Tensor, sequence_parallel: bool, changes: dict[str, Any]
+) -> tuple[float, Grads, Tensor, dict[str, int], dict[str, int], list[str]]:
+    """One gloo rank: what `reference` gives, the collectives of loss and backward, and local replicas."""
+    model = TensorParallelModel(small_model(dtype, **changes), dist.group.WORLD, sequence_parallel=sequence_parallel)
+    counters = model.tensor_parallel.group.counters
+    counters.reset()
+    loss = loss_of(model, tokens)
+    loss.backward()
+    calls, payload = dict(counters.calls), dict(counters.bytes)
+    model.sum_partial_gradients()
+    gradients = gather_state_dict(model.model, gradients=True)
+    replicas = [
+        f"{name} {p.grad.double().sum().item():.17g}"
+        for name, p in model.model.named_parameters()
+        if model.tensor_parallel.slice_map.cut(name) is None and p.grad is not None
+    ]
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits
+    return float(loss.detach()), gradients, logits, calls, payload, replicas
+
+
+CASES = [
+    (2, False, {}),
+    (4, False, {"attention_bias": True, "mlp_bias": True}),
+    (4, False, {"tie_word_embeddings": False}),
+    (2, True, {"attention_bias": True, "mlp_bias": True}),
+    (4, True, {"tie_word_embeddings": False}),
+    (8, False, {}),  # 4 key/value heads over 8 ranks: each head on two of them
+    (8, True, {"attention_bias": True}),
+]
+
+
+@pytest.mark.parametrize(("size", "sequence_parallel", "changes"), CASES)
+def test_every_gradient_agrees_over_gloo(size: int, sequence_parallel: bool, changes: dict[str, Any]) -> None:
+    tokens = random_tokens()
+    loss, gradients, logits = reference(torch.float64, tokens, **changes)
+    results = run_ranks(sharded_rank, size, torch.float64, tokens, sequence_parallel, changes)
+    for sharded_loss, sharded, sharded_logits, _, _, replicas in results:
+        assert sharded_loss == pytest.approx(loss, rel=1e-12)
+        assert sharded.keys() == gradients.keys()
+        for name, expected in gradients.items():
+            assert relative_error(sharded[name], expected) < 1e-10, name
+        assert sharded_logits.shape == logits.shape
+        assert relative_error(sharded_logits, logits) < 1e-12
+        assert replicas == results[0][5], "replicated gradients differ between ranks"
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_collectives_are_those_of_the_design(size: int) -> None:
+    tokens = random_tokens()
+    batch, seq_len = tokens.shape[0], tokens.shape[1] - 1
+    layers, hidden = 2, 50
+    *_, calls, payload, _ = run_ranks(sharded_rank, size, torch.float32, tokens, False, {})[0]
+    assert calls == {"all_reduce": 4 * layers + 2 + 2}
+    loss_bytes = 3 * batch * seq_len * 4
+    assert payload == {"all_reduce": (4 * layers + 2) * batch * seq_len * hidden * 4 + loss_bytes}
+
+
+def test_collectives_under_sequence_parallelism() -> None:
+    tokens = random_tokens(length=17)
+    layers, size, activation = 2, 2, 2 * 16 * 50 * 4
+    *_, calls, payload, _ = run_ranks(sharded_rank, size, torch.float32, tokens, True, {})[0]
+    regathers = 2 * layers + 1
+    assert calls == {"all_gather": 4 * layers + 2 + regathers, "reduce_scatter": 4 * layers + 2, "all_reduce": 2}
+    assert payload["reduce_scatter"] == (4 * layers + 2) * activation
+    assert payload["all_gather"] == (4 * layers + 2 + regathers) * activation
+
+
+def trained_rank(rank: int, world_size: int, sequence_parallel: bool, steps: int) -> dict[str, Tensor]:
+    model = shard_tensor_parallel(small_model(torch.float32), sequence_parallel=sequence_parallel)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, random_tokens(seed=step)).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.tensor_parallel.sum_partial_gradients(gradients)  # type: ignore[operator, union-attr]
+        optimizer.step()
+    return gather_state_dict(model)
+
+
+@pytest.mark.parametrize(("size", "sequence_parallel"), [(4, False), (2, True)])
+def test_weights_after_ten_adamw_steps(size: int, sequence_parallel: bool) -> None:
+    model = small_model(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(10):
+        optimizer.zero_grad()
+        loss_of(model, random_tokens(seed=step)).backward()
+        optimizer.step()
+    results = run_ranks(trained_rank, size, sequence_parallel, 10)
+    for name, parameter in model.named_parameters():
+        assert relative_error(results[0][name], parameter.detach()) < 2e-3, name
+        for other in results[1:]:
+            assert torch.equal(other[name], results[0][name])
+
+
+def run_simulated(size: int, dtype: torch.dtype, tokens: Tensor, sequence_parallel: bool) -> list[Any]:
+    """The same check with threads of one process in place of ranks."""
+    groups = SimulatedTPGroup.create(size)
+    results: list[Any] = [None] * size
+    original = small_model(dtype)
+    copies = [copy.deepcopy(original) for _ in groups]
+
+    def work(group: SimulatedTPGroup) -> None:
+        model = shard_tensor_parallel(copies[group.rank], group, sequence_parallel=sequence_parallel)
+        loss = loss_of(model, tokens)
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.tensor_parallel.sum_partial_gradients(gradients)  # type: ignore[operator, union-attr]
+        results[group.rank] = (float(loss.detach()), gather_state_dict(model, gradients=True))
+
+    threads = [threading.Thread(target=work, args=(group,)) for group in groups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("length", [2, 14, 424])
+def test_simulated_ranks_agree_under_sequence_parallelism(size: int, length: int) -> None:
+    tokens = random_tokens(length=length)
+    loss, gradients, _ = reference(torch.float64, tokens)
+    for sharded_loss, sharded in run_simulated(size, torch.float64, tokens, True):
+        assert sharded_loss == pytest.approx(loss, rel=1e-12)
+        for name, expected in gradients.items():
+            assert relative_error(sharded[name], expected) < 1e-10, name
+
+
+def missing_backward_rank(rank: int, world_size: int) -> float:
+    """A split whose entrance forgets its backward reduction: the loss agrees, the gradients must not."""
+    model = shard_tensor_parallel(small_model(torch.float64))
+    group = model.tensor_parallel.group  # type: ignore[union-attr]
+    tokens = random_tokens()
+    loss = loss_of(model, tokens)
+    group.start_all_reduce = lambda tensor, op="sum", owned=False: tensor  # type: ignore[union-attr, method-assign, assignment]
+    group.wait = lambda tensor: tensor  # type: ignore[union-attr, method-assign, assignment]
+    loss.backward()
+    expected = reference(torch.float64, tokens)[1]["blocks.0.input_norm.weight"]
+    return relative_error(model.get_parameter("blocks.0.input_norm.weight").grad, expected)  # type: ignore[arg-type]
+
+
+def test_the_comparison_sees_a_missing_backward_reduction() -> None:
+    assert run_ranks(missing_backward_rank, 2)[0] > 0.1
+
+
+def generate_rank(rank: int, world_size: int, sequence_parallel: bool) -> Tensor:
+    model = TensorParallelModel(small_model(torch.float32), sequence_parallel=sequence_parallel).eval()
+    ids = random_tokens(batch=1, length=5)
+    return model.generate(ids, max_new_tokens=8, do_sample=False)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_generation_equals_the_unsharded_models(sequence_parallel: bool) -> None:
+    expected = small_model(torch.float32).eval().generate(
+        random_tokens(batch=1, length=5), max_new_tokens=8, do_sample=False
+    )  # fmt: skip
+    for ids in run_ranks(generate_rank, 2, sequence_parallel):
+        assert torch.equal(ids, expected)
+
+
+def test_head_counts_are_rewritten_and_slices_are_local() -> None:
+    group = SimulatedTPGroup.create(4)[1]
+    model = shard_tensor_parallel(small_model(), group)
+    attention = model.get_submodule("blocks.0.attn")
+    assert (attention.num_heads, attention.num_kv_heads, attention.num_key_value_groups) == (2, 1, 2)
+    assert model.get_parameter("embed_tokens.weight").shape == (33, 50)
+    assert model.get_parameter("blocks.0.mlp.down_proj.weight").shape == (50, 23)
+    assert model.get_submodule("lm_head").weight is model.get_submodule("embed_tokens").weight
+
+
+@pytest.mark.parametrize(("heads", "key_value", "size", "listed"), [(24, 8, 16, "1, 2, 4, 8 or 24"), (8, 8, 3, "1, 2, 4 or 8")])
+def test_a_degree_that_cannot_work_names_those_that_can(heads: int, key_value: int, size: int, listed: str) -> None:
+    changes = {"num_attention_heads": heads, "num_key_value_heads": key_value, "head_dim": 2}
+    with pytest.raises(ConfigError, match=f"--tensor-parallel-size {size} .*use {listed}"):
+        shard_tensor_parallel(small_model(**changes), SimulatedTPGroup.create(size)[0])
+
+
+def test_reference_vocabulary_over_eight_ranks() -> None:
+    with torch.device("meta"):
+        model = small_model(vocab_size=151_665, num_key_value_heads=8)
+    model = shard_tensor_parallel(model, SimulatedTPGroup.create(8)[7])
+    slice_map = model.tensor_parallel.slice_map  # type: ignore[union-attr]
+    held = sum(box.size[0] for rank in range(8) for box in slice_map.owned("embed_tokens.weight", rank))
+    assert held == 151_665
+    rows = model.get_parameter("embed_tokens.weight").shape[0]
+    assert rows * 8 <= 1.01 * 151_665 and rows >= math.ceil(151_665 / 8)
