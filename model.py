@@ -10,7 +10,7 @@ Precision: the residual stream is in the compute dtype (the autocast dtype, cast
 norms, softmax, rotation and cross entropy run in float32, or in float64 in a float64 model.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class ArgonneConfig(PretrainedConfig):
     """
 
     model_type = "argonne2"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     def __init__(
         self,
@@ -72,11 +72,14 @@ class ArgonneConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         for key, value in _FIXED_SETTINGS.items():
-            given = kwargs.pop(key, value)
-            if given != value and given is not None:
+            given = kwargs.pop(key, None)
+            if given is not None and given != value:
                 raise ValueError(
-                    f"{key} {given!r} is not part of the Argonne architecture; only {value!r} is"
+                    f"{key} {given!r} is not part of the Argonne architecture, only {value!r} is"
                 )
+        rope_parameters = kwargs.pop("rope_parameters", None) or {}
+        if rope_parameters.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_parameters {rope_parameters!r}: only the default rotary embedding exists")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -84,7 +87,7 @@ class ArgonneConfig(PretrainedConfig):
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
         self.intermediate_size = intermediate_size
-        self.rope_theta = rope_theta
+        self.rope_theta = rope_parameters.get("rope_theta", rope_theta)
         self.rms_norm_eps = rms_norm_eps
         self.max_position_embeddings = max_position_embeddings
         self.attention_bias = attention_bias
@@ -97,13 +100,13 @@ class ArgonneConfig(PretrainedConfig):
             )
         if self.head_dim < 2 or self.head_dim % 2 != 0:
             raise ValueError(f"head_dim {self.head_dim} must be even and positive for the rotary embedding")
-        super().__init__(
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        kwargs |= {
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "tie_word_embeddings": tie_word_embeddings,
+        }
+        super().__init__(**kwargs)
 
 
 def initial_std(config: ArgonneConfig, parameter_name: str) -> float | None:
@@ -135,29 +138,37 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class _RMSNormFunction(torch.autograd.Function):
-    """``weight * (x * rstd)``, saving x and rstd (one number a token) where autograd would keep three copies."""
+    """``weight * (x * rstd)``, saving x and rstd (one number a token) where autograd would keep more copies.
+
+    The result has x's dtype also where the weight's is wider (autocast): the residual stream keeps its dtype.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x_wide = x.to(_compute_dtype(x.dtype))
-        rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+        if x.dtype == _compute_dtype(x.dtype):
+            mean_square = x.square().mean(-1, keepdim=True)  # bit for bit as in Llama
+        else:
+            # One pass over x, which sums in float32; the mean of squares would write x twice, widened.
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_compute_dtype(x.dtype))
+            mean_square = length.square_().div_(x.shape[-1])
+        rstd = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
-        # Rounded to x's dtype before the weight, as Llama does; the result stays in the residual stream's dtype.
-        return ((x_wide * rstd).to(x.dtype) * weight).to(x.dtype)
+        # Rounded to x's dtype before the weight, as in Llama.
+        return (x * rstd).to(x.dtype).mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rstd = ctx.saved_tensors
-        grad = grad.to(rstd.dtype)
         x_hat = x * rstd
-        product = grad * x_hat
+        product = x_hat * grad
         grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            projection = (product * weight).mean(-1, keepdim=True)
-            grad_x = ((grad * weight - x_hat * projection) * rstd).to(x.dtype)
+            projection = product.mul_(weight).mean(-1, keepdim=True)
+            weighted = (grad * weight).to(rstd.dtype)
+            grad_x = weighted.addcmul_(x_hat, projection, value=-1.0).mul_(rstd).to(x.dtype)
         return grad_x, grad_weight, None
 
 
@@ -167,13 +178,13 @@ class _SwiGLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class ArgonneRMSNorm(nn.Module):
@@ -211,7 +222,7 @@ def causal_lm_loss(
         if labels is None:
             raise ValueError("causal_lm_loss needs labels or shift_labels")
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    logits = logits.to(_compute_dtype(logits.dtype)).view(-1, vocab_size)
+    logits = logits.to(_compute_dtype(logits.dtype)).reshape(-1, vocab_size)
     targets = shift_labels.reshape(-1).to(logits.device)
     if num_items_in_batch is None:
         return F.cross_entropy(logits, targets, ignore_index=ignore_index)
@@ -290,7 +301,7 @@ def _fused_kernel_takes_groups(query: Tensor, attention_mask: Tensor | None) -> 
 def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, groups: int, scaling: float
 ) -> Tensor:
-    """Attention spelled out, with the softmax in float32 (float64 for float64); shapes as in sdpa_attention."""
+    """Attention spelled out, softmax in float32 (float64 for float64); shapes as in sdpa_attention."""
     key, value = _repeat_kv(key, groups), _repeat_kv(value, groups)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -399,9 +410,9 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
 
     config_class = ArgonneConfig
     config: ArgonneConfig
-    _no_split_modules = ["ArgonneBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    _no_split_modules = ["ArgonneBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
     _supports_sdpa = True
     supports_gradient_checkpointing = False
 
@@ -458,7 +469,11 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         defaults to the configuration's in evaluation and to False in training. ``logits_to_keep`` n > 0
         computes the logits of the last n positions only (or of the positions in a 1-D tensor).
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is None:
+            tokens, hidden_states = input_ids, self.embed_tokens(input_ids)
+        elif inputs_embeds is not None and input_ids is None:
+            tokens, hidden_states = inputs_embeds[..., 0], inputs_embeds
+        else:
             raise ValueError("ArgonneModel.forward needs input_ids or inputs_embeds, and not both")
         if output_attentions:
             raise ValueError("ArgonneModel does not return attention weights (output_attentions)")
@@ -466,14 +481,11 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-
-        tokens = input_ids if input_ids is not None else inputs_embeds[..., 0]
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         hidden_states = _to_autocast_dtype(hidden_states)
-        mask = self._causal_mask(tokens, hidden_states.dtype, attention_mask, position_ids, past_key_values)
         position_embeddings = self._position_embeddings(
             tokens, hidden_states.dtype, position_ids, past_key_values
         )
+        mask = self._causal_mask(tokens, hidden_states.dtype, attention_mask, position_ids, past_key_values)
 
         collected = [hidden_states] if output_hidden_states else None
         for block in self.blocks:
@@ -489,11 +501,7 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         if collected is not None:
             collected[-1] = hidden_states
 
-        if isinstance(logits_to_keep, Tensor):
-            hidden_states = hidden_states[:, logits_to_keep]
-        elif logits_to_keep > 0:
-            hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = self.lm_head(hidden_states)
+        logits = self.lm_head(_keep_positions(hidden_states, logits_to_keep))
         loss = None
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(
@@ -517,7 +525,7 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
-    ) -> Tensor | None:
+    ) -> Any:
         """The mask (batch, 1, seq_len, key_len), or None where causal attention needs none.
 
         ``position_ids`` are passed on only where the caller gave them: transformers then looks for packed
@@ -554,6 +562,12 @@ def _to_autocast_dtype(hidden_states: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(device_type):
         return hidden_states
     return hidden_states.to(torch.get_autocast_dtype(device_type))
+
+
+def _keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, Tensor):
+        return hidden_states[:, logits_to_keep]
+    return hidden_states[:, -logits_to_keep:] if logits_to_keep > 0 else hidden_states
 
 
 AutoConfig.register("argonne2", ArgonneConfig, exist_ok=True)

@@ -1,8 +1,7 @@
-"""Transformers' Llama as the reference that Argonne is compared with: same shape, same weights, other code."""
+"""Transformers' Llama as the reference for Argonne: same shape, same weights, other code."""
 
 import re
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,11 +46,10 @@ def llama_like(config: ArgonneConfig, *, attention: str = "sdpa") -> LlamaForCau
         tie_word_embeddings=config.tie_word_embeddings,
         bos_token_id=None,
         eos_token_id=None,
-        attn_implementation=attention,
     )
     llama_config.num_attention_heads = config.num_attention_heads
     llama_config.num_key_value_heads = config.num_key_value_heads
-    return LlamaForCausalLM(llama_config)
+    return LlamaForCausalLM._from_config(llama_config, attn_implementation=attention)
 
 
 def copy_weights(model: nn.Module, llama: LlamaForCausalLM) -> None:
@@ -97,7 +95,7 @@ def _wide_loss(logits: Tensor, labels: Tensor, **kwargs: object) -> Tensor:
 
 def widen(llama: LlamaForCausalLM) -> LlamaForCausalLM:
     """Llama in float64 throughout (transformers rounds norms and loss to float32)."""
-    llama = llama.to(torch.float64)
+    llama.double()
     for name, module in list(llama.named_modules()):
         if isinstance(module, LlamaRMSNorm):
             parent, _, leaf = name.rpartition(".")
