@@ -87,7 +87,7 @@ class StepFeed:
         self._thread.start()
 
     def next(self) -> StepBatch:
-        """The next step's tokens; DataError (the reader's, on every rank) or PeerError where none can come."""
+        """The next step's tokens; DataError (the reader's, on every rank) or PeerError if none can come."""
         start = time.monotonic()
         if self._failure is not None:
             raise self._failure
@@ -164,7 +164,7 @@ class StepFeed:
         except DataError as error:
             self._fail(error)
             return
-        except Exception as error:  # a thread's end: whatever it was must reach every rank's main thread
+        except Exception as error:  # noqa: BLE001  (a thread's end: all ranks must learn of it)
             failure = DataError(
                 f"the data reader failed: {type(error).__name__}: {' '.join(str(error).split())}"
             )

@@ -134,7 +134,7 @@ class ParquetReader:
     def __init__(self, path: Path, column: str) -> None:
         import pyarrow.parquet as pq
 
-        # A buffered, unmapped file reads a column chunk page by page: memory does not grow with the row group.
+        # Buffered and unmapped, a column chunk is read page by page: memory does not grow with the row group.
         self._file = pq.ParquetFile(
             path, buffer_size=BATCH_BYTES, pre_buffer=False, page_checksum_verification=True
         )
@@ -174,7 +174,7 @@ class ParquetReader:
 
 
 class ArrowReader:
-    """Rows of an Arrow IPC file or stream (as `datasets` saves them), a record batch at a time, memory-mapped."""
+    """Rows of an Arrow IPC file or stream (as `datasets` saves them), memory-mapped, a batch at a time."""
 
     def __init__(self, path: Path, column: str) -> None:
         import pyarrow as pa

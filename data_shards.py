@@ -61,7 +61,7 @@ def natural_key(path: str | Path) -> tuple[Any, ...]:
 
 
 def find_shards(data_glob: str) -> list[Path]:
-    """The files that ``data_glob`` (a pattern, a file or a folder) names, in natural order; DataError if none."""
+    """The files that ``data_glob`` (pattern, file or folder) names, in natural order; DataError if none."""
     pattern = os.path.expanduser(data_glob)
     if os.path.isdir(pattern):
         found = [os.path.join(pattern, name) for name in os.listdir(pattern) if name.endswith(SHARD_SUFFIXES)]
@@ -216,7 +216,8 @@ def manifest_difference(saved: Mapping[str, Sequence[Any]], shards: Sequence[Sha
     saved_names = list(saved["names"])
     changes = []
     removed = [name for name in saved_names if name not in now]
-    added = [shard.name for shard in shards[: len(saved_names)] if shard.name not in set(saved_names)]
+    known = set(saved_names)
+    added = [shard.name for shard in shards[: len(saved_names)] if shard.name not in known]
     if removed:
         changes.append("removed: " + ", ".join(removed))
     if added:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from data_shards import DEFAULT_TEXT_COLUMN, Shard, manifest, manifest_difference, natural_key, open_corpus
+from data_shards import DEFAULT_TEXT_COLUMN, Shard
 from data_stream import (
     Counts,
     DataPosition,
@@ -21,8 +20,7 @@ from data_stream import (
     WindowSampler,
     encoded_documents,
 )
-from data_tokenize import EncoderPool, EncoderRecipe, tokenizer_fingerprint
-from run_errors import DataError
+from data_tokenize import EncoderPool, EncoderRecipe
 
 NO_HASH = "0" * 32
 """The stream hash before the first sample."""
@@ -56,21 +54,21 @@ class SourceOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DataProgress:
-    """The state of the stream after the last sample of a step; what a checkpoint needs besides the options."""
+    """The state of the stream after the last sample of a step."""
 
     position: DataPosition
     stream_hash: str = NO_HASH
     """h(i+1) = blake2b(h(i) + the sample's block_size + 1 ids as little-endian int32), 16 bytes, in hex."""
     samples: int = 0
     """Samples since step 0."""
-    counts: Counts = Counts()
+    counts: Counts = field(default_factory=Counts)
     skipped: tuple[dict[str, Any], ...] = ()
     """Row groups passed over because they could not be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceStep:
-    """The tokens of one optimizer step, (samples_per_step, block_size + 1) int32, and the place after them."""
+    """Tokens of one optimizer step, (samples_per_step, block_size + 1) int32, and the place after them."""
 
     tokens: np.ndarray
     progress: DataProgress
@@ -85,7 +83,7 @@ class TokenSource(Protocol):
 
 
 def chain_hash(stream_hash: str, tokens: np.ndarray) -> str:
-    """Carry the stream hash over the samples of ``tokens``, (count, block_size + 1), however they are grouped."""
+    """Carry the stream hash over samples (count, block_size + 1), however they are grouped."""
     digest = bytes.fromhex(stream_hash)
     for sample in tokens:
         digest = hashlib.blake2b(digest + sample.astype("<i4").tobytes(), digest_size=16).digest()
@@ -135,159 +133,3 @@ class StreamingSource:
 
     def close(self) -> None:
         self._pool.close()
-
-
-def open_source(
-    options: SourceOptions,
-    tokenizer: Any,
-    *,
-    saved_position: Mapping[str, Any] | None = None,
-    saved_state: Mapping[str, Any] | None = None,
-    global_step: int = 0,
-) -> OpenedSource:
-    """Check the corpus and build rank 0's source, from the start or from a checkpoint's place.
-
-    ``saved_position`` is a checkpoint's ``data_position`` (ours or a pipeline script's), ``saved_state`` its
-    ``data_state`` (None in a pipeline checkpoint). Raises DataError before anything is tokenized.
-    """
-    shards = open_corpus(
-        options.data_glob,
-        options.text_column,
-        skip_bad_shards=options.skip_bad_shards,
-        cache_dir=options.cache_dir,
-    )
-    identity = {
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "text_column": options.column,
-        "packing": options.packing,
-        "streaming": options.streaming,
-        "block_size": options.block_size,
-        "samples_per_step": options.samples_per_step,
-        "seed": options.seed,
-    }
-    notices: list[str] = []
-    progress = DataProgress(position=DataPosition(block_size=options.block_size, sample=None))
-    if saved_state is not None:
-        check_state(saved_state, identity, shards, options.allow_data_change, notices)
-        progress = restored_progress(saved_state, progress.position)
-    if saved_position is not None:
-        position = DataPosition.from_dict(
-            saved_position, block_size=options.block_size, global_step=global_step
-        )
-        position = place(position, shards, options, notices)
-        progress = replace(progress, position=position)
-    bad = [shard for shard in shards if shard.fault]
-    notices.extend(f"skipping the bad shard {shard.path}: {shard.fault}" for shard in bad)
-    recipe = EncoderRecipe(tokenizer=tokenizer, trust_remote_code=options.trust_remote_code)
-    source = StreamingSource(shards, recipe, options, progress)
-    return OpenedSource(
-        source=source, shards=shards, identity=identity, notices=tuple(notices), start=progress
-    )
-
-
-def check_state(
-    saved: Mapping[str, Any],
-    identity: Mapping[str, Any],
-    shards: Sequence[Shard],
-    allow_data_change: bool,
-    notices: list[str],
-) -> None:
-    """Compare a checkpoint's data state with today's; DataError names both values and the way out."""
-    differences = []
-    for key, what in REFUSED.items():
-        if saved[key] != identity[key]:
-            differences.append(f"{what} was {saved[key]}, is {identity[key]}")
-    if not identity["streaming"]:
-        for key in ("seed", "block_size", "packing"):
-            if saved[key] != identity[key]:
-                differences.append(
-                    f"--{key.replace('_', '-')} of the shuffled order was {saved[key]}, is {identity[key]}"
-                )
-    change = manifest_difference(saved["manifest"], shards)
-    if change:
-        differences.append(f"shards {change}")
-    if differences and not allow_data_change:
-        raise DataError(
-            f"the data is not the checkpoint's: {'; '.join(differences)}: restore it, or --allow-data-change to go on"
-        )
-    notices.extend(f"the data is not the checkpoint's: {difference}" for difference in differences)
-    for key, what in NOTICED.items():
-        if saved[key] != identity[key] and (key != "block_size" or identity["streaming"]):
-            notices.append(f"{what} was {saved[key]} in the checkpoint, is {identity[key]}")
-
-
-REFUSED = {
-    "tokenizer": "the tokenizer (--tokenizer-path)",
-    "text_column": "--text-column",
-    "streaming": "streaming",
-}
-NOTICED = {
-    "samples_per_step": "the global batch (sequences a step)",
-    "block_size": "--block-size",
-    "packing": "packing",
-}
-
-
-def restored_progress(saved: Mapping[str, Any], position: DataPosition) -> DataProgress:
-    return DataProgress(
-        position=position,
-        stream_hash=str(saved["stream_hash"]),
-        samples=int(saved["samples"]),
-        counts=Counts(**saved["counts"]),
-        skipped=tuple(dict(skip) for skip in saved["skipped"]),
-    )
-
-
-def place(
-    position: DataPosition, shards: Sequence[Shard], options: SourceOptions, notices: list[str]
-) -> DataPosition:
-    """Find a saved position among today's shards."""
-    if position.sample is not None:
-        raise DataError("the checkpoint's data position is a non-streaming one: give --no-streaming")
-    names = [shard.name for shard in shards]
-    if not position.file_name:
-        if position.file_index >= len(shards):
-            raise DataError(
-                f"the checkpoint stands in shard {position.file_index} (from 0), --data-glob gives {len(shards)}: "
-                "give the corpus it was trained on"
-            )
-        return replace(position, file_name=names[position.file_index])
-    if position.file_name in names:
-        return replace(position, file_index=names.index(position.file_name))
-    if not options.allow_data_change:
-        raise DataError(
-            f"the checkpoint stands in shard {position.file_name!r}, which --data-glob does not give: restore it, "
-            "or --allow-data-change to go on with the next one"
-        )
-    later = [index for index, name in enumerate(names) if natural_key(name) > natural_key(position.file_name)]
-    index = later[0] if later else 0
-    notices.append(f"shard {position.file_name!r} is gone: going on with {names[index]!r}")
-    epoch = position.epoch if later else position.epoch + 1
-    return DataPosition(epoch=epoch, file_index=index, file_name=names[index], block_size=position.block_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenedSource:
-    """A source with what the entry prints and keeps of it."""
-
-    source: TokenSource
-    shards: list[Shard]
-    identity: dict[str, Any]
-    notices: tuple[str, ...]
-    """Warnings for the console, each once."""
-    start: DataProgress
-
-    def position_dict(self, progress: DataProgress) -> dict[str, Any]:
-        """A checkpoint's ``data_position``."""
-        return progress.position.to_dict([shard.name for shard in self.shards])
-
-    def state_dict(self, progress: DataProgress) -> dict[str, Any]:
-        """A checkpoint's ``data_state``: plain containers."""
-        return {
-            **self.identity,
-            "stream_hash": progress.stream_hash,
-            "samples": progress.samples,
-            "counts": progress.counts._asdict(),
-            "skipped": [dict(skip) for skip in progress.skipped],
-            "manifest": manifest(self.shards),
-        }

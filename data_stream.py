@@ -124,7 +124,7 @@ class DocumentReader:
     text_column: str
     position: DataPosition
     skip_bad: bool = False
-    counts: Counts = Counts()
+    counts: Counts = field(default_factory=Counts)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     epochs: int | None = None
     """Stop after this many epochs (None: never)."""
@@ -149,7 +149,7 @@ class DocumentReader:
             return
         try:
             reader = open_shard(shard.path, self.text_column)
-            if reader.group_rows != shard.group_rows:
+            if reader.group_rows != shard.group_rows or shard.path.stat().st_size != shard.size:
                 raise ShardError("it was rewritten since the run started")
         except (ShardError, pa.ArrowException, OSError) as error:
             self._record(epoch, shard, None, first_row, one_line(error), error)
@@ -301,7 +301,7 @@ def _without_used(batches: Iterator[EncodedBatch], used: int) -> Iterator[Encode
 
 
 class PackedSampler:
-    """Samples of the packed stream: block_size + 1 tokens every block_size tokens, across documents and epochs."""
+    """The packed stream: block_size + 1 tokens every block_size tokens, across documents and epochs."""
 
     def __init__(self, batches: Iterator[EncodedBatch], block_size: int, used: int = 0) -> None:
         self._batches = _without_used(batches, used)

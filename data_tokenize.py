@@ -33,7 +33,7 @@ PROBES = (
 
 
 class Encoder(Protocol):
-    """Encodes a batch: ids of all texts in a row, EOS after each text flagged last; and the length of each."""
+    """Encodes a batch: ids of all texts in a row, EOS after each flagged last, and the length of each."""
 
     def encode(self, texts: Sequence[str], last: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]: ...
 

@@ -1,4 +1,4 @@
-"""A tokenizing process: encodes the batches that come in on stdin, answers on stdout, ends when its parent does.
+"""A tokenizing process: encodes the batches that come in on stdin, answers on stdout, ends with its parent.
 
 The messages are length-prefixed pickles between this program and itself. It ignores the signals meant for
 the trainer; the end of its stdin, which is also how it notices that the parent is gone, ends it.
@@ -111,7 +111,7 @@ def main() -> None:
             texts, last = _receive(source)
             try:
                 ids, lengths = encoder.encode(texts, last)
-            except Exception as error:  # the trainer reports it
+            except Exception as error:  # noqa: BLE001  (the trainer reports it)
                 _send(answers, " ".join(str(error).split()) or type(error).__name__)
                 continue
             _send(answers, (ids.tobytes(), lengths.tobytes()))
