@@ -1,0 +1,283 @@
+"""Checkpoints as the run sees them: choose, open on all ranks, load, save, prune.
+
+The order of use: ``require_safe_torch``, ``clean_temporary_files`` (rank 0), ``open_chosen`` (all ranks),
+``load_slices``, then ``save_checkpoint`` at intervals and ``BackgroundVerifier`` / ``prune`` (rank 0) after
+each save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from checkpoint_format import verify_archive
+from checkpoint_layout import (
+    CheckpointReader,
+    check_model_config,
+    infer_model_config,
+    open_checkpoint,
+)
+from checkpoint_load import (
+    CheckpointView,
+    LoadReport,
+    agree_on_error,
+    broadcast_object,
+    load_slices,
+    share_checkpoint,
+)
+from checkpoint_reader import sync_folder
+from checkpoint_save import TEMPORARY_SUFFIX, SaveReport, estimate_checkpoint_bytes, save_checkpoint
+from run_errors import CheckpointError, DeviceError
+
+__all__ = [
+    "BackgroundVerifier",
+    "CheckpointChoice",
+    "CheckpointView",
+    "LoadReport",
+    "SaveReport",
+    "check_model_config",
+    "checkpoint_path",
+    "choose_checkpoint",
+    "clean_temporary_files",
+    "estimate_checkpoint_bytes",
+    "infer_model_config",
+    "load_slices",
+    "open_chosen",
+    "prune",
+    "require_safe_torch",
+    "save_checkpoint",
+    "verify_checkpoint",
+]
+
+OLDEST_TORCH = (2, 10)
+FROM_SCRATCH = "NONE"
+_NAME = re.compile(
+    r"^(?:tensor_parallel_checkpoint|streaming_checkpoint|non_streaming_checkpoint)_step_(\d+)\.pth$"
+)
+_OWN_NAME = re.compile(r"^tensor_parallel_checkpoint_step_(\d+)\.pth$")
+
+
+def require_safe_torch(version: str = torch.__version__) -> None:
+    """Refuse versions of torch whose weights-only loader has known holes (CVE-2026-24747, before 2.10)."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
+        raise DeviceError(
+            f"torch {version} has a known hole in loading checkpoints: install torch 2.10 or newer"
+        )
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` optimizer steps lies."""
+    return folder / f"tensor_parallel_checkpoint_step_{step}.pth"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointChoice:
+    """What to resume from; ``reader`` is None for a start from scratch."""
+
+    reader: CheckpointReader | None
+    reason: str
+    """One line for the console."""
+    warnings: tuple[str, ...] = ()
+    """Newer checkpoints that were passed over, and why."""
+
+
+def verify_checkpoint(path: Path, *, from_disk: bool = False) -> CheckpointReader:
+    """Prove all bytes of a file as far as it carries proof, and open it.
+
+    Ours is proven whole; a torch zip file by its records' checksums; a legacy file by its sizes. Raises
+    CheckpointError naming the file and the damage.
+    """
+    reader = open_checkpoint(path)
+    for file in reader.files:
+        verify_file(file.path, file.serialization, from_disk=from_disk)
+    return reader
+
+
+def verify_file(path: Path, serialization: str, *, from_disk: bool = False) -> None:
+    """Check a file's checksums; CheckpointError naming it where one does not match."""
+    if serialization != "zip":
+        return
+    try:
+        verify_archive(path, from_disk=from_disk)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
+
+
+def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoints in a folder as (step, path), newest step first; at equal steps ours before a pipeline's."""
+    found = []
+    for path in folder.iterdir():
+        match = _NAME.match(path.name)
+        if match:
+            found.append((int(match[1]), path))
+    return sorted(found, key=lambda item: (-item[0], not item[1].name.startswith("tensor"), item[1].name))
+
+
+def choose_checkpoint(
+    requested: str | None, output_dir: Path, *, force_from_scratch: bool = False
+) -> CheckpointChoice:
+    """Choose what to resume from (rank 0).
+
+    ``requested`` is ``--checkpoint-path``: a file, a folder (the newest that verifies), ``NONE``, or None
+    for the newest in ``<output_dir>/pretrained``. Raises CheckpointError where a named path is wrong, and
+    where checkpoints exist but none loads: a run never falls back to step 0 by itself.
+    """
+    if force_from_scratch or requested == FROM_SCRATCH:
+        flag = "--force-from-scratch" if force_from_scratch else "--checkpoint-path NONE"
+        return CheckpointChoice(reader=None, reason=f"starting from scratch ({flag})")
+    folder = Path(output_dir) / "pretrained" if requested is None else Path(requested).expanduser()
+    if requested is not None and not folder.exists():
+        raise CheckpointError(f"--checkpoint-path {requested} does not exist: name a file, a folder or NONE")
+    if folder.is_file():
+        reader = verify_checkpoint(folder)
+        return CheckpointChoice(reader=reader, reason=f"resuming from {folder} (step {reader.step})")
+    candidates = find_checkpoints(folder) if folder.is_dir() else []
+    if not candidates and requested is not None:
+        raise CheckpointError(f"--checkpoint-path {requested} holds no checkpoint (*_checkpoint_step_N.pth)")
+    if not candidates:
+        return CheckpointChoice(reader=None, reason=f"no checkpoint in {folder}: starting from scratch")
+    return _newest_that_verifies(folder, candidates)
+
+
+def _newest_that_verifies(folder: Path, candidates: list[tuple[int, Path]]) -> CheckpointChoice:
+    passed_over = []
+    for _, path in candidates:
+        try:
+            if path.resolve().parent != folder.resolve():
+                raise CheckpointError(f"checkpoint {path} is a link that leaves its folder")
+            reader = verify_checkpoint(path)
+        except CheckpointError as error:
+            passed_over.append(f"passed over {error}")
+            continue
+        reason = f"resuming from {path} (step {reader.step})"
+        return CheckpointChoice(reader=reader, reason=reason, warnings=tuple(passed_over))
+    raise CheckpointError(
+        f"none of the {len(candidates)} checkpoints in {folder} loads ({passed_over[0]}): repair one, or start "
+        "afresh with --checkpoint-path NONE"
+    )
+
+
+def open_chosen(
+    requested: str | None,
+    output_dir: Path,
+    *,
+    force_from_scratch: bool,
+    rank: int,
+    control_group: dist.ProcessGroup | None,
+) -> tuple[CheckpointView | None, str, tuple[str, ...]]:
+    """Choose on rank 0 and open on all ranks; collective.
+
+    Returns the view (None: from scratch), the line to say and the warnings, the same on all ranks. Raises
+    the same CheckpointError on all.
+    """
+    choice: CheckpointChoice | None = None
+    problem: CheckpointError | None = None
+    if rank == 0:
+        try:
+            choice = choose_checkpoint(requested, output_dir, force_from_scratch=force_from_scratch)
+        except CheckpointError as error:
+            problem = error
+    agree_on_error(problem, control_group)
+    said = (choice.reason, choice.warnings, choice.reader is None) if choice else None
+    reason, warnings, from_scratch = broadcast_object(said, control_group)
+    if from_scratch:
+        return None, reason, warnings
+    view = share_checkpoint(choice.reader if choice else None, rank, open_checkpoint, control_group)
+    return view, reason, warnings
+
+
+def clean_temporary_files(folder: Path) -> list[str]:
+    """Remove what killed saves left in a folder; return the names. Files of a save under way are kept."""
+    removed = []
+    for path in sorted(folder.glob(f".*.pth.*{TEMPORARY_SUFFIX}")) if folder.is_dir() else ():
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                removed.append(path.name)
+            finally:
+                os.close(descriptor)
+    return removed
+
+
+def prune(folder: Path, *, newest_verified: Path, keep: int, keep_every: int = 0) -> list[Path]:
+    """Remove our checkpoints older than the ``keep`` newest; return what was removed.
+
+    ``newest_verified`` is a checkpoint whose bytes were read back: nothing is removed unless it is there,
+    and neither it nor anything newer is. ``keep`` 0 keeps all; steps that ``keep_every`` divides stay for
+    good; files of the pipeline scripts are never touched.
+    """
+    match = _OWN_NAME.match(newest_verified.name)
+    if keep <= 0 or match is None or not newest_verified.is_file():
+        return []
+    verified_step = int(match[1])
+    own = [(step, path) for step, path in find_checkpoints(folder) if _OWN_NAME.match(path.name)]
+    kept_since_verified = [path for step, path in own if step <= verified_step][:keep]
+    removed = []
+    for step, path in own:
+        if step >= verified_step or path in kept_since_verified or (keep_every and step % keep_every == 0):
+            continue
+        path.unlink()
+        removed.append(path)
+    if removed:
+        sync_folder(folder)
+    return removed
+
+
+class BackgroundVerifier:
+    """Reads a new checkpoint back from the disk in a thread while training goes on, then prunes.
+
+    ``start`` after a save, ``poll`` between steps, ``wait`` before the end. One at a time: ``busy`` says
+    whether the last is still running, in which case a caller postpones its next save.
+    """
+
+    def __init__(self, on_verified: Callable[[Path], None]) -> None:
+        self._on_verified = on_verified
+        self._thread: threading.Thread | None = None
+        self._problem: CheckpointError | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, path: Path) -> None:
+        """Begin to read ``path`` back. A verification that still runs is waited for first."""
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(path,), name="verify-checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self, path: Path) -> None:
+        try:
+            verify_checkpoint(path, from_disk=True)
+            self._on_verified(path)
+        except CheckpointError as error:
+            self._problem = error
+        except OSError as error:
+            self._problem = CheckpointError(f"checkpoint {path}: {error.strerror or error}")
+
+    def poll(self) -> CheckpointError | None:
+        """The problem of a finished verification, once; its checkpoint must not be relied on."""
+        if self.busy:
+            return None
+        problem, self._problem = self._problem, None
+        return problem
+
+    def wait(self) -> CheckpointError | None:
+        """Wait for the verification under way; return what ``poll`` returns."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self.poll()
