@@ -477,15 +477,16 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
             raise ValueError("ArgonneModel.forward needs input_ids or inputs_embeds, and not both")
         if output_attentions:
             raise ValueError("ArgonneModel does not return attention weights (output_attentions)")
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         hidden_states = _to_autocast_dtype(hidden_states)
         position_embeddings = self._position_embeddings(
             tokens, hidden_states.dtype, position_ids, past_key_values
         )
         mask = self._causal_mask(tokens, hidden_states.dtype, attention_mask, position_ids, past_key_values)
+        # Only now: transformers looks for packed sequences in position_ids only where there is no cache.
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
 
         collected = [hidden_states] if output_hidden_states else None
         for block in self.blocks:

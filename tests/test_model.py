@@ -392,6 +392,18 @@ def test_cache_in_pieces_gives_the_logits_of_one_pass() -> None:
     assert model.train()(tokens).past_key_values is None
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("training", [True, False])
+def test_sequences_packed_by_position_ids_do_not_see_each_other(training: bool, attention: str) -> None:
+    config = make_config()
+    model = make_pair(config, attention)[0].train(training)
+    tokens = make_tokens(config, seq_len=16)
+    position_ids = torch.cat([torch.arange(7), torch.arange(9)])[None].expand(3, -1)
+    packed = model(tokens, position_ids=position_ids).logits
+    assert relative_error(packed[:, 7:], model(tokens[:, 7:]).logits) < 1e-5
+    assert relative_error(packed[:, 7:], model(tokens).logits[:, 7:]) > 1e-2
+
+
 def test_logits_to_keep_and_hidden_states() -> None:
     config = make_config()
     model, llama = make_pair(config)
