@@ -187,7 +187,7 @@ def place(
     if not position.file_name:
         if position.file_index >= len(shards):
             raise DataError(
-                f"the checkpoint stands in shard number {position.file_index} (from 0), but --data-glob gives "
+                f"the checkpoint stands in shard number {position.file_index} (from 0), --data-glob gives "
                 f"{len(shards)}: give the corpus it was trained on"
             )
         return replace(position, file_name=names[position.file_index]), []

@@ -22,6 +22,8 @@ from run_errors import DataError
 
 BATCH_CHARACTERS = 1 << 18
 """Text handed to one tokenizing worker at a time, characters."""
+FIRST_BATCH_CHARACTERS = 1 << 13
+"""The first batch is this small and each next one twice as large, so that the first step waits little."""
 BATCHES_PER_WORKER = 2
 
 
@@ -246,20 +248,21 @@ def _finished(
 def _text_batches(
     documents: Iterator[Document],
 ) -> Iterator[tuple[list[str], list[bool], list[tuple[int, Document]]]]:
-    """(texts, whether each ends its document, [(text index, document)]) of about BATCH_CHARACTERS."""
+    """(texts, whether each ends its document, [(text index, document)]) of up to BATCH_CHARACTERS or a piece."""
     texts: list[str] = []
     last: list[bool] = []
     marks: list[tuple[int, Document]] = []
-    size = 0
+    size, limit = 0, min(FIRST_BATCH_CHARACTERS, BATCH_CHARACTERS)
     for document in documents:
         marks.append((len(texts), document._replace(text="")))  # the mark outlives the text
         for piece, ends in text_pieces(document.text):
             texts.append(piece)
             last.append(ends)
             size += len(piece)
-            if size >= BATCH_CHARACTERS:
+            if size >= limit:
                 yield texts, last, marks
                 texts, last, marks, size = [], [], [], 0
+                limit = min(2 * limit, BATCH_CHARACTERS)
     if texts:
         yield texts, last, marks
 
