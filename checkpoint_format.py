@@ -38,7 +38,7 @@ _DOS_DATE = 0x21  # 1980-01-01: a checkpoint's bytes do not depend on the clock
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 @dataclass
@@ -185,7 +185,7 @@ class RecordSpan:
 
 @dataclass(frozen=True)
 class ArchiveIndex:
-    """The records of a zip file by name without the archive's prefix; ``sealed`` when it carries our digest."""
+    """Records of a zip file by name without the archive's prefix; ``sealed`` when it carries our digest."""
 
     records: dict[str, RecordSpan]
     size: int
