@@ -92,6 +92,11 @@ class TPGroup:
         """Finish a started collective."""
         return tensor
 
+    @property
+    def reduces_in_place(self) -> bool:
+        """Whether an owned tensor is overwritten by an all-reduce."""
+        return False
+
     def all_reduce(self, tensor: Tensor, op: str = "sum", *, owned: bool = False) -> Tensor:
         return self.wait(self.start_all_reduce(tensor, op, owned=owned))
 
@@ -137,8 +142,12 @@ class ProcessTPGroup(TPGroup):
         ranks = members[first : first + size]
         return ProcessTPGroup(dist.new_group(ranks, use_local_synchronization=True))
 
+    @property
+    def reduces_in_place(self) -> bool:
+        return not torch.compiler.is_compiling()
+
     def _all_reduce(self, tensor: Tensor, op: str, owned: bool) -> Tensor:
-        if owned and not torch.compiler.is_compiling():
+        if owned and self.reduces_in_place:
             return torch.ops._c10d_functional.all_reduce_(tensor, op, self._name)
         return torch.ops._c10d_functional.all_reduce(tensor, op, self._name)
 
@@ -271,12 +280,16 @@ class _CopyTo(torch.autograd.Function):
 
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: TPGroup) -> Tensor:
-        return group.all_reduce(tensor.contiguous())
+    def forward(ctx: Any, tensor: Tensor, group: TPGroup, owned: bool) -> Tensor:
+        if not owned or not group.reduces_in_place:
+            return group.all_reduce(tensor.contiguous())
+        ctx.mark_dirty(tensor)
+        group.all_reduce(tensor, owned=True)
+        return tensor
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None
+        return grads[0], None, None
 
 
 class _GatherFrom(torch.autograd.Function):
@@ -345,9 +358,12 @@ def copy_to_region(tensor: Tensor, group: TPGroup) -> Tensor:
     return tensor if group.size == 1 else _CopyTo.apply(tensor, group)
 
 
-def reduce_from_region(tensor: Tensor, group: TPGroup) -> Tensor:
-    """Exit of a parallel region: all-reduce forward, identity backward (Megatron's g)."""
-    return tensor if group.size == 1 else _ReduceFrom.apply(tensor, group)
+def reduce_from_region(tensor: Tensor, group: TPGroup, *, owned: bool = False) -> Tensor:
+    """Exit of a parallel region: all-reduce forward, identity backward (Megatron's g).
+
+    ``owned``: the argument is a contiguous tensor of no further use, which may be overwritten.
+    """
+    return tensor if group.size == 1 else _ReduceFrom.apply(tensor, group, owned)
 
 
 def gather_from_region(tensor: Tensor, group: TPGroup, dim: int = -1) -> Tensor:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tp_collectives import (
-    SEQUENCE_DIM,
     TPGroup,
     finish_gather_sequence,
     finish_scatter_sequence,
@@ -223,30 +222,6 @@ class ColumnParallelLinear(nn.Module):
         )
 
 
-class _RowProduct(torch.autograd.Function):
-    """Partial product and the exit: reduce forward; backward local (sequence parallel: all-gather)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group: TPGroup, sequence_parallel: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.group, ctx.sequence_parallel, ctx.seq_len = group, sequence_parallel, x.shape[SEQUENCE_DIM]
-        partial = F.linear(x, weight)
-        if sequence_parallel:
-            return finish_scatter_sequence(start_scatter_sequence(partial, group), group)
-        return group.all_reduce(partial, owned=True)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad = grads[0]
-        if ctx.sequence_parallel:
-            grad = finish_gather_sequence(start_gather_sequence(grad, ctx.group), ctx.group, ctx.seq_len)
-        rows = _rows(grad)
-        grad_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        grad_weight = rows.t() @ _rows(x) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None, None
-
-
 class RowParallelLinear(nn.Module):
     """A linear layer whose input features are divided over the tensor-parallel group.
 
@@ -293,9 +268,13 @@ class RowParallelLinear(nn.Module):
             x = scatter_to_region(x, self.group)
         if self.group.size == 1:
             return F.linear(x, self.matrix, self.bias)
-        operand, weight = _in_compute_dtype(x, self.matrix)
-        sequence_parallel = self.sequence is not None and self.sequence.enabled
-        y = _RowProduct.apply(operand, weight, self.group, sequence_parallel)
+        partial = F.linear(x, self.matrix)
+        # Product and exit are two nodes: recomputation ends once the product's input is back, and spares
+        # the collective of a block's last exit.
+        if self.sequence is not None and self.sequence.enabled:
+            y = reduce_scatter_sequence(partial, self.group)
+        else:
+            y = reduce_from_region(partial, self.group, owned=True)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

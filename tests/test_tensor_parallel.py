@@ -25,14 +25,25 @@ def reference(dtype: torch.dtype, tokens: Tensor, **changes: Any) -> tuple[float
     loss.backward()
     with torch.no_grad():
         logits = model(input_ids=tokens).logits
-    return float(loss.detach()), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, logits
+    return (
+        float(loss.detach()),
+        {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+        logits,
+    )
 
 
 def sharded_rank(
-    rank: int, world_size: int, dtype: torch.dtype, tokens: Tensor, sequence_parallel: bool, changes: dict[str, Any]
+    rank: int,
+    world_size: int,
+    dtype: torch.dtype,
+    tokens: Tensor,
+    sequence_parallel: bool,
+    changes: dict[str, Any],
 ) -> tuple[float, Grads, Tensor, dict[str, int], dict[str, int], list[str]]:
     """One gloo rank: what `reference` gives, the collectives of loss and backward, and local replicas."""
-    model = TensorParallelModel(small_model(dtype, **changes), dist.group.WORLD, sequence_parallel=sequence_parallel)
+    model = TensorParallelModel(
+        small_model(dtype, **changes), dist.group.WORLD, sequence_parallel=sequence_parallel
+    )
     counters = model.tensor_parallel.group.counters
     counters.reset()
     loss = loss_of(model, tokens)
@@ -92,7 +103,11 @@ def test_collectives_under_sequence_parallelism() -> None:
     layers, size, activation = 2, 2, 2 * 16 * 50 * 4
     *_, calls, payload, _ = run_ranks(sharded_rank, size, torch.float32, tokens, True, {})[0]
     regathers = 2 * layers + 1
-    assert calls == {"all_gather": 4 * layers + 2 + regathers, "reduce_scatter": 4 * layers + 2, "all_reduce": 2}
+    assert calls == {
+        "all_gather": 4 * layers + 2 + regathers,
+        "reduce_scatter": 4 * layers + 2,
+        "all_reduce": 2,
+    }
     assert payload["reduce_scatter"] == (4 * layers + 2) * activation
     assert payload["all_gather"] == (4 * layers + 2 + regathers) * activation
 
@@ -200,8 +215,12 @@ def test_head_counts_are_rewritten_and_slices_are_local() -> None:
     assert model.get_submodule("lm_head").weight is model.get_submodule("embed_tokens").weight
 
 
-@pytest.mark.parametrize(("heads", "key_value", "size", "listed"), [(24, 8, 16, "1, 2, 4, 8 or 24"), (8, 8, 3, "1, 2, 4 or 8")])
-def test_a_degree_that_cannot_work_names_those_that_can(heads: int, key_value: int, size: int, listed: str) -> None:
+@pytest.mark.parametrize(
+    ("heads", "key_value", "size", "listed"), [(24, 8, 16, "1, 2, 4, 8 or 24"), (8, 8, 3, "1, 2, 4 or 8")]
+)
+def test_a_degree_that_cannot_work_names_those_that_can(
+    heads: int, key_value: int, size: int, listed: str
+) -> None:
     changes = {"num_attention_heads": heads, "num_key_value_heads": key_value, "head_dim": 2}
     with pytest.raises(ConfigError, match=f"--tensor-parallel-size {size} .*use {listed}"):
         shard_tensor_parallel(small_model(**changes), SimulatedTPGroup.create(size)[0])
