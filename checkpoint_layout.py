@@ -26,7 +26,7 @@ KIND_PIPELINE = "pipeline"
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 ADAM_KEYS = ("exp_avg", "exp_avg_sq")
-_WRAPPERS = ("_orig_mod.", "module.")
+_WRAPPERS = ("module.", "base_model.")
 _COMPARE_ROWS = 4096
 
 
@@ -106,7 +106,8 @@ def parameter_names(names: Mapping[str, object] | Sequence[str], tied: bool) -> 
 
 
 def strip_wrappers(name: str) -> str:
-    """The name without the prefixes that torch.compile and DDP put before every name."""
+    """The name without what torch.compile, DDP and the public tensor-parallel script's wrapper add to it."""
+    name = name.replace("_orig_mod.", "")
     while name.startswith(_WRAPPERS):
         name = name.split(".", 1)[1]
     return name
@@ -359,7 +360,7 @@ def infer_model_config(reader: CheckpointReader, heads: Mapping[str, Any]) -> di
     query_heads, key_value_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if not query_heads or not key_value_heads:
         raise CheckpointError(
-            f"checkpoint {reader.path} does not say how many heads its model has: name them with --model-config"
+            f"checkpoint {reader.path} does not say how many heads its model has: give --model-config"
         )
     query, key_value = seen.pop("query_size"), seen.pop("key_value_size")
     head_dim, rest = divmod(query, query_heads)
@@ -392,7 +393,7 @@ _COMPARED = (
 def check_model_config(
     reader_config: Mapping[str, Any], requested: Mapping[str, Any], path: Path | str
 ) -> None:
-    """Raise CheckpointError naming both values of every key that differs; keys absent on a side are skipped."""
+    """Raise CheckpointError naming both values of every key that differs; absent keys are skipped."""
     differences = [
         f"{key} is {reader_config[key]} in the checkpoint and {requested[key]} in --model-config"
         for key in _COMPARED

@@ -1,4 +1,4 @@
-"""Loading: every rank fills its slices from the mapped file; ranks that cannot open it get them from rank 0."""
+"""Loading: every rank fills its slices from the mapped file; one that cannot open it asks rank 0."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def _receive_chunks(
 
 
 def whole_state(view: CheckpointView) -> Iterator[tuple[str, torch.Tensor]]:
-    """All weights of an open checkpoint one by one, float32, the head included (for small models and tests)."""
+    """All weights of an open checkpoint one by one, float32, the head included."""
     assert view.reader is not None
     for name in (*view.names, *((HEAD,) if view.tied else ())):
         source = view.reader.model[name]

@@ -14,7 +14,7 @@ import pickletools
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -51,6 +51,14 @@ _DTYPE_NAMES = (
     "bool",
 )
 
+_PICKLE_ERRORS = (
+    pickle.UnpicklingError,
+    ValueError,
+    TypeError,
+    EOFError,
+    LookupError,
+    AttributeError,
+)
 _PLAIN_OPCODES = frozenset(
     "PROTO STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE "
     "EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS APPEND APPENDS "
@@ -182,15 +190,7 @@ def load_tree(data: bytes) -> tuple[Any, int]:
     try:
         length = _check_opcodes(data)
         tree = _Unpickler(io.BytesIO(data[:length])).load()
-    except (
-        pickle.UnpicklingError,
-        ValueError,
-        TypeError,
-        EOFError,
-        KeyError,
-        IndexError,
-        AttributeError,
-    ) as error:
+    except _PICKLE_ERRORS as error:
         raise CheckpointError(f"its pickle is damaged ({str(error)[:120]})") from error
     except (MemoryError, OverflowError, RecursionError) as error:
         raise CheckpointError("its pickle is damaged or malicious") from error
@@ -207,18 +207,20 @@ def plain_tree(tree: Any, what: str) -> Any:
             raise CheckpointError(f"{what} nests too deeply or repeats too often to be a checkpoint")
         if node is None or isinstance(node, bool | int | float | str | torch.dtype | TensorRef):
             if type(node) not in _LEAVES:
-                raise CheckpointError(
-                    f"{what} holds a {type(node).__module__}.{type(node).__name__}: {_REMEDY}"
-                )
+                raise _foreign(node, what)
             return node
         if isinstance(node, dict):
             return {_plain_key(key, what): copy(value, depth + 1) for key, value in node.items()}
         if isinstance(node, list | tuple):
             items = [copy(item, depth + 1) for item in node]
             return items if isinstance(node, list) else tuple(items)
-        raise CheckpointError(f"{what} holds a {type(node).__module__}.{type(node).__name__}: {_REMEDY}")
+        raise _foreign(node, what)
 
     return copy(tree, 0)
+
+
+def _foreign(node: Any, what: str) -> CheckpointError:
+    return CheckpointError(f"{what} holds a {type(node).__module__}.{type(node).__name__}: {_REMEDY}")
 
 
 _LEAVES = (type(None), bool, int, float, str, torch.dtype, TensorRef)
@@ -267,12 +269,3 @@ def map_tensors(tree: Any, visit: Callable[[str, TensorRef], None], path: str = 
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):
             map_tensors(value, visit, f"{path}[{index}]")
-
-
-def read_limited(file: BinaryIO, offset: int, length: int) -> bytes:
-    """Read ``length`` bytes at ``offset``; CheckpointError where the file ends before."""
-    file.seek(offset)
-    data = file.read(length)
-    if len(data) != length:
-        raise CheckpointError(f"ends {length - len(data)} bytes too early")
-    return data

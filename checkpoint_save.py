@@ -308,7 +308,7 @@ def _send_slices(
 
 
 class _Peers:
-    """Words and slices between rank 0 and the others; a broken connection becomes a PeerError that names it."""
+    """Words and slices between rank 0 and the others; a lost rank becomes a PeerError that names it."""
 
     def __init__(self, ranks: Sequence[int], group: dist.ProcessGroup | None) -> None:
         self.ranks = tuple(ranks)

@@ -164,8 +164,8 @@ def _newest_that_verifies(folder: Path, candidates: list[tuple[int, Path]]) -> C
         reason = f"resuming from {path} (step {reader.step})"
         return CheckpointChoice(reader=reader, reason=reason, warnings=tuple(passed_over))
     raise CheckpointError(
-        f"none of the {len(candidates)} checkpoints in {folder} loads ({passed_over[0]}): repair one, or start "
-        "afresh with --checkpoint-path NONE"
+        f"none of the {len(candidates)} checkpoints in {folder} loads ({passed_over[0]}): repair one, or "
+        "start afresh with --checkpoint-path NONE"
     )
 
 
