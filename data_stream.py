@@ -248,7 +248,7 @@ def _finished(
 def _text_batches(
     documents: Iterator[Document],
 ) -> Iterator[tuple[list[str], list[bool], list[tuple[int, Document]]]]:
-    """(texts, whether each ends its document, [(text index, document)]) of up to BATCH_CHARACTERS or a piece."""
+    """(texts, whether each ends its document, [(text index, document)]) of about BATCH_CHARACTERS."""
     texts: list[str] = []
     last: list[bool] = []
     marks: list[tuple[int, Document]] = []

@@ -324,7 +324,8 @@ def test_positions_that_cannot_be_placed(reference: Reference) -> None:
 def test_the_position_dictionary_has_both_sets_of_keys(reference: Reference) -> None:
     options = replace(reference.options, block_size=100, samples_per_step=40)
     source = opened(reference, options)
-    progress = list(steps(source, 1))[0].progress
+    progress = next(steps(source, 1)).progress
+    source.source.close()
     saved = source.position_dict(progress)
     assert set(saved) == set(PIPELINE) | {"file_name", "row", "token_offset"}
     assert saved["streaming"] is True and saved["row"] == saved["position_in_file"]
