@@ -240,7 +240,15 @@ def recompute_blocks(blocks: Iterable[nn.Module], mode: str) -> None:
     if mode == "selective":
         options["context_fn"] = _selective_contexts
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, **options)
+        block.forward = _recomputed(block.forward, options)
+
+
+def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    # A plain function: torch.compile does not look into a functools.partial.
+    def recomputed_forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return recomputed_forward
 
 
 def _selective_contexts() -> Any:
