@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import NoReturn
 
-from run_errors import EXIT_FAILURE, PeerError, RunError
-from run_peers import KeyStore, Peers, Progress, Verdict, rank_list
+from run_errors import EXIT_FAILURE, EXIT_STOPPED, PeerError, RunError
+from run_peers import KeyStore, Note, Peers, Progress, Verdict, rank_list
 from run_status import HEARTBEAT_SECONDS, Launch, OutputLock, RunStatus, is_final, mark_failed
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -29,8 +29,8 @@ SAME_SIGNAL_SECONDS = 2.0
 """A signal of the same kind within this time is the same request: Slurm and torchrun both send it."""
 UNLIMITED_PHASES = frozenset({"save", "export"})
 """Phases that a first signal lets end, however long they take."""
-DEAD_PEER_SECONDS = 5.0
-"""How long the main thread has to meet a peer's death by itself, before the watcher ends the process."""
+TROUBLE_SECONDS = 5.0
+"""How long the main thread has to meet a peer's end by itself, before the watcher ends the process."""
 
 
 def enable_flight_recorder(folder: Path, environ: MutableMapping[str, str]) -> None:
@@ -64,7 +64,8 @@ class RunControl:
     """Everything that may end this process, in one place.
 
     Order of use: ``start`` (main thread, early), ``claim`` (rank 0: folder, lock, status), ``join`` (once the
-    store exists), then per step ``boundary`` and the ``stop_flag``, at the end ``finish`` or ``fail``.
+    store exists), ``begin``, then per step the ``stop_flag`` and ``boundary``, at the end ``finish`` or
+    ``fail``.
 
     Args:
         output_dir: folder of ``stats/``.
@@ -99,11 +100,11 @@ class RunControl:
         self._boundary_due: float | None = None
         self._longest: dict[str, float] = {}
         self._phase_since = time.monotonic()
-        self._dead_since: float | None = None
+        self._trouble_since: float | None = None
         self._leaving = threading.Lock()
         self._armed = False
+        self._looping = False
         self._wake_read, self._wake_write = socket.socketpair()
-        self._previous: dict[int, object] = {}
 
     # ---------------------------------------------------------------- set-up
 
@@ -113,7 +114,7 @@ class RunControl:
         self._wake_write.setblocking(False)
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, lambda number, frame: None)
+            signal.signal(number, lambda number, frame: None)
         # A forked child would send its own signals down our wake-up socket: give it the ordinary ones back.
         os.register_at_fork(after_in_child=self._in_child)
         self._armed = True
@@ -151,8 +152,16 @@ class RunControl:
         """1 where this rank was asked to stop; the loop sums it over the ranks in its per-step all-reduce."""
         return int(self._reason is not None)
 
+    def begin(self, step: int) -> None:
+        """The loop starts after ``step`` completed steps. Before, a signal ends the process at once."""
+        self.progress.mark("step", step)
+        self._phase_since = time.monotonic()
+        self._looping = True
+        if self.status is not None:
+            self.status.update(step=step)
+
     def boundary(self, step: int) -> None:
-        """A step is complete: ``step`` optimizer steps so far, and the ranks have agreed on stop or go on."""
+        """A step is complete, ``step`` in all, and the ranks have agreed on going on or stopping."""
         self._end_phase("step")
         self.progress.mark("step", step)
         if self.status is not None:
@@ -171,16 +180,19 @@ class RunControl:
             self.progress.mark(before)
 
     def stop_reason(self) -> str:
-        """Why the run stops, as far as this rank knows; after the ranks agreed."""
-        if self._reason is not None:
-            return self._reason
-        if self.peers is not None:
-            self.peers.refresh()
-            for rank in range(self.world_size):
-                note = self.peers.note(rank)
-                if note is not None:
-                    return note.removeprefix("stopping: ")
-        return "a signal to another rank"
+        """Why the run stops, once the ranks have agreed to."""
+        told = self.peers.stop_reason() if self.peers is not None else None
+        return self._reason or told or "a signal to another rank"
+
+    def grace_warning(self, save_seconds: float) -> str | None:
+        """What to warn of at the start where a save takes longer than torchrun waits after a signal."""
+        grace = grace_seconds(self.launch, os.environ)
+        if grace is None or save_seconds < 0.8 * grace:
+            return None
+        return (
+            f"a save takes about {save_seconds:.0f} s, but torchrun kills its workers {grace:.0f} s after a "
+            f"signal: start it with --shutdown-timeout {max(600, 3 * round(save_seconds))}"
+        )
 
     # ---------------------------------------------------------------- the end
 
@@ -189,70 +201,76 @@ class RunControl:
 
         To be called on every rank after a barrier; signals change nothing any more.
         """
-        self._disarm(f"{state}: {reason}" if reason else state)
-        if self.status is not None:
-            self.status.end(state, reason)
-        if self._lock is not None:
-            self._lock.release()
+        self._end(Note(state=state, text=reason or "", final=True))
         return self.launch.stop_code if state == "stopped" else 0
 
     def fail(self, error: RunError) -> tuple[int, str | None]:
-        """The run ends with an error: the exit code, and the line to print (None: another rank says it)."""
-        line: str | None = f"error: {error}"
-        if self.peers is not None and not isinstance(error, PeerError):
-            self.peers.refresh(1.0)
-            if any(self.peers.note(rank) == line for rank in range(self.rank)):
-                line = None
-        self._disarm(line or "failed")
-        self._record_failure(str(error), final=is_final(error))
-        return error.exit_code, line
+        """The run ends with an error: the exit code, and the line to print (None: another rank prints it)."""
+        note = Note(state="failed", text=str(error), final=is_final(error))
+        speaks = not isinstance(error, _ToldError) and self._speaks_for(error, note)
+        if speaks and self.status is None:
+            mark_failed(self.output_dir, self.launch, str(error))
+        self._end(note)
+        return error.exit_code, f"error: {error}" if speaks else None
 
     def explain(self, error: BaseException) -> RunError:
-        """What a failed collective means: the death of a peer, by name where it can be found out."""
-        if self.peers is None:
-            return PeerError(f"{type(error).__name__}: {error}")
-        deadline = time.monotonic() + 3.0
-        while not (dead := self.peers.dead()) and time.monotonic() < deadline:
-            self.peers.refresh(0.5)
-            left = [rank for rank in range(self.world_size) if self.peers.note(rank) and rank != self.rank]
-            if left:
-                return _Told(f"rank {left[0]}: {self.peers.note(left[0])}")
-            time.sleep(0.1)
-        if dead:
-            return self._death(dead)
-        text = str(error).splitlines()[0] if str(error) else ""
+        """What a failed collective means: the end of a peer, by name where it can be found out."""
+        if self.peers is not None:
+            deadline = time.monotonic() + 3.0
+            while time.monotonic() < deadline:
+                self.peers.refresh(0.5)
+                if dead := self.peers.dead():
+                    return self._death(dead)
+                if failed := self._failed_peer():
+                    return _ToldError(f"rank {failed[0]}: {failed[1].text}")
+                time.sleep(0.1)
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
         return PeerError(
-            f"a collective failed in step {self.progress.step} on rank {self.rank}: {text[:200]}: see the "
-            f"other ranks' and hosts' messages, then resume"
+            f"a collective failed in step {self.progress.step} on rank {self.rank} ({text[:200]}): see the "
+            f"messages of the other ranks and hosts, then resume"
         )
-
-    def speaks(self, error: RunError) -> bool:
-        """Whether this rank is the one to print an error that all survivors meet."""
-        if isinstance(error, _Told):
-            return False
-        if self.peers is None or not isinstance(error, PeerError):
-            return True
-        return self.rank == self.peers.first_left(self.peers.dead())
 
     # ---------------------------------------------------------------- inside
 
     def _in_child(self) -> None:
+        self._armed = False
         signal.set_wakeup_fd(-1)
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
 
-    def _disarm(self, note: str) -> None:
-        self._armed = False
+    def _speaks_for(self, error: RunError, note: Note) -> bool:
+        """Whether this rank prints the error: of those that meet the same one, the lowest does."""
+        if self.peers is None or self.rank == 0:
+            return True
+        if isinstance(error, PeerError):
+            return self.rank == self.peers.first_left(self.peers.dead())
+        self.peers.say_goodbye(note)
+        deadline = time.monotonic() + 1.0
+        while time.monotonic() < deadline:
+            self.peers.refresh(0.5)
+            if any(rank < self.rank and other == note for rank, other in self.peers.notes().items()):
+                return False
+        return True
+
+    def _failed_peer(self) -> tuple[int, Note] | None:
+        notes = {} if self.peers is None else self.peers.notes()
+        return next(((rank, note) for rank, note in notes.items() if note.state == "failed"), None)
+
+    def _end(self, note: Note) -> None:
+        """From here on the main thread ends the process by itself."""
+        with self._leaving:
+            self._armed = False
         for number in STOP_SIGNALS:
-            with contextlib.suppress(ValueError):  # not in the main thread: the handlers do nothing anyway
-                signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN)
+        self._close_books(note)
         if self.peers is not None:
-            self.peers.say_goodbye(note)
             self.peers.close()
 
-    def _record_failure(self, reason: str, *, final: bool) -> None:
+    def _close_books(self, note: Note) -> None:
+        if self.peers is not None:
+            self.peers.say_goodbye(note)
         if self.status is not None:
-            self.status.end("failed", reason, final=final)
+            self.status.end(note.state, note.text or None, final=note.final)
         if self._lock is not None:
             self._lock.release()
 
@@ -287,19 +305,21 @@ class RunControl:
     def _take(self, number: signal.Signals) -> None:
         at = time.monotonic()
         if self.peers is not None:
+            # torchrun sends the same signal when a peer has died: then there is nothing to agree on.
             self.peers.refresh(1.0)
-            if dead := self.peers.dead():
-                self._leave_for(self._death(dead))
-        if self.progress.phase == "start":
-            if self.status is not None:
-                self.status.end("stopped", f"{number.name} before the first step", final=False)
-            self._leave(75, None, f"stopped: {number.name} before the first step")
+            self._follow(self.peers.dead())
         before, self._signal = self._signal, (number, at)
+        if not self._looping:
+            note = Note(state="stopped", text=f"{number.name} before the first step")
+            self._leave(EXIT_STOPPED, None, note)
         if before is not None and self._is_impatient(before, number, at):
-            if self.status is not None:
-                self.status.end("stopped", f"second {number.name}: left at once, without saving")
-            line = f"error: left at once on a second {number.name}, without saving: resume from the newest checkpoint"
-            self._leave(128 + number, line if self.rank == 0 else None, f"stopped by a second {number.name}")
+            text = (
+                f"left at once on a second {number.name}, without saving: resume from the newest checkpoint"
+            )
+            line = f"error: {text}" if self.rank == 0 else None
+            self._leave(128 + number, line, Note(state="stopped", text=text, final=True))
+        if self._boundary_due is None:
+            self._boundary_due = at + self._patience()
         self._request(f"{number.name}" if self.rank == 0 else f"{number.name} to rank {self.rank}")
 
     @staticmethod
@@ -313,9 +333,8 @@ class RunControl:
     def _request(self, reason: str) -> None:
         if self._reason is None:
             self._reason = reason
-            self._boundary_due = time.monotonic() + self._patience()
-            if self.peers is not None and self.rank != 0:
-                self.peers.say_goodbye(f"stopping: {reason}")
+            if self.peers is not None:
+                self.peers.ask_to_stop(reason)
 
     def _tick(self, at: float) -> None:
         if self.launch.launcher_pid is not None and os.getppid() != self.launch.launcher_pid:
@@ -327,24 +346,38 @@ class RunControl:
         if self.peers is None:
             return
         dead = self.peers.dead()
-        self._dead_since = (self._dead_since or at) if dead else None
-        if self._dead_since is not None and at - self._dead_since > DEAD_PEER_SECONDS:
-            self._leave_for(self._death(dead))
+        trouble = bool(dead) or self._failed_peer() is not None
+        self._trouble_since = (self._trouble_since or at) if trouble else None
+        if self._trouble_since is not None and at - self._trouble_since > TROUBLE_SECONDS:
+            self._follow(dead)
+        if self._stall_timeout > 0 and at - self.peers.answered > max(self._stall_timeout, 30.0):
+            self._leave_for(PeerError("rank 0's host does not answer any more: look at it, then resume"))
         due = self._boundary_due
-        if due is not None and at > due and self.progress.phase not in UNLIMITED_PHASES:
-            stopped = self.peers.stopped()
-            who = f"{rank_list(stopped)} is stopped" if stopped else "a peer does not answer"
-            self.peers.kill(stopped)
-            self._leave_for(
-                PeerError(
-                    f"{who}: no step ended within {at - due + self._patience():.0f} s of {self._reason} in step "
-                    f"{self.progress.step}, so nothing was saved: resume from the newest checkpoint"
-                )
+        if due is not None and at > due and self._looping and self.progress.phase not in UNLIMITED_PHASES:
+            self._give_up_agreement()
+
+    def _give_up_agreement(self) -> NoReturn:
+        assert self.peers is not None
+        stopped = self.peers.stopped()
+        who = f"{rank_list(stopped)} is stopped" if stopped else "a peer does not answer"
+        self.peers.kill(stopped)
+        self._leave_for(
+            PeerError(
+                f"{who}: no step ended within {self._patience():.0f} s of {self._reason} after step "
+                f"{self.progress.step}, so nothing was saved: resume from the newest checkpoint"
             )
+        )
+
+    def _follow(self, dead: list[int]) -> None:
+        """End with a peer that died, or that said why it failed."""
+        if dead:
+            self._leave_for(self._death(dead))
+        if (failed := self._failed_peer()) is not None:
+            self._leave(EXIT_FAILURE, None, failed[1])
 
     def _death(self, dead: list[int]) -> PeerError:
         return PeerError(
-            f"{rank_list(dead)} died in or after step {self.progress.step} ({self.progress.phase}): look for its "
+            f"{rank_list(dead)} died after step {self.progress.step} ({self.progress.phase}): look for its "
             f"last message above, then resume from the newest checkpoint"
         )
 
@@ -352,12 +385,10 @@ class RunControl:
         assert self.peers is not None
         self._dump_stacks()
         self.peers.kill(verdict.ranks if verdict.silent else ())
-        line = f"error: {verdict.text}" if speaks else None
         if speaks and 0 in verdict.ranks:
-            mark_failed(self.output_dir, verdict.text)
-        if self.status is not None:
-            self.status.end("failed", verdict.text, final=False)
-        self._leave(EXIT_FAILURE, line, "ended by a stalled rank")
+            mark_failed(self.output_dir, self.launch, verdict.text)
+        line = f"error: {verdict.text}" if speaks else None
+        self._leave(EXIT_FAILURE, line, Note(state="failed", text=verdict.text))
 
     def _dump_stacks(self) -> None:
         with contextlib.suppress(OSError):
@@ -365,30 +396,30 @@ class RunControl:
                 faulthandler.dump_traceback(file=file, all_threads=True)
 
     def _leave_for(self, error: PeerError) -> NoReturn:
-        if self.status is not None:
-            self.status.end("failed", str(error), final=False)
-        elif self.speaks(error):
-            mark_failed(self.output_dir, str(error))
-        self._leave(error.exit_code, f"error: {error}" if self.speaks(error) else None, f"ended: {error}")
+        note = Note(state="failed", text=str(error))
+        speaks = self._speaks_for(error, note)
+        if speaks and self.status is None:
+            mark_failed(self.output_dir, self.launch, str(error))
+        self._leave(error.exit_code, f"error: {error}" if speaks else None, note)
 
-    def _leave(self, code: int, line: str | None, note: str) -> NoReturn:
+    def _leave(self, code: int, line: str | None, note: Note) -> NoReturn:
         """End this process now, whatever its main thread is waiting for, and its children with it."""
         with self._leaving:
-            if line is not None:
-                with contextlib.suppress(OSError):
-                    os.write(2, line.encode() + b"\n")
-            if self.peers is not None and not note.startswith("ended"):
-                self.peers.say_goodbye(note)
-            if self._lock is not None:
-                self._lock.release()
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError, AttributeError):
-                    stream.flush()
-            _kill_children()
-            os._exit(code)
+            if self._armed:
+                if line is not None:
+                    with contextlib.suppress(OSError):
+                        os.write(2, line.encode() + b"\n")
+                self._close_books(note)
+                for stream in (sys.stdout, sys.stderr):
+                    with contextlib.suppress(OSError, ValueError, AttributeError):
+                        stream.flush()
+                _kill_children()
+                os._exit(code)
+        while True:  # the main thread is ending the process already
+            time.sleep(60)
 
 
-class _Told(PeerError):
+class _ToldError(PeerError):
     """Another rank has said what is wrong; this one only follows."""
 
 

@@ -74,6 +74,17 @@ class Verdict:
     text: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Note:
+    """What a rank said when it left."""
+
+    state: str
+    """``finished``, ``stopped`` or ``failed``"""
+    text: str
+    final: bool = False
+    """whether a restart would only repeat it"""
+
+
 def rank_list(ranks: Iterable[int]) -> str:
     """``rank 3`` or ``ranks 1, 2``."""
     ordered = sorted(ranks)
@@ -151,7 +162,7 @@ class Peers:
         self._judge = StallJudge(stall_timeout) if stall_timeout > 0 else None
         self.interval = min(2.0, max(0.1, stall_timeout / 5)) if stall_timeout > 0 else 2.0
         self._places: dict[int, dict[str, Any]] = {}
-        self._notes: dict[int, str] = {}
+        self._notes: dict[int, Note] = {}
         self._number = 0
         self._ending = threading.Event()
         self._wanted = threading.Event()
@@ -169,10 +180,27 @@ class Peers:
     def _key(kind: str, rank: int | str) -> str:
         return f"argonne/run/{kind}/{rank}"
 
-    def say_goodbye(self, note: str) -> None:
-        """Leave a note why this rank ends, so that the others do not take it for a death."""
-        with contextlib.suppress(RuntimeError, OSError):  # the store may have gone first
-            self._store.set(self._key("note", self._rank), note)
+    def say_goodbye(self, note: Note) -> None:
+        """Say why this rank ends, so that the others do not take it for a death; waits a second at most."""
+        self._send("note", self._rank, json.dumps(dataclasses.asdict(note)))
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Tell the others why this rank raises its stop flag; waits a second at most."""
+        self._send("stop", "all", reason)
+
+    def stop_reason(self) -> str | None:
+        """What a rank that raised its stop flag said."""
+        return self._read("stop", "all")
+
+    def _send(self, kind: str, rank: int | str, text: str) -> None:
+        def send() -> None:
+            with contextlib.suppress(RuntimeError, OSError):  # the store may have gone first
+                self._store.set(self._key(kind, rank), text)
+
+        # A store whose process is stopped would keep us for ever.
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        thread.join(1.0)
 
     def close(self) -> None:
         """End the thread; calling it again does nothing."""
@@ -186,9 +214,9 @@ class Peers:
             self._wanted.set()
             self._round.wait_for(lambda: self._rounds > before, timeout=seconds)
 
-    def note(self, rank: int) -> str | None:
-        """What a rank said when it left, as far as it is known."""
-        return self._notes.get(rank)
+    def notes(self) -> dict[int, Note]:
+        """What the other ranks said when they left, as far as it is known here."""
+        return {rank: note for rank, note in list(self._notes.items()) if rank != self._rank}
 
     def dead(self) -> list[int]:
         """Ranks of this host whose process is gone, and who did not say goodbye."""
@@ -243,7 +271,7 @@ class Peers:
             if rank not in self._places and (place := self._read("place", rank)) is not None:
                 self._places[rank] = json.loads(place)
             if rank not in self._notes and (note := self._read("note", rank)) is not None:
-                self._notes[rank] = note
+                self._notes[rank] = Note(**json.loads(note))
         spoken = self._read("verdict", "all")
         if spoken is not None:
             fields = json.loads(spoken)

@@ -152,11 +152,11 @@ class RunStatus:
             self._warn(f"{self._path} cannot be written ({error.strerror}): the run goes on without it")
 
 
-def mark_failed(output_dir: Path, reason: str) -> None:
-    """Say in the status of a run whose rank 0 died that it failed; for a surviving rank."""
+def mark_failed(output_dir: Path, launch: Launch, reason: str) -> None:
+    """Say in the status of a run whose rank 0 died that it failed; for a surviving rank of the same run."""
     path = output_dir / "stats" / "run_status.json"
     status = read_json(path)
-    if status is None or status.get("state") != "running":
+    if status is None or status.get("state") != "running" or status.get("run_id") != launch.run_id:
         return
     try:
         write_json(path, {**status, "state": "failed", "reason": reason, "heartbeat": now()})
