@@ -1,0 +1,205 @@
+"""--no-streaming: one pass of the packed stream, in a seeded order, cached on disk."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import corpus
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import data_cache
+import data_stream
+from data_open import OpenedSource, open_source
+from data_source import DataProgress, SourceOptions, SourceStep
+from data_stream import EncodedBatch
+from data_tokenize import load_tokenizer
+from run_errors import DataError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_tokenizer(str(corpus.build_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> SourceOptions:
+    corpus.write_shards(tmp_path / "data", [None, *corpus.short_texts(50, 300), ""], shards=3)
+    return SourceOptions(
+        data_glob=f"{tmp_path}/data/*.parquet",
+        block_size=16,
+        samples_per_step=5,
+        streaming=False,
+        num_proc=2,
+        seed=7,
+        cache_dir=tmp_path / "cache",
+    )
+
+
+def documents(options: SourceOptions, tokenizer: Any) -> list[list[int]]:
+    folder = Path(options.data_glob).parent
+    texts = [text for path in sorted(folder.iterdir()) for text in pq.read_table(path)["text"].to_pylist()]
+    return [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts if text]
+
+
+def expected_samples(options: SourceOptions, tokenizer: Any, epochs: int) -> np.ndarray:
+    size = options.block_size
+    if options.packing:
+        flat = np.array([token for ids in documents(options, tokenizer) for token in ids])
+        blocks = [flat[start : start + size + 1] for start in range(0, len(flat) - size, size)]
+    else:
+        blocks = [
+            np.array(ids[start : start + size + 1])
+            for ids in documents(options, tokenizer)
+            for start in range(0, len(ids) - size, size)
+        ]
+    orders = [
+        np.random.Generator(np.random.Philox(key=[options.seed, epoch])).permutation(len(blocks))
+        for epoch in range(epochs)
+    ]
+    return np.stack([blocks[index] for order in orders for index in order])
+
+
+def steps(source: OpenedSource, count: int) -> list[SourceStep]:
+    taken = [source.source.next_step() for _ in range(count)]
+    source.source.close()
+    return taken
+
+
+def resume(
+    source: OpenedSource, progress: DataProgress, options: SourceOptions, tokenizer: Any
+) -> OpenedSource:
+    saved = json.loads(json.dumps([source.position_dict(progress), source.state_dict(progress)]))
+    return open_source(options, tokenizer, saved_position=saved[0], saved_state=saved[1], global_step=1)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_samples_follow_the_permutation(options: SourceOptions, tokenizer: Any, packing: bool) -> None:
+    options = replace(options, packing=packing)
+    expected = expected_samples(options, tokenizer, 3)
+    source = open_source(options, tokenizer)
+    taken = steps(source, 2 * len(expected) // 15 + 3)
+    for index, step in enumerate(taken):
+        assert step.tokens.dtype == np.int32
+        assert np.array_equal(step.tokens, expected[5 * index : 5 * index + 5])
+        samples = len(expected) // 3
+        position = step.progress.position
+        assert (position.epoch, position.sample) == divmod(5 * index + 5, samples)
+    for index in range(0, len(taken) - 1, 9):
+        (step,) = steps(resume(source, taken[index].progress, options, tokenizer), 1)
+        assert np.array_equal(step.tokens, taken[index + 1].tokens)
+        assert step.progress == taken[index + 1].progress
+
+
+def test_a_pipeline_position_goes_on_in_our_order_with_one_warning(
+    options: SourceOptions, tokenizer: Any
+) -> None:
+    saved = {"streaming": False, "current_position": 12, "epoch": 0, "current_file_idx": 0}
+    source = open_source(options, tokenizer, saved_position=saved, global_step=3)
+    assert len(source.notices) == 1 and "order" in source.notices[0]
+    expected = expected_samples(options, tokenizer, 1)
+    assert np.array_equal(steps(source, 1)[0].tokens, expected[12:17])
+
+
+def test_what_makes_the_place_meaningless_is_refused(options: SourceOptions, tokenizer: Any) -> None:
+    source = open_source(options, tokenizer)
+    progress = steps(source, 1)[0].progress
+    for change, message in [
+        ({"seed": 8}, "--seed was 7, is 8"),
+        ({"block_size": 8}, "--block-size was 16, is 8"),
+        ({"packing": False}, "packing .* was True, is False"),
+        ({"streaming": True}, "streaming .* was False, is True"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            resume(source, progress, replace(options, **change), tokenizer)  # type: ignore[arg-type]
+
+
+def builds(options: SourceOptions) -> list[str]:
+    assert options.cache_dir is not None
+    return sorted(path.name for path in options.cache_dir.glob("tokens-*"))
+
+
+def test_the_cache_is_built_once_and_again_when_anything_changed(
+    options: SourceOptions, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = steps(open_source(options, tokenizer), 1)[0].tokens
+    (name,) = builds(options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_cache, "EncoderPool", None)  # building would fail
+        assert np.array_equal(steps(open_source(options, tokenizer), 1)[0].tokens, first)
+        steps(
+            open_source(replace(options, block_size=9, seed=1), tokenizer), 1
+        )  # the tokens do not depend on these
+    assert builds(options) == [name]
+    other = load_tokenizer(str(corpus.build_tokenizer(tmp_path / "other", 400)))
+    steps(open_source(options, other), 1)
+    assert len(builds(options)) == 2
+    shard = tmp_path / "data" / "000_00001.parquet"
+    pq.write_table(pq.read_table(shard).slice(1), shard)
+    expected = expected_samples(options, tokenizer, 1)
+    assert np.array_equal(steps(open_source(options, tokenizer), 1)[0].tokens, expected[:5])
+    assert len(builds(options)) == 3
+    os.utime(shard, ns=(1, 1))
+    steps(open_source(options, tokenizer), 1)
+    assert len(builds(options)) == 4
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("garbage", [b"", b"not yet vouched for"])
+def test_an_interrupted_build_goes_on(
+    options: SourceOptions, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, garbage: bytes
+) -> None:
+    monkeypatch.setattr(data_stream, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(data_cache, "JOURNAL_TOKENS", 300)
+    whole = data_cache.encoded_documents
+    seen: list[int] = []
+
+    def cut(batches: Iterator[EncodedBatch], limit: int) -> Iterator[EncodedBatch]:
+        for number, batch in enumerate(batches):
+            if number == limit:
+                raise Interrupted
+            seen.append(batch.marks[0][1].row if batch.marks else -1)
+            yield batch
+
+    for limit in (5, 6, 7):
+        monkeypatch.setattr(data_cache, "encoded_documents", lambda d, p, n=limit: cut(whole(d, p), n))
+        with pytest.raises(Interrupted):
+            steps(open_source(options, tokenizer), 1)
+        (folder,) = (tmp_path / "cache").glob("tokens-*")
+        for name in ("tokens.bin", "starts.bin"):
+            with open(folder / name, "ab") as file:
+                file.write(garbage)
+    begun = len(seen)
+    monkeypatch.setattr(data_cache, "encoded_documents", lambda d, p: cut(whole(d, p), 10**9))
+    expected = expected_samples(options, tokenizer, 1)
+    taken = steps(open_source(options, tokenizer), len(expected) // 5)
+    assert {path.name for path in folder.iterdir()} == {"tokens.bin", "starts.bin", "meta.json", "lock"}
+    assert len(seen) - begun < begun  # it did not begin anew
+    assert np.array_equal(np.concatenate([step.tokens for step in taken]), expected[: 5 * len(taken)])
+    assert taken[0].progress.counts.null_rows == 1 and taken[0].progress.counts.documents == 50
+
+
+def test_a_full_disk_is_one_line(
+    options: SourceOptions, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*files: IO[bytes]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data_cache, "_synchronize", full)
+    source = open_source(options, tokenizer)
+    with pytest.raises(DataError, match=r"cannot keep the token cache in .*No space left.*--no-streaming"):
+        source.source.next_step()
+
+
+def test_a_corpus_smaller_than_a_sample_is_an_error(options: SourceOptions, tokenizer: Any) -> None:
+    source = open_source(replace(options, block_size=10**6), tokenizer)
+    with pytest.raises(DataError, match="--block-size"):
+        source.source.next_step()
