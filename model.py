@@ -274,7 +274,8 @@ def sdpa_attention(
     seq_len = query.shape[2]
     is_causal = attention_mask is None and seq_len > 1
     if is_causal and key.shape[2] > seq_len:
-        # The first tokens into a preallocated cache: what lies beyond them is empty.
+        # The first tokens into a preallocated cache: what lies beyond them is empty, and the fused causal
+        # kernels want as many keys as queries.
         key, value = key[:, :, :seq_len], value[:, :, :seq_len]
     enable_gqa = groups > 1 and _fused_kernel_takes_groups(query, attention_mask)
     if groups > 1 and not enable_gqa:
@@ -560,7 +561,7 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
 def _to_autocast_dtype(hidden_states: Tensor) -> Tensor:
     """Put the residual stream in the autocast dtype where autocast is on, once, at its start."""
     device_type = hidden_states.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return hidden_states
     return hidden_states.to(torch.get_autocast_dtype(device_type))
 

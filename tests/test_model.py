@@ -22,6 +22,7 @@ from model import (
     ArgonneRMSNorm,
     _RMSNormFunction,
     _SwiGLUFunction,
+    apply_rotary,
     causal_lm_loss,
     initial_std,
     rotary_frequencies,
@@ -467,6 +468,7 @@ def test_meta_build_then_to_empty_then_load(tie: bool) -> None:
     with torch.device("meta"):
         empty = ArgonneModel(config)
     assert all(parameter.is_meta for parameter in empty.parameters())
+    assert empty(torch.zeros(2, 5, dtype=torch.long, device="meta")).logits.shape == (2, 5, 131)
     empty.to_empty(device="cpu").eval()
     assert (empty.lm_head.weight is empty.embed_tokens.weight) == tie
     empty.load_state_dict(model.state_dict())
@@ -558,6 +560,17 @@ def test_norm_equals_llamas(dtype: torch.dtype, tolerance: float) -> None:
     x = torch.randn(5, 7, 60).to(dtype)
     assert ours(x).dtype == dtype
     assert relative_error(ours(x), theirs(x)) <= tolerance
+
+
+def test_rotation_of_16_bit_heads_rounds_once() -> None:
+    config = make_config()
+    heads = torch.randn(2, 64, 6, 10, generator=torch.Generator().manual_seed(0)).bfloat16()
+    positions = torch.arange(4000, 4064)[None]
+    tables = rotary_tables(rotary_frequencies(config), positions, torch.bfloat16)
+    exact = apply_rotary(heads.double(), *rotary_tables(rotary_frequencies(config), positions, torch.float64))
+    rotated = apply_rotary(heads, *tables)
+    assert rotated.dtype == torch.bfloat16 and tables[0].dtype == torch.float32
+    assert relative_error(rotated, exact.bfloat16()) < 2e-4
 
 
 # ----------------------------------------------------------------------------------------------------------
