@@ -139,7 +139,7 @@ def reader_of_file(file: TensorFile) -> CheckpointReader:
         model[HEAD] = model[EMBEDDING]
     names = parameter_names(model, tied)
     shapes = [model[name].shape for name in names]
-    adam, note, groups = _adam_of(file, tree.get("optimizer_state_dict"), names, shapes)
+    adam, note, groups = adam_of(file, tree.get("optimizer_state_dict"), names, shapes)
     return CheckpointReader(
         path=file.path,
         kind=kind,
@@ -221,12 +221,13 @@ def _is_tied(tree: Mapping[str, Any], weights: Mapping[str, FileTensor]) -> bool
     head, embedding = weights[HEAD].ref, weights[EMBEDDING].ref
     if head == embedding:
         return True
-    if head.size != embedding.size or head.dtype != embedding.dtype:
+    return same_bytes(weights[HEAD], weights[EMBEDDING])
+
+
+def same_bytes(first: FileTensor, second: FileTensor) -> bool:
+    """Whether two tensors have the same shape, type and bits; read in place."""
+    if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    return _same_bytes(weights[HEAD], weights[EMBEDDING])
-
-
-def _same_bytes(first: FileTensor, second: FileTensor) -> bool:
     a, b = first.file.view(first.ref), second.file.view(second.ref)
     return all(
         bool((a[row : row + _COMPARE_ROWS] == b[row : row + _COMPARE_ROWS]).all())
@@ -234,7 +235,7 @@ def _same_bytes(first: FileTensor, second: FileTensor) -> bool:
     )
 
 
-def _adam_of(
+def adam_of(
     file: TensorFile, state_dict: Any, names: Sequence[str], shapes: Sequence[Shape]
 ) -> tuple[dict[str, dict[str, TensorSource]], str, list[dict[str, Any]]]:
     """Adam state by parameter name, why it is missing, and the parameter groups' options."""
@@ -317,7 +318,7 @@ def infer_shape(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         raise CheckpointError("its weights are not those of an Argonne model (embed_tokens, blocks.0 ...)")
     absent = sorted(set(range(layers[-1] + 1)) - set(layers))
     if absent:
-        raise CheckpointError(f"layers {_ranges(absent)} of {layers[-1] + 1} are not in it")
+        raise CheckpointError(f"layers {ranges(absent)} of {layers[-1] + 1} are not in it")
     required = ("blocks.0.attn.q_proj.weight", "blocks.0.attn.k_proj.weight", "blocks.0.mlp.gate_proj.weight")
     for name in (*required, "norm.weight"):
         if name not in shapes:
@@ -335,7 +336,17 @@ def infer_shape(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     }
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def sliced_over(hidden_size: int, query_size: int, config: Mapping[str, Any]) -> int:
+    """Over how many ranks a query projection of ``query_size`` rows was cut; 1 for a whole one.
+
+    Told by the head count, ``head_dim`` being hidden_size // heads where the configuration does not name it.
+    """
+    heads = config.get("num_attention_heads") or 1
+    whole = heads * (config.get("head_dim") or hidden_size // heads)
+    return whole // query_size if query_size and whole % query_size == 0 else 1
+
+
+def ranges(numbers: Sequence[int]) -> str:
     """``[0, 1, 2, 5]`` as ``0-2, 5``."""
     runs: list[list[int]] = []
     for number in numbers:
@@ -363,6 +374,12 @@ def infer_model_config(reader: CheckpointReader, heads: Mapping[str, Any]) -> di
             f"checkpoint {reader.path} does not say how many heads its model has: give --model-config"
         )
     query, key_value = seen.pop("query_size"), seen.pop("key_value_size")
+    ranks = sliced_over(seen["hidden_size"], query, config)
+    if ranks > 1:
+        raise CheckpointError(
+            f"checkpoint {reader.path} holds the slices of one of {ranks} tensor-parallel ranks ({query} of "
+            f"{query * ranks} query rows): give all ranks' files, named ..._rank_K_of_{ranks}.pth"
+        )
     head_dim, rest = divmod(query, query_heads)
     if rest or head_dim * key_value_heads != key_value:
         raise CheckpointError(

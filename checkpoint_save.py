@@ -17,7 +17,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def save_checkpoint(
     file could not be written whole (the temporary file is gone then and the folder as it was), PeerError
     where a rank left.
     """
-    entries = _entries(slice_map, with_adam=bool(adam))
+    entries = tensor_entries({name: slice_map.shape(name) for name in slice_map.names}, with_adam=bool(adam))
     if rank != 0:
         _send_slices(entries, slice_map, rank, parameters, adam, control_group)
         return None
@@ -99,12 +99,13 @@ def save_checkpoint(
     started = time.monotonic()
     need = estimate_checkpoint_bytes(slice_map, with_adam=bool(adam)) + spare_bytes
     try:
-        tree = _tree(entries, adam, param_group, metadata, tied)
-        with _temporary_file(path, need) as (descriptor, temporary):
+        tree = build_tree(entries, param_group, metadata, tied=tied)
+        tree[FORMAT_KEY] = FORMAT_VERSION
+        with temporary_file(path, need) as (descriptor, temporary):
             size = _stream(descriptor, tree, entries, slice_map, parameters, adam, peers)
-            _commit(descriptor, temporary, path, size)
+            commit(descriptor, temporary, path, size)
     except OSError as error:
-        message = f"checkpoint {path} could not be written: {_reason(error, path.parent)}"
+        message = f"checkpoint {path} could not be written: {failure_reason(error, path.parent)}"
         peers.stop(message)
         raise CheckpointError(message) from error
     except CheckpointError as error:
@@ -115,36 +116,41 @@ def save_checkpoint(
     return SaveReport(path=path, size=size, seconds=time.monotonic() - started)
 
 
-def _entries(slice_map: SliceMap, *, with_adam: bool) -> list[TensorEntry]:
-    keys = ("param", *ADAM_KEYS) if with_adam else ("param",)
-    weights = [TensorEntry(name, "param", slice_map.shape(name)) for name in slice_map.names]
-    state = [TensorEntry(name, key, slice_map.shape(name)) for name in slice_map.names for key in keys[1:]]
-    return weights + state
+def tensor_entries(shapes: Mapping[str, tuple[int, ...]], *, with_adam: bool) -> list[TensorEntry]:
+    """The tensors of a checkpoint in the order in which they lie in the file."""
+    weights = [TensorEntry(name, "param", shape) for name, shape in shapes.items()]
+    keys = ADAM_KEYS if with_adam else ()
+    return weights + [TensorEntry(name, key, shape) for name, shape in shapes.items() for key in keys]
 
 
-def _tree(
+def build_tree(
     entries: Sequence[TensorEntry],
-    adam: Adam,
     param_group: Mapping[str, Any],
     metadata: Mapping[str, Any],
+    *,
     tied: bool,
+    weight_dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """The dictionary ``torch.load`` returns, with references where the tensors will lie."""
+    """The dictionary that ``torch.load`` will return, with references where the tensors will lie.
+
+    Entry number i lies in record ``data/i``, the step count of parameter j in ``data/step_j``.
+    """
     refs = {
-        (entry.name, entry.key): contiguous_ref(str(index), torch.float32, entry.shape)
+        (entry.name, entry.key): contiguous_ref(
+            str(index), weight_dtype if entry.key == "param" else torch.float32, entry.shape
+        )
         for index, entry in enumerate(entries)
     }
     names = [entry.name for entry in entries if entry.key == "param"]
     weights = {name: refs[name, "param"] for name in names}
     if tied:
-        weights[HEAD] = weights[EMBEDDING]
+        weights[HEAD] = replace(weights[EMBEDDING])  # a second tensor on the same bytes
     state: dict[int, dict[str, TensorRef]] = {}
-    for index, name in enumerate(names if adam else ()):
+    for index, name in enumerate(names if len(refs) > len(names) else ()):
         step = contiguous_ref(f"step_{index}", torch.float32, ())
         state[index] = {"step": step, **{key: refs[name, key] for key in ADAM_KEYS}}
     tree = dict(metadata)
     tree.setdefault("scheduler_state_dict", {"step": int(metadata["global_step"]) - 1})
-    tree[FORMAT_KEY] = FORMAT_VERSION
     tree["model_state_dict"] = weights
     tree["optimizer_state_dict"] = {"state": state, "param_groups": [_full_group(param_group, len(names))]}
     return tree
@@ -363,8 +369,11 @@ def _lost(rank: int, error: RuntimeError) -> PeerError:
 
 
 @contextlib.contextmanager
-def _temporary_file(path: Path, need: int) -> Iterator[tuple[int, Path]]:
-    """A new locked file beside ``path``, removed unless it was renamed. Checks the free space first."""
+def temporary_file(path: Path, need: int) -> Iterator[tuple[int, Path]]:
+    """Descriptor and path of a new locked file beside ``path``, removed unless it was renamed.
+
+    Raises CheckpointError before writing where the disk has fewer than ``need`` bytes free.
+    """
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -384,7 +393,7 @@ def _temporary_file(path: Path, need: int) -> Iterator[tuple[int, Path]]:
         os.close(descriptor)
 
 
-def _commit(descriptor: int, temporary: Path, path: Path, size: int) -> None:
+def commit(descriptor: int, temporary: Path, path: Path, size: int) -> None:
     """Make the file durable, read its structure back, give it its name, make the name durable."""
     os.fsync(descriptor)
     if os.fstat(descriptor).st_size != size:
@@ -395,7 +404,8 @@ def _commit(descriptor: int, temporary: Path, path: Path, size: int) -> None:
     sync_folder(path.parent)
 
 
-def _reason(error: OSError, folder: Path) -> str:
+def failure_reason(error: OSError, folder: Path) -> str:
+    """What an OSError of a save means, for the one line."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
             return f"{folder} is full ({shutil.disk_usage(folder).free:,} bytes free)"

@@ -24,7 +24,6 @@ from checkpoint_layout import (
     CheckpointReader,
     check_model_config,
     infer_model_config,
-    open_checkpoint,
 )
 from checkpoint_load import (
     CheckpointView,
@@ -34,6 +33,7 @@ from checkpoint_load import (
     load_slices,
     share_checkpoint,
 )
+from checkpoint_parts import open_any, part_name
 from checkpoint_reader import sync_folder
 from checkpoint_save import TEMPORARY_SUFFIX, SaveReport, estimate_checkpoint_bytes, save_checkpoint
 from run_errors import CheckpointError, DeviceError
@@ -97,7 +97,7 @@ def verify_checkpoint(path: Path, *, from_disk: bool = False) -> CheckpointReade
     Ours is proven whole; a torch zip file by its records' checksums; a legacy file by its sizes. Raises
     CheckpointError naming the file and the damage.
     """
-    reader = open_checkpoint(path)
+    reader = open_any(path)
     for file in reader.files:
         verify_file(file.path, file.serialization, from_disk=from_disk)
     return reader
@@ -118,10 +118,15 @@ def verify_file(path: Path, serialization: str, *, from_disk: bool = False) -> N
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Checkpoints in a folder as (step, path), newest step first; at equal steps ours before a pipeline's."""
     found = []
-    for path in folder.iterdir():
-        match = _NAME.match(path.name)
-        if match:
+    parts: set[str] = set()
+    for path in sorted(folder.iterdir()):
+        part = part_name(path.name)
+        whole = part.whole if part else path.name
+        match = _NAME.match(whole)
+        if match and whole not in parts:  # of several parts the first stands for all
             found.append((int(match[1]), path))
+            if part:
+                parts.add(whole)
     return sorted(found, key=lambda item: (-item[0], not item[1].name.startswith("tensor"), item[1].name))
 
 
@@ -194,7 +199,7 @@ def open_chosen(
     reason, warnings, from_scratch = broadcast_object(said, control_group)
     if from_scratch:
         return None, reason, warnings
-    view = share_checkpoint(choice.reader if choice else None, rank, open_checkpoint, control_group)
+    view = share_checkpoint(choice.reader if choice else None, rank, open_any, control_group)
     return view, reason, warnings
 
 

@@ -1,0 +1,78 @@
+"""Convert a checkpoint between this suite and the pipeline scripts, and join checkpoints cut into parts.
+
+    convert_checkpoint.py --checkpoint-path IN --output OUT --to tensor-parallel [--model-config C]
+    convert_checkpoint.py --checkpoint-path IN --output OUT --to pipeline [--dtype bf16]
+
+IN is a file, one of its parts (``..._stage_K_of_N.pth``, ``..._rank_K_of_N.pth``) or a folder of parts. OUT
+is the new file or a folder for it. Weights, optimizer state, step, tokens and position go along; a few
+megabytes are in memory at a time.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from run_errors import ConfigError, RunError
+
+FORMS = ("tensor-parallel", "pipeline")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Convert or join checkpoints, streaming.")
+    parser.add_argument("--checkpoint-path", required=True, help="file, one of its parts, or folder of parts")
+    parser.add_argument("--output", required=True, help="new file, or folder for it")
+    parser.add_argument("--to", required=True, choices=FORMS, help="what the new file is for")
+    parser.add_argument(
+        "--model-config",
+        default="argonne-2.0",
+        help="preset or config.json that gives the head counts where the checkpoint has no model_config",
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="weights in a pipeline file"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    return parser.parse_args(arguments)
+
+
+def convert(options: argparse.Namespace) -> str:
+    from checkpoint_convert import DTYPES, write_converted
+    from checkpoint_layout import infer_model_config
+    from checkpointing import checkpoint_path, require_safe_torch, verify_checkpoint
+    from run_presets import load_model_settings
+
+    require_safe_torch()
+    reader = verify_checkpoint(Path(options.checkpoint_path))
+    config = infer_model_config(reader, load_model_settings(options.model_config))
+    output = Path(options.output)
+    ours = options.to == FORMS[0]
+    if output.suffix != ".pth":
+        name = (
+            checkpoint_path(output, reader.step) if ours else f"streaming_checkpoint_step_{reader.step}.pth"
+        )
+        output = output / name
+    if output.exists() and not options.overwrite:
+        raise ConfigError(f"--output {output} exists: name another file or pass --overwrite")
+    if ours and options.dtype != "fp32":
+        raise ConfigError(f"--dtype {options.dtype} is for --to pipeline: this suite keeps float32")
+    size = write_converted(reader, output, model_config=config if ours else None, dtype=DTYPES[options.dtype])
+    state = "with optimizer state" if reader.adam else f"without optimizer state ({reader.adam_note})"
+    lines = [f"warning: {warning}" for warning in reader.warnings]
+    lines.append(f"{output}: step {reader.step}, {size:,} bytes, {state}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        print(convert(options))
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Export a checkpoint as a Hugging Face folder that opens outside this repository.
+
+    python scripts/export_hf.py --checkpoint-path CK [--model-config C] --tokenizer-path T --output-dir D
+
+CK is a file (or one of its parts) or a folder, whose newest whole checkpoint is taken.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from run_errors import ConfigError, RunError
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Export a checkpoint as a Hugging Face folder.")
+    parser.add_argument("--checkpoint-path", required=True, help="checkpoint file, or folder of checkpoints")
+    parser.add_argument(
+        "--model-config",
+        help="preset or config.json; needed where the checkpoint has no model_config (default argonne-2.0)",
+    )
+    parser.add_argument("--tokenizer-path", required=True, help="tokenizer folder to put beside the weights")
+    parser.add_argument("--output-dir", required=True, help="the new folder")
+    parser.add_argument("--dtype", choices=("bf16", "fp32", "fp16"), default="bf16", help="of the weights")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
+    return parser.parse_args(arguments)
+
+
+def export(options: argparse.Namespace) -> str:
+    from checkpoint_convert import DTYPES
+    from checkpoint_export import export_hf, quiet_transformers
+    from checkpointing import check_model_config, choose_checkpoint, infer_model_config, require_safe_torch
+    from run_presets import REFERENCE, load_model_settings
+
+    require_safe_torch()
+    choice = choose_checkpoint(options.checkpoint_path, Path())
+    reader = choice.reader
+    if reader is None:
+        raise ConfigError("--checkpoint-path NONE has nothing to export: name a checkpoint")
+    requested = load_model_settings(options.model_config or REFERENCE)
+    config = infer_model_config(reader, requested)
+    if options.model_config:
+        check_model_config(config, requested, reader.path)
+    with quiet_transformers():
+        folder = export_hf(
+            reader,
+            config,
+            options.tokenizer_path,
+            Path(options.output_dir),
+            dtype=DTYPES[options.dtype],
+            trust_remote_code=options.trust_remote_code,
+        )
+    lines = [f"warning: {warning}" for warning in (*choice.warnings, *reader.warnings)]
+    lines.append(f"{folder}: step {reader.step} of {reader.path}, {options.dtype}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        print(export(options))
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
