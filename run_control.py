@@ -243,7 +243,7 @@ class RunControl:
         if self.peers is None or self.rank == 0:
             return True
         if isinstance(error, PeerError):
-            return self.rank == self.peers.first_left(self.peers.dead())
+            return self.peers.is_first_left(self.peers.dead())
         self.peers.say_goodbye(note)
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline:
@@ -307,7 +307,7 @@ class RunControl:
         if self.peers is not None:
             # torchrun sends the same signal when a peer has died: then there is nothing to agree on.
             self.peers.refresh(1.0)
-            self._follow(self.peers.dead())
+            self._follow()
         before, self._signal = self._signal, (number, at)
         if not self._looping:
             note = Note(state="stopped", text=f"{number.name} before the first step")
@@ -345,11 +345,10 @@ class RunControl:
             self._request(f"--max-run-time {self._max_run_time:.0f} s")
         if self.peers is None:
             return
-        dead = self.peers.dead()
-        trouble = bool(dead) or self._failed_peer() is not None
+        trouble = bool(self.peers.missing()) or self._failed_peer() is not None
         self._trouble_since = (self._trouble_since or at) if trouble else None
         if self._trouble_since is not None and at - self._trouble_since > TROUBLE_SECONDS:
-            self._follow(dead)
+            self._follow()
         if self._stall_timeout > 0 and at - self.peers.answered > max(self._stall_timeout, 30.0):
             self._leave_for(PeerError("rank 0's host does not answer any more: look at it, then resume"))
         due = self._boundary_due
@@ -368,9 +367,9 @@ class RunControl:
             )
         )
 
-    def _follow(self, dead: list[int]) -> None:
+    def _follow(self) -> None:
         """End with a peer that died, or that said why it failed."""
-        if dead:
+        if self.peers is not None and (dead := self.peers.dead()):
             self._leave_for(self._death(dead))
         if (failed := self._failed_peer()) is not None:
             self._leave(EXIT_FAILURE, None, failed[1])

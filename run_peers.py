@@ -218,9 +218,16 @@ class Peers:
         """What the other ranks said when they left, as far as it is known here."""
         return {rank: note for rank, note in list(self._notes.items()) if rank != self._rank}
 
-    def dead(self) -> list[int]:
-        """Ranks of this host whose process is gone, and who did not say goodbye."""
+    def missing(self) -> list[int]:
+        """Ranks of this host whose process is gone, and whose goodbye has not been heard."""
         return [rank for rank in self._local() if self._state(rank) is None and rank not in self._notes]
+
+    def dead(self) -> list[int]:
+        """The missing ranks that really left without a word; waits for the newest notes."""
+        missing = self.missing()
+        if missing:
+            self.refresh(1.0)
+        return [rank for rank in missing if rank not in self._notes]
 
     def stopped(self) -> list[int]:
         """Ranks of this host whose process is stopped (SIGSTOP) or traced."""
@@ -232,10 +239,9 @@ class Peers:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self._places[rank]["pid"], signal.SIGKILL)
 
-    def first_left(self, without: Iterable[int]) -> int:
-        """The lowest rank that is not among the dead: the one that speaks."""
-        gone = {*without, *self._notes}
-        return next((rank for rank in range(self._world_size) if rank not in gone), self._rank)
+    def is_first_left(self, dead: Iterable[int]) -> bool:
+        """Whether this is the lowest rank of its host that lives: the one that speaks of a death there."""
+        return self._rank == min(set(self._local()) - set(dead) | {self._rank})
 
     def _local(self) -> list[int]:
         host = socket.gethostname()
