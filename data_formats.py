@@ -164,6 +164,13 @@ class ParquetReader:
             total += statistics.null_count if statistics is not None and statistics.has_null_count else 0
         return total
 
+    def text_bytes(self) -> int:
+        """Size of the text column before compression."""
+        groups = range(len(self.group_rows))
+        return sum(
+            self._metadata.row_group(g).column(self._column_index).total_uncompressed_size for g in groups
+        )
+
     def batches(self, group: int) -> Iterator[TextBatch]:
         chunk = self._metadata.row_group(group).column(self._column_index)
         batch_rows = rows_per_batch(self.group_rows[group], chunk.total_uncompressed_size)
@@ -215,6 +222,9 @@ class ArrowReader:
 
     def null_rows(self) -> int:
         return sum(batch.column(self._column).null_count for batch in self._all_batches())
+
+    def text_bytes(self) -> int:
+        return sum(batch.column(self._column).nbytes for batch in self._all_batches())
 
     def _batch(self, group: int) -> Any:
         if self._is_file:

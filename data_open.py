@@ -199,7 +199,7 @@ def place(
 def _after_missing(
     position: DataPosition, names: list[str], options: SourceOptions
 ) -> tuple[DataPosition, list[str]]:
-    gone = f"the checkpoint stands in shard {position.file_name!r}, which --data-glob does not give"
+    gone = f"the data position is in shard {position.file_name!r}, which --data-glob does not give"
     if not options.allow_data_change:
         raise DataError(f"{gone}: restore it, or --allow-data-change to go on with the next one")
     key = natural_key(position.file_name)

@@ -1,0 +1,297 @@
+#!/usr/bin/env python3
+"""Look at the data: the shards of a corpus, and the text that a training step sees.
+
+    scripts/inspect_data.py --data-glob 'data/*.parquet'
+    scripts/inspect_data.py --data-glob 'data/*.parquet' --tokenizer-path T --step 1234 --global-batch-size 32
+    scripts/inspect_data.py --data-glob 'data/*.parquet' --tokenizer-path T --at 000_00042.parquet:1234:56
+
+A step is counted from 0, as the samples are: step s takes the samples s*G ... s*G+G-1, and the metrics call
+it s + 1, the number of steps completed with it. A step far from the start is found by tokenizing what lies
+before it; --checkpoint-path begins at a checkpoint's step instead, --at at once anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from run_errors import ConfigError, DataError, RunError
+
+if TYPE_CHECKING:
+    from data_open import OpenedSource
+    from data_shards import Shard
+    from data_source import SourceOptions
+
+SAMPLED_SHARDS = 16
+SAMPLED_ROWS = 32
+LISTED_SHARDS = 20
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data-glob", default="../data/CC-MAIN-2025-26/*.parquet", help="the shards (%(default)s)"
+    )
+    parser.add_argument("--tokenizer-path", help="needed for token estimates and for a step's text")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--text-column", help="column of the text (text)")
+    parser.add_argument("--step", type=int, help="print the text of this optimizer step, counted from 0")
+    parser.add_argument("--at", metavar="FILE:ROW[:TOKEN]", help="print the samples from this position on")
+    parser.add_argument("--checkpoint-path", type=Path, help="begin where this checkpoint stands")
+    parser.add_argument("--samples", type=int, help="print at most so many samples of the step")
+    parser.add_argument(
+        "--characters", type=int, default=2000, help="of each sample at most; 0: all (%(default)s)"
+    )
+    parser.add_argument("--block-size", type=int, default=4096)
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences per replica and micro-batch")
+    parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
+    parser.add_argument("--data-parallel-size", type=int, default=1, help="model replicas of the run")
+    parser.add_argument("--global-batch-size", type=int, help="sequences a step; instead of the three above")
+    parser.add_argument("--no-packing", action="store_true")
+    parser.add_argument("--no-streaming", action="store_true", help="the shuffled order; needs --cache-dir")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffled order")
+    parser.add_argument("--cache-dir", type=Path, help="the run's cache folder")
+    parser.add_argument("--num-proc", type=int, default=8)
+    parser.add_argument("--skip-bad-shards", action="store_true")
+    parser.add_argument("--all", action="store_true", help="list every shard")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(argv)
+    try:
+        check_options(options)
+        if options.step is None and options.at is None and options.checkpoint_path is None:
+            show_corpus(options)
+        else:
+            show_step(options)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # `| head`
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def check_options(options: argparse.Namespace) -> None:
+    wants_text = options.step is not None or options.at is not None or options.checkpoint_path is not None
+    if wants_text and options.tokenizer_path is None:
+        raise ConfigError("the text of a step needs --tokenizer-path: give the run's tokenizer")
+    if options.at is not None and (options.step is not None or options.checkpoint_path is not None):
+        raise ConfigError("--at excludes --step and --checkpoint-path: give one of them")
+    for flag in ("block_size", "batch_size", "gradient_accumulation_steps", "data_parallel_size", "num_proc"):
+        if getattr(options, flag) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} {getattr(options, flag)} must be at least 1")
+    if options.step is not None and options.step < 0:
+        raise ConfigError(f"--step {options.step} must be at least 0")
+
+
+# the corpus
+
+
+def show_corpus(options: argparse.Namespace) -> None:
+    from data_shards import open_corpus
+
+    shards = open_corpus(
+        options.data_glob,
+        options.text_column,
+        skip_bad_shards=options.skip_bad_shards,
+        cache_dir=options.cache_dir,
+    )
+    column = options.text_column or "text"
+    text_bytes = [shard_text_bytes(shard, column) for shard in shards]
+    share, tokens_per_byte = sample_corpus(shards, column, options)
+    print(f"{'shard':32} {'rows':>12} {'row groups':>10} {'MiB':>9} {'text MiB':>9} {'tokens (about)':>16}")
+    for index, shard in enumerate(shards):
+        if not options.all and LISTED_SHARDS <= index < len(shards) - 1:
+            if index == LISTED_SHARDS:
+                print(f"... {len(shards) - LISTED_SHARDS - 1} more (--all lists them)")
+            continue
+        size = text_bytes[index]
+        row = f"{shard.name:32} {shard.rows:12,} {len(shard.group_rows):10,} {shard.size / 2**20:9.1f}"
+        print(f"{row} {size / 2**20:9.1f} {estimate(size, tokens_per_byte):>16}  {shard.fault}".rstrip())
+    rows = sum(shard.rows for shard in shards)
+    print(f"{len(shards):,} shards, {rows:,} rows, about {round(rows * share):,} documents (rows with text)")
+    total = sum(text_bytes)
+    print(f"text: {total / 2**20:,.1f} MiB, {estimate(total, tokens_per_byte)} tokens (estimated)")
+    if tokens_per_byte is None:
+        print("give --tokenizer-path for an estimate of the tokens")
+
+
+def estimate(size: int, tokens_per_byte: float | None) -> str:
+    return "?" if tokens_per_byte is None else f"{round(size * tokens_per_byte):,}"
+
+
+def shard_text_bytes(shard: Shard, column: str) -> int:
+    from data_formats import open_shard
+
+    if shard.fault:
+        return 0
+    with open_shard(shard.path, column) as reader:
+        return reader.text_bytes()
+
+
+def sample_corpus(
+    shards: Sequence[Shard], column: str, options: argparse.Namespace
+) -> tuple[float, float | None]:
+    """(share of rows that are documents, tokens per byte of text or None) from rows all over the corpus."""
+    from data_tokenize import load_tokenizer, plain_ids
+
+    tokenizer = (
+        load_tokenizer(options.tokenizer_path, options.trust_remote_code) if options.tokenizer_path else None
+    )
+    rows = documents = size = tokens = 0
+    for text in sampled_rows(shards, column):
+        rows += 1
+        if text:
+            documents += 1
+            size += len(text.encode())
+            tokens += len(plain_ids(tokenizer, text[:100_000])) + 1 if tokenizer is not None else 0
+    return documents / max(rows, 1), tokens / max(size, 1) if tokenizer is not None else None
+
+
+def sampled_rows(shards: Sequence[Shard], column: str) -> Iterator[str | None]:
+    good = [shard for shard in shards if shard.rows]
+    for shard in good[:: max(1, len(good) // SAMPLED_SHARDS)]:
+        yield from middle_rows(shard, column)
+
+
+def middle_rows(shard: Shard, column: str) -> list[str | None]:
+    """The first rows of the shard's middle row group."""
+    import pyarrow as pa
+
+    from data_formats import open_shard
+
+    texts: list[str | None] = []
+    try:
+        with open_shard(shard.path, column) as reader:
+            for batch in reader.batches(len(shard.group_rows) // 2):
+                texts += batch.texts
+                if len(texts) >= SAMPLED_ROWS:
+                    break
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"cannot read {shard.path}: {' '.join(str(error).split())}: repair it") from error
+    return texts[:SAMPLED_ROWS]
+
+
+# a step
+
+
+def show_step(options: argparse.Namespace) -> None:
+    from data_open import open_source
+    from data_tokenize import load_tokenizer
+
+    tokenizer = load_tokenizer(options.tokenizer_path, options.trust_remote_code)
+    saved = read_checkpoint(options.checkpoint_path) if options.checkpoint_path is not None else {}
+    position, state = saved.get("data_position"), saved.get("data_state")
+    if options.at is not None:
+        position = parse_position(options)
+    first = int(saved.get("global_step", 0))
+    step = first if options.step is None else options.step
+    if step < first:
+        raise ConfigError(
+            f"--step {step} lies before the checkpoint's step {first}: give an earlier checkpoint"
+        )
+    source = open_source(
+        source_options(options, state),
+        tokenizer,
+        saved_position=position,
+        saved_state=state,
+        global_step=first,
+    )
+    for notice in source.notices:
+        print(f"warning: {notice}", file=sys.stderr)
+    try:
+        print_step(source, tokenizer, step, first, options)
+    finally:
+        source.source.close()
+
+
+def source_options(options: argparse.Namespace, state: dict[str, Any] | None) -> SourceOptions:
+    from data_source import SourceOptions
+
+    replicas = options.batch_size * options.gradient_accumulation_steps * options.data_parallel_size
+    built = SourceOptions(
+        data_glob=options.data_glob,
+        block_size=options.block_size,
+        samples_per_step=options.global_batch_size or replicas,
+        text_column=options.text_column,
+        streaming=not options.no_streaming,
+        packing=not options.no_packing,
+        seed=options.seed,
+        num_proc=options.num_proc,
+        trust_remote_code=options.trust_remote_code,
+        skip_bad_shards=options.skip_bad_shards,
+        cache_dir=options.cache_dir,
+    )
+    if state is not None:
+        known = ("block_size", "samples_per_step", "text_column", "streaming", "packing", "seed")
+        built = replace(built, **{key: state[key] for key in known})
+    if not built.streaming and built.cache_dir is None:
+        raise ConfigError("the shuffled order needs --cache-dir: give the run's cache folder")
+    return built
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The entries of a checkpoint that are not tensors; its weights stay on disk."""
+    import pickle
+
+    import torch
+
+    try:
+        return torch.load(path, map_location="meta", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"cannot read the checkpoint {path} (--checkpoint-path): {reason}") from error
+
+
+def parse_position(options: argparse.Namespace) -> dict[str, Any]:
+    parts = options.at.rsplit(":", 2) if options.at.count(":") > 1 else [*options.at.rsplit(":", 1), "0"]
+    if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
+        raise ConfigError(f"--at {options.at!r} is not FILE:ROW or FILE:ROW:TOKEN")
+    return {"file_name": parts[0], "row": int(parts[1]), "token_offset": int(parts[2]), "epoch": 0}
+
+
+def print_step(
+    source: OpenedSource, tokenizer: Any, step: int, first: int, options: argparse.Namespace
+) -> None:
+    from tqdm import tqdm
+
+    before = source.start
+    for _ in tqdm(range(first, step), desc="Finding the step", unit="step", disable=None):
+        before = source.source.next_step().progress
+    taken = source.source.next_step()
+    place = before.position
+    if options.at is None:
+        print(f'step {step} ("step": {step + 1} in the metrics): {len(taken.tokens)} samples')
+    if place.sample is None:
+        print(f"from {place.file_name}, row {place.row}, token {place.token_offset}, epoch {place.epoch}")
+    else:
+        print(f"from sample {place.sample} of the shuffled order of epoch {place.epoch}")
+    print(f"to   {describe(taken.progress.position)}; stream hash after it {taken.progress.stream_hash}")
+    for index, sample in enumerate(taken.tokens[: options.samples]):
+        text = tokenizer.decode(sample[:-1])
+        shown = text[: options.characters] if options.characters else text
+        cut = f"\n[... {len(text) - len(shown):,} more characters]" if len(shown) < len(text) else ""
+        print(f"\n--- sample {index}: {len(sample) - 1} input tokens ---\n{shown}{cut}")
+
+
+def describe(position: Any) -> str:
+    if position.sample is not None:
+        return f"sample {position.sample} of epoch {position.epoch}"
+    return f"{position.file_name}, row {position.row}, token {position.token_offset}, epoch {position.epoch}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

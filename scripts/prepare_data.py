@@ -1,0 +1,306 @@
+#!/usr/bin/env python3
+"""Turn text files, JSON lines or a `datasets` folder into parquet shards that train well.
+
+    scripts/prepare_data.py notes/*.md book.txt.gz --output-dir data/books
+    scripts/prepare_data.py crawl/*.jsonl.zst --text-field content --output-dir data/crawl
+    scripts/prepare_data.py saved_dataset/ --output-dir data/saved
+
+Shards are named 000_00000.parquet and on, hold one `text` column, row groups of a few MiB (what a resume has
+to read again) and a checksum on each page (so that a flipped bit is noticed). The output folder appears only
+when all of it is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from run_errors import ConfigError, DataError, RunError
+
+MIB = 1 << 20
+PACKED = (".gz", ".bz2", ".zst", ".lz4", ".br")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "inputs", nargs="+", help="text or JSON-lines files, or folders (`datasets` or of files)"
+    )
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder to make; must not exist yet")
+    parser.add_argument("--format", choices=["auto", "text", "jsonl", "datasets"], default="auto")
+    parser.add_argument("--text-field", default="text", help="JSON key or column with the text (%(default)s)")
+    parser.add_argument("--split", default="train", help="split of a datasets folder (%(default)s)")
+    parser.add_argument(
+        "--document",
+        choices=["file", "line", "paragraph"],
+        default="file",
+        help="what one document is in a text file; paragraphs end at an empty line (%(default)s)",
+    )
+    parser.add_argument("--shard-mib", type=float, default=256, help="text in a shard, MiB (%(default)s)")
+    parser.add_argument(
+        "--row-group-mib", type=float, default=4, help="text in a row group, MiB (%(default)s)"
+    )
+    parser.add_argument("--compression", choices=["zstd", "snappy", "gzip", "none"], default="zstd")
+    parser.add_argument(
+        "--skip-bad-lines", action="store_true", help="count JSON lines without text and go on"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(argv)
+    try:
+        check_options(options)
+        prepare(options)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error}: free space or give another --output-dir", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted: nothing was written; run it again", file=sys.stderr)
+        return 130
+    return 0
+
+
+def check_options(options: argparse.Namespace) -> None:
+    for flag in ("shard_mib", "row_group_mib"):
+        if getattr(options, flag) <= 0:
+            raise ConfigError(f"--{flag.replace('_', '-')} {getattr(options, flag)} must be positive")
+    output = options.output_dir
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file (--output-dir): give a folder")
+    if output.is_dir() and any(output.iterdir()) and not options.overwrite:
+        raise ConfigError(f"{output} is not empty (--output-dir): give another folder, or --overwrite")
+
+
+def prepare(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    kind, files = find_inputs(options)
+    partial = options.output_dir.with_name(options.output_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    writer = ShardWriter(partial, options)
+    try:
+        if kind == "datasets":
+            rows = dataset_texts(files[0], options)
+            for text in tqdm(rows, desc="Writing", unit="docs", disable=None):
+                writer.add(text)
+        else:
+            total = sum(path.stat().st_size for path in files)
+            with tqdm(total=total, desc="Writing", unit="B", unit_scale=True, disable=None) as bar:
+                for path in files:
+                    for text in file_texts(path, options, writer):
+                        writer.add(text)
+                    bar.update(path.stat().st_size)
+        writer.finish()
+        replace_folder(partial, options.output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    counted = f"; lines without text skipped: {writer.skipped:,}" if writer.skipped else ""
+    size = f"{writer.total_bytes:,} bytes of text"
+    print(f"{writer.documents:,} documents, {size} in {writer.shards} shards{counted}")
+    print(f"train on them with --data-glob '{options.output_dir}/*.parquet'")
+
+
+def find_inputs(options: argparse.Namespace) -> tuple[str, list[Path]]:
+    """The kind of input and its files in natural order; ConfigError where there is none or two kinds."""
+    from data_shards import natural_key
+
+    files: list[Path] = []
+    for name in options.inputs:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise DataError(f"no file or folder {name!r}: give existing inputs")
+        if is_dataset(path) or options.format == "datasets":
+            if len(options.inputs) > 1:
+                raise ConfigError(f"{name!r} is a datasets folder: give it alone")
+            return "datasets", [path]
+        found = [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
+        files += sorted(found, key=natural_key)
+    if not files:
+        raise DataError(f"no file in {options.inputs[0]!r}: give text files, JSON lines or a datasets folder")
+    return "files", files
+
+
+def is_dataset(path: Path) -> bool:
+    return path.is_dir() and any(
+        (path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")
+    )
+
+
+def dataset_texts(folder: Path, options: argparse.Namespace) -> Any:
+    """The texts of a folder that `datasets` saved."""
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(f"{folder} is not a datasets folder: {' '.join(str(error).split())}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if options.split not in loaded:
+            raise DataError(f"{folder} has no split {options.split!r}: --split takes {', '.join(loaded)}")
+        loaded = loaded[options.split]
+    if options.text_field not in loaded.column_names:
+        columns = ", ".join(loaded.column_names)
+        raise DataError(f"{folder} has no column {options.text_field!r}: --text-field takes one of {columns}")
+    return loaded[options.text_field]
+
+
+def file_texts(path: Path, options: argparse.Namespace, writer: ShardWriter) -> Iterator[str | None]:
+    """The documents of one file, unpacked on the way."""
+    import pyarrow as pa
+
+    name = path.name.lower()
+    packed = name.endswith(PACKED)
+    inner = Path(name).stem if packed else name
+    is_json = options.format == "jsonl" or (options.format == "auto" and inner.endswith(JSON_SUFFIXES))
+    try:
+        source = pa.input_stream(str(path), compression="detect" if packed else None)
+        with io.TextIOWrapper(io.BufferedReader(source, MIB), encoding="utf-8", errors="replace") as lines:
+            if is_json:
+                yield from json_texts(path, lines, options, writer)
+            elif options.document == "file":
+                yield lines.read()
+            elif options.document == "line":
+                yield from (line.rstrip("\r\n") for line in lines)
+            else:
+                yield from paragraphs(lines)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+
+
+def json_texts(
+    path: Path, lines: TextIO, options: argparse.Namespace, writer: ShardWriter
+) -> Iterator[str | None]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[options.text_field]
+            if text is not None and not isinstance(text, str):
+                raise TypeError(f"{options.text_field!r} is {type(text).__name__}, not text")
+        except (ValueError, KeyError, TypeError) as error:
+            if not options.skip_bad_lines:
+                reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
+                raise DataError(
+                    f"{path}, line {number}: {reason}: --text-field or --skip-bad-lines"
+                ) from error
+            writer.skipped += 1
+            continue
+        yield text
+
+
+def paragraphs(lines: TextIO) -> Iterator[str]:
+    paragraph: list[str] = []
+    for line in lines:
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield "".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield "".join(paragraph)
+
+
+class ShardWriter:
+    """Spreads documents over parquet shards; empty ones are left out."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self._folder = folder
+        self._shard_bytes = options.shard_mib * MIB
+        self._group_bytes = options.row_group_mib * MIB
+        self._compression = options.compression
+        self._rows: list[bytes] = []
+        self._rows_bytes = self._written_bytes = 0
+        self._file: Any = None
+        self.documents = self.total_bytes = self.shards = self.skipped = 0
+
+    def add(self, text: str | None) -> None:
+        if not text:
+            return
+        row = text.encode("utf-8", errors="replace")  # a lone surrogate has no UTF-8
+        self._rows.append(row)
+        self._rows_bytes += len(row)
+        self.documents += 1
+        self.total_bytes += len(row)
+        if self._rows_bytes >= self._group_bytes:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self._file is None:
+            path = self._folder / f"{self.shards // 100000:03d}_{self.shards % 100000:05d}.parquet"
+            self._path = path
+            self._file = pq.ParquetWriter(
+                path,
+                pa.schema([("text", pa.large_string())]),
+                compression=self._compression,
+                use_dictionary=False,
+                write_page_checksum=True,
+                write_statistics=True,
+                write_batch_size=64,
+            )
+            self.shards += 1
+        array = pa.array(self._rows, pa.large_binary()).cast(pa.large_string())
+        self._file.write_table(pa.table({"text": array}), row_group_size=len(self._rows))
+        self._written_bytes += self._rows_bytes
+        self._rows, self._rows_bytes = [], 0
+        if self._written_bytes >= self._shard_bytes:
+            self._close()
+
+    def _close(self) -> None:
+        self._file.close()
+        self._file, self._written_bytes = None, 0
+        synchronize(self._path)
+
+    def finish(self) -> None:
+        if self._rows:
+            self._write_group()
+        if self._file is not None:
+            self._close()
+        if self.documents == 0:
+            raise DataError("the inputs hold no text: nothing was written")
+
+
+def synchronize(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_folder(partial: Path, output: Path) -> None:
+    """Give the finished folder its name."""
+    synchronize(partial)
+    if output.exists():
+        old = output.with_name(output.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        output.rename(old)
+        partial.rename(output)
+        shutil.rmtree(old)
+    else:
+        partial.rename(output)
+    synchronize(output.parent)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
