@@ -116,38 +116,46 @@ def shard_line(position: Mapping[str, Any]) -> str:
 class RunReport:
     """Console, progress bar, metrics file and statistics of one run.
 
+    Lines and warnings are printed from the start; ``begin`` opens the metrics file and the bar.
+
     Args:
-        output_dir: folder of ``stats/``, which exists on rank 0.
+        output_dir: folder of ``stats/``.
         rank: only 0 prints and writes.
-        first_step: optimizer steps completed when the run starts; the metrics beyond are replaced.
-        total_steps: optimizer steps of the whole schedule.
         log_interval: optimizer steps between printed lines.
-        flops_per_token: training FLOPs (forward and backward) of one token; None: no ``mfu``.
-        peak_flops_total: FLOP/s of all devices together; None: no ``mfu``.
     """
 
-    def __init__(
-        self,
-        output_dir: Path,
-        *,
-        rank: int,
-        first_step: int = 0,
-        total_steps: int,
-        log_interval: int = 50,
-        flops_per_token: float | None = None,
-        peak_flops_total: float | None = None,
-    ) -> None:
+    def __init__(self, output_dir: Path, *, rank: int, log_interval: int = 50) -> None:
         self.active = rank == 0
         self._stats = output_dir / "stats"
         self._log_interval = log_interval
-        self._flops_per_token, self._peak = flops_per_token, peak_flops_total
+        self._flops_per_token: float | None = None
+        self._peak: float | None = None
         self._warnings: Counter[str] = Counter()
         self._started = time.monotonic()
-        self._first_step, self._step = first_step, first_step
+        self._first_step = self._step = 0
         self._last: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
         self._bar: Any = None
         self._metrics: MetricsFile | None = None
+
+    def begin(
+        self,
+        *,
+        first_step: int,
+        total_steps: int,
+        flops_per_token: float | None = None,
+        peak_flops_total: float | None = None,
+    ) -> None:
+        """The loop is about to start, and ``stats/`` exists.
+
+        Args:
+            first_step: optimizer steps completed so far; metrics beyond are replaced.
+            total_steps: optimizer steps of the whole schedule.
+            flops_per_token: training FLOPs (forward and backward) of one token; None: no ``mfu``.
+            peak_flops_total: FLOP/s of all devices together; None: no ``mfu``.
+        """
+        self._flops_per_token, self._peak = flops_per_token, peak_flops_total
+        self._first_step = self._step = first_step
         if self.active:
             self._metrics = MetricsFile(self._stats / "training_metrics.jsonl", first_step, self.warn)
             self._open_bar(first_step, total_steps)
@@ -185,7 +193,7 @@ class RunReport:
         """Record one optimizer step; print its lines where one is due."""
         if not self.active:
             return
-        assert self._metrics is not None
+        assert self._metrics is not None, "begin comes before the first step"
         line = self._metrics_line(record)
         self._metrics.write(line)
         self._last, self._step = {**line, "data_position": dict(record.position)}, record.step

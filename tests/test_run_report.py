@@ -51,12 +51,21 @@ def stats(tmp_path: Path) -> Path:
     return tmp_path / "stats"
 
 
+def begun(
+    folder: Path, *, rank: int = 0, log_interval: int = 50, first_step: int = 0, **numbers: Any
+) -> RunReport:
+    """A report whose loop has begun."""
+    report = RunReport(folder, rank=rank, log_interval=log_interval)
+    report.begin(first_step=first_step, total_steps=10, **numbers)
+    return report
+
+
 def lines_of(stats: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (stats / "training_metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_printed_lines(stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = RunReport(stats.parent, rank=0, total_steps=2000, log_interval=500)
+    report = begun(stats.parent, log_interval=500)
     for step in (999, 1000):
         report.step(record(step))
     report.sample(1000, "Long long time ago, there was")
@@ -72,7 +81,7 @@ def test_the_printed_lines(stats: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_other_ranks_are_silent(stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = RunReport(stats.parent, rank=1, total_steps=10, log_interval=1)
+    report = begun(stats.parent, rank=1, log_interval=1)
     report.step(record(1))
     report.info("x")
     report.warn("y")
@@ -83,7 +92,7 @@ def test_other_ranks_are_silent(stats: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_the_header_names_what_runs(stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = RunReport(stats.parent, rank=0, total_steps=10)
+    report = begun(stats.parent)
     report.header(
         RunFacts(
             model="argonne-2.0",
@@ -117,9 +126,7 @@ def test_the_header_names_what_runs(stats: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_metrics_have_the_agreed_keys(stats: Path) -> None:
-    report = RunReport(
-        stats.parent, rank=0, total_steps=10, flops_per_token=100.0, peak_flops_total=400_000.0
-    )
+    report = begun(stats.parent, flops_per_token=100.0, peak_flops_total=400_000.0)
     report.step(record(1, loss=float("nan"), grad_norm=float("inf"), extra={"skipped": True, "epoch": 2}))
     (line,) = lines_of(stats)
     assert line == {
@@ -140,13 +147,13 @@ def test_metrics_have_the_agreed_keys(stats: Path) -> None:
 
 
 def test_a_resume_replaces_what_lay_beyond(stats: Path) -> None:
-    first = RunReport(stats.parent, rank=0, total_steps=10)
+    first = begun(stats.parent)
     for step in range(1, 6):
         first.step(record(step, loss=1.0))
     first.close()
     path = stats / "training_metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 6, "loss"')  # killed while writing
-    second = RunReport(stats.parent, rank=0, first_step=3, total_steps=10)
+    second = begun(stats.parent, first_step=3)
     second.step(record(4, loss=2.0))
     second.close()
     assert [(line["step"], line["loss"]) for line in lines_of(stats)] == [
@@ -155,7 +162,7 @@ def test_a_resume_replaces_what_lay_beyond(stats: Path) -> None:
         (3, 1.0),
         (4, 2.0),
     ]
-    RunReport(stats.parent, rank=0, total_steps=10).close()
+    begun(stats.parent).close()
     assert lines_of(stats) == []
     assert sorted(os.listdir(stats)) == ["training_metrics.jsonl"]
 
@@ -163,7 +170,7 @@ def test_a_resume_replaces_what_lay_beyond(stats: Path) -> None:
 def test_statistics_with_each_checkpoint_and_at_the_end(
     stats: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = RunReport(stats.parent, rank=0, first_step=5, total_steps=10)
+    report = begun(stats.parent, first_step=5)
     report.step(record(6, loss=float("nan")))
     report.warn("odd rows were skipped", "(3 in a.parquet)")
     report.warn("odd rows were skipped", "(9 in b.parquet)")
@@ -203,7 +210,7 @@ def test_a_full_disk_costs_no_step_and_no_line(stats: Path, monkeypatch: pytest.
 
 def test_a_stats_folder_that_vanished(stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stats.rmdir()
-    report = RunReport(stats.parent, rank=0, total_steps=10, log_interval=1)
+    report = begun(stats.parent, log_interval=1)
     report.step(record(1))
     report.checkpoint_saved(1, Path("x.pth"), bytes=1, seconds=1.0)
     report.finish("finished")
@@ -217,8 +224,8 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 from test_run_report import record
-from run_report import RunReport
-report = RunReport(Path({folder!r}), rank=0, total_steps=10, log_interval=1)
+from test_run_report import begun
+report = begun(Path({folder!r}), log_interval=1)
 for step in range(1, 6):
     report.step(record(step))
 report.finish("finished")
