@@ -27,7 +27,7 @@ def standard_library_texts() -> tuple[str, ...]:
 
 
 def short_texts(count: int, length: int = 400, skip: int = 0) -> list[str]:
-    """``count`` different texts of about ``length`` characters (they vary from a third to three halves of it)."""
+    """``count`` different texts of about ``length`` characters (a third to three halves of it)."""
     pieces: list[str] = []
     for text in standard_library_texts():
         start = 0

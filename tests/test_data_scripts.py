@@ -61,12 +61,20 @@ def test_text_files_become_checked_shards(tmp_path: Path) -> None:
     assert written(out) == [text.replace("\r\n", "\n") for text in texts]  # part2 before part10
     shards = open_corpus(str(out))
     assert len(shards) == 3 and shards[0].name == "000_00000.parquet" and len(shards[0].group_rows) > 1
-    path = shards[0].path
-    content = bytearray(path.read_bytes())
-    content[len(content) // 3] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(OSError, match="CRC"):
-        pq.read_table(path, page_checksum_verification=True)
+    assert flipped_bits_noticed(shards[0].path) > 30
+
+
+def flipped_bits_noticed(path: Path) -> int:
+    """Flip single bits all over the file's pages: each is an error or, in a header's idle field, harmless."""
+    whole, texts = path.read_bytes(), pq.read_table(path)["text"].to_pylist()
+    noticed = 0
+    for place in range(4, len(whole) * 9 // 10, len(whole) // 50):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            assert pq.read_table(path, page_checksum_verification=True)["text"].to_pylist() == texts
+        except OSError:
+            noticed += 1
+    return noticed
 
 
 @pytest.mark.parametrize("codec", [None, "zstd", "gzip", "bz2"])
