@@ -255,7 +255,7 @@ class ShardWriter:
                 compression=self._compression,
                 use_dictionary=False,
                 write_page_checksum=True,
-                write_statistics=True,
+                write_statistics=False,  # of texts: whole documents in footers and page headers
                 write_batch_size=64,
             )
             self.shards += 1
