@@ -68,6 +68,8 @@ class StepTotals:
     """Mean loss over the step's tokens."""
     stop: bool
     """Some rank was asked to stop."""
+    busy: bool
+    """Some rank still works on the last checkpoint."""
 
     @property
     def finite(self) -> bool:
@@ -91,7 +93,13 @@ class GradientTotals:
         ]
 
     def reduce(
-        self, gradients: Mapping[str, Tensor], *, loss_share: Tensor, stop: bool, scale: float
+        self,
+        gradients: Mapping[str, Tensor],
+        *,
+        loss_share: Tensor,
+        stop: bool,
+        busy: bool = False,
+        scale: float = 1.0,
     ) -> StepTotals:
         """One all-reduce over all ranks.
 
@@ -99,6 +107,7 @@ class GradientTotals:
             gradients: local gradients by parameter name, complete but not clipped, times ``scale``.
             loss_share: 0-d; the shares of all ranks add up to the step's mean loss.
             stop: whether this rank was asked to stop.
+            busy: whether this rank still works on the last checkpoint.
             scale: the loss scale the gradients still carry.
         """
         parts = self.owned(gradients)
@@ -107,12 +116,13 @@ class GradientTotals:
         if parts:
             norms = torch.stack(torch._foreach_norm(parts)).to(torch.float64)
             squares = norms.square().sum()
-        totals = torch.stack([squares, loss_share.detach().double(), torch.full_like(squares, float(stop))])
+        words = torch.tensor([float(stop), float(busy)], dtype=torch.float64, device=device)
+        totals = torch.cat([squares[None], loss_share.detach().double()[None], words])
         if self._group is not None and dist.get_world_size(self._group) > 1:
             dist.all_reduce(totals, group=self._group)
-        square_sum, loss, stops = totals.tolist()
+        square_sum, loss, stops, busies = totals.tolist()
         norm = math.sqrt(square_sum) / scale if square_sum >= 0 else math.nan
-        return StepTotals(grad_norm=norm, loss=loss, stop=stops > 0)
+        return StepTotals(grad_norm=norm, loss=loss, stop=stops > 0, busy=busies > 0)
 
 
 def scale_gradients(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,11 +27,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from run_errors import ConfigError, DeviceError
+from run_errors import ConfigError, DeviceError, RunError
 from tp_plan import check_degree, degree_fits
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PLACE_KEY = "argonne/place"
+AGREEMENT_TIMEOUT = timedelta(days=7)
+"""Of the gloo groups: ranks wait in them through the longest save; a dead peer ends the wait at once."""
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,24 +98,31 @@ def choose_device(environment: Environment) -> torch.device:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parallel:
-    """Degrees, coordinates and groups of this process. world_size = dp_size * tp_size."""
+class World:
+    """All ranks, before the layout of the model over them is known."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
-    tp_rank: int
-    tp_size: int
-    dp_rank: int
-    dp_size: int
+    """Ranks on this host."""
     device: torch.device
-    mesh: DeviceMesh | None
-    """("dp", "tp"); None in a single process."""
     control_group: dist.ProcessGroup | None
     """All ranks over gloo, for agreement, checkpoints and errors; None in a single process."""
     feed_group: dist.ProcessGroup | None
     """All ranks over gloo, for the hand-out of tokens, which goes on in the background."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel(World):
+    """Degrees, coordinates and groups of this process. world_size = dp_size * tp_size."""
+
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    mesh: DeviceMesh | None
+    """("dp", "tp"); None in a single process."""
 
     @property
     def tp_group(self) -> dist.ProcessGroup | None:
@@ -124,13 +134,31 @@ class Parallel:
         return None if self.mesh is None else dist.group.WORLD
 
 
-def connect(environment: Environment, device: torch.device, *, timeout: timedelta) -> int:
-    """Join the process group of all ranks; return the number of ranks on this host.
+def connect(environment: Environment, device: torch.device, *, timeout: timedelta) -> World:
+    """Join the process group of all ranks, and make the gloo groups beside it.
 
-    Raises DeviceError naming the endpoint where the rendezvous fails or two ranks share a GPU.
+    ``timeout`` bounds the rendezvous and each collective of the model. Raises DeviceError naming the
+    endpoint where the rendezvous fails, or the ranks that share a GPU.
     """
-    if environment.world_size == 1:
-        return 1
+    local_world_size = 1
+    control = feed = None
+    if environment.world_size > 1:
+        _init_process_group(environment, device, timeout)
+        control = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
+        feed = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
+        local_world_size = _check_places(environment, device, control)
+    return World(
+        rank=environment.rank,
+        world_size=environment.world_size,
+        local_rank=environment.local_rank,
+        local_world_size=local_world_size,
+        device=device,
+        control_group=control,
+        feed_group=feed,
+    )
+
+
+def _init_process_group(environment: Environment, device: torch.device, timeout: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
@@ -147,10 +175,9 @@ def connect(environment: Environment, device: torch.device, *, timeout: timedelt
             f"{environment.master} (MASTER_ADDR:MASTER_PORT): {first}; check that the endpoint is reachable, "
             f"that its port is free on rank 0's node and that all {environment.world_size} ranks were started"
         ) from error
-    return _check_places(environment, device)
 
 
-def _check_places(environment: Environment, device: torch.device) -> int:
+def _check_places(environment: Environment, device: torch.device, group: dist.ProcessGroup) -> int:
     """Ranks on this host; raises DeviceError on all ranks where two of them share a GPU."""
     if device.type == "cuda":
         gpu = str(torch.cuda.get_device_properties(device).uuid)
@@ -158,7 +185,7 @@ def _check_places(environment: Environment, device: torch.device) -> int:
         gpu = ""
     places: list[Any] = [None] * environment.world_size
     host = socket.gethostname()
-    dist.all_gather_object(places, (host, gpu), group=_gloo_world())
+    dist.all_gather_object(places, (host, gpu), group=group)
     seen: dict[tuple[str, str], int] = {}
     for rank, place in enumerate(places):
         if gpu and place in seen:
@@ -168,10 +195,6 @@ def _check_places(environment: Environment, device: torch.device) -> int:
             )
         seen[place] = rank
     return environment.local_world_size or sum(place[0] == host for place in places)
-
-
-def _gloo_world() -> dist.ProcessGroup | None:
-    return None if dist.get_backend() != "nccl" else dist.new_group(backend="gloo")
 
 
 def default_tp_size(local_world_size: int, query_heads: int, key_value_heads: int) -> int:
@@ -197,29 +220,19 @@ def resolve_tp_size(
     return requested
 
 
-def build_parallel(
-    environment: Environment, device: torch.device, *, tp_size: int, local_world_size: int, timeout: timedelta
-) -> Parallel:
-    """Make the mesh and the groups. All ranks call this together."""
-    dp_size = environment.world_size // tp_size
-    mesh = control = feed = None
-    if environment.world_size > 1:
-        mesh = init_device_mesh(device.type, (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
-        control = dist.new_group(backend="gloo", timeout=timeout)
-        feed = dist.new_group(backend="gloo", timeout=timeout)
+def build_parallel(world: World, tp_size: int) -> Parallel:
+    """Lay ``tp_size`` neighbouring ranks to a replica and make the mesh. All ranks call this together."""
+    dp_size = world.world_size // tp_size
+    mesh = None
+    if world.world_size > 1:
+        mesh = init_device_mesh(world.device.type, (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
     return Parallel(
-        rank=environment.rank,
-        world_size=environment.world_size,
-        local_rank=environment.local_rank,
-        local_world_size=local_world_size,
-        tp_rank=environment.rank % tp_size,
+        **vars(world),
+        tp_rank=world.rank % tp_size,
         tp_size=tp_size,
-        dp_rank=environment.rank // tp_size,
+        dp_rank=world.rank // tp_size,
         dp_size=dp_size,
-        device=device,
         mesh=mesh,
-        control_group=control,
-        feed_group=feed,
     )
 
 
@@ -323,27 +336,50 @@ def gradient_sync(
     return contextlib.nullcontext()
 
 
-def gather_objects(value: Any, parallel: Parallel) -> list[Any]:
+def gather_objects(value: Any, world: World) -> list[Any]:
     """``value`` of every rank, by rank, on every rank."""
-    if parallel.control_group is None:
+    if world.control_group is None:
         return [value]
-    values: list[Any] = [None] * parallel.world_size
-    dist.all_gather_object(values, value, group=parallel.control_group)
+    values: list[Any] = [None] * world.world_size
+    dist.all_gather_object(values, value, group=world.control_group)
     return values
 
 
-def broadcast_object(value: Any, parallel: Parallel) -> Any:
+def broadcast_object(value: Any, world: World) -> Any:
     """Rank 0's ``value`` on every rank."""
-    if parallel.control_group is None:
+    if world.control_group is None:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=parallel.control_group)
+    dist.broadcast_object_list(box, src=0, group=world.control_group)
     return box[0]
 
 
-def check_same(values: Mapping[str, Any], parallel: Parallel) -> None:
+def on_rank_0(function: Callable[[], Result], world: World) -> Result:
+    """Run ``function`` on rank 0 and return its (picklable) result on every rank.
+
+    A RunError that it raises is raised on every rank, so that all end and none waits.
+    """
+    outcome: tuple[Result | None, RunError | None] = (None, None)
+    if world.rank == 0:
+        try:
+            outcome = (function(), None)
+        except RunError as error:
+            outcome = (None, error)
+    result, problem = broadcast_object(outcome, world)
+    if problem is not None:
+        raise problem
+    return result
+
+
+def barrier(world: World) -> None:
+    """Wait for all ranks, over gloo."""
+    if world.control_group is not None:
+        dist.barrier(group=world.control_group)
+
+
+def check_same(values: Mapping[str, Any], world: World) -> None:
     """Raise ConfigError on all ranks where a value (a flag, a version) differs between them."""
-    gathered = gather_objects(dict(values), parallel)
+    gathered = gather_objects(dict(values), world)
     for key, value in gathered[0].items():
         for rank, other in enumerate(gathered):
             if other.get(key) != value:
@@ -351,6 +387,36 @@ def check_same(values: Mapping[str, Any], parallel: Parallel) -> None:
                     f"{key} differs between ranks: {value!r} on rank 0, {other.get(key)!r} on rank {rank}; "
                     "start all ranks with the same command"
                 )
+
+
+def private_store() -> Any:
+    """A connection of its own to the store of the rendezvous, for use in another thread."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return dist.PrefixStore("argonne", store.clone())
+
+
+_COLLECTIVE_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def run_error_of(
+    error: RunError | RuntimeError, explain: Callable[[BaseException], RunError]
+) -> RunError | None:
+    """What an error of torch means to the user: a peer's end (``explain`` names it) or too little memory.
+
+    None where it is a fault of this program, whose traceback must be seen.
+    """
+    if isinstance(error, RunError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return DeviceError(
+            f"out of GPU memory ({str(error).splitlines()[0]}): lower --batch-size or --block-size, or use "
+            "--activation-checkpointing full, --sequence-parallel or more GPUs"
+        )
+    if isinstance(error, dist.DistError) or any(word in str(error) for word in _COLLECTIVE_WORDS):
+        return explain(error)
+    return None
 
 
 def disconnect() -> None:

@@ -1,6 +1,5 @@
 """Recomputation, data parallelism and compilation leave the mathematics alone."""
 
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from optimizer import GradientTotals
 from parallel import (
     Environment,
     Parallel,
+    World,
     apply_ddp,
     apply_fsdp,
     build_parallel,
@@ -33,16 +33,11 @@ STEPS, BATCH = 2, 4
 
 
 def make_parallel(rank: int, world_size: int, tp_size: int) -> Parallel:
-    environment = Environment(
-        rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size, master="", run_id=None
-    )
-    return build_parallel(
-        environment,
-        torch.device("cpu"),
-        tp_size=tp_size,
-        local_world_size=world_size,
-        timeout=timedelta(seconds=60),
-    )
+    world = World(
+        rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size,
+        device=torch.device("cpu"), control_group=None, feed_group=None,
+    )  # fmt: skip
+    return build_parallel(world, tp_size)
 
 
 def train(
@@ -121,10 +116,7 @@ def layout_rank(
 def one_process(dtype: torch.dtype = torch.float32) -> tuple[list[float], float, dict[str, Tensor]]:
     model = small_model(torch.float32, attention_bias=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    layout = Parallel(
-        rank=0, world_size=1, local_rank=0, local_world_size=1, tp_rank=0, tp_size=1, dp_rank=0, dp_size=1,
-        device=torch.device("cpu"), mesh=None, control_group=None, feed_group=None,
-    )  # fmt: skip
+    layout = make_parallel(0, 1, 1)
     context = forward_context(layout, dtype, sharded=False)
     losses = train(model, model, step_tokens(), context, optimizer, (0, 1))
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()

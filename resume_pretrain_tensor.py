@@ -1,0 +1,197 @@
+"""Pretrain an Argonne model with tensor parallelism, from scratch or from a checkpoint.
+
+    torchrun --standalone --nproc_per_node=8 resume_pretrain_tensor.py --tokenizer-path TOKENIZER
+
+Read `train` from top to bottom: connect, choose a checkpoint, build and split, load, open the data, loop,
+close. Flags are parsed before torch is imported, so that ``--help`` and a wrong flag answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from run_config import RunConfig, derive_accumulation, flag_values, parse_command_line
+from run_errors import RunError
+
+if TYPE_CHECKING:
+    from parallel import Environment
+    from run_control import RunControl
+    from run_report import RunReport
+    from run_status import Launch
+    from training_run import Run
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""Of the rendezvous and of each collective of the model."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; the exit code is 0 (done), 1 (failed), 2 (wrong flags) or 75 (stopped by a signal, saved)."""
+    config = parse_command_line(argv)
+
+    from parallel import Environment, disconnect, run_error_of
+    from run_control import RunControl, enable_flight_recorder
+    from run_report import RunReport
+    from run_status import Launch
+
+    output_dir = Path(config.output.output_dir)
+    try:
+        environment = Environment.read(config.parallel.local_rank)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    enable_flight_recorder(output_dir / "stats", os.environ)
+    launch = Launch.read()
+    report = RunReport(output_dir, rank=environment.rank, log_interval=config.output.log_interval)
+    control = RunControl(
+        output_dir,
+        rank=environment.rank,
+        world_size=environment.world_size,
+        launch=launch,
+        max_run_time=config.control.max_run_time,
+        stall_timeout=config.control.stall_timeout,
+        warn=report.warn,
+    )
+    control.start()
+    try:
+        code = train(config, environment, launch, control, report)
+        disconnect()
+        return code
+    except (RunError, RuntimeError) as error:
+        problem = run_error_of(error, control.explain)
+        if problem is None:
+            raise
+    if config.debug:
+        traceback.print_exception(problem)
+    code, line = control.fail(problem)
+    report.close()
+    if line is not None:
+        print(line, file=sys.stderr, flush=True)
+    # Threads may still sit in collectives that no peer will answer: the process ends without them.
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def train(
+    config: RunConfig, environment: Environment, launch: Launch, control: RunControl, report: RunReport
+) -> int:
+    """The recipe. Returns the exit code; raises RunError where the run cannot go on."""
+    from checkpointing import open_chosen, require_safe_torch
+    from data_feed import StepFeed
+    from parallel import barrier, build_parallel, check_same, choose_device, connect, private_store
+    from training_build import build_model, choose_tp_size, fill_weights, model_settings
+    from training_run import Run
+    from training_save import CheckpointKeeper
+    from training_setup import claim_output, data_on_rank_0, export_if_asked, introduce, tokenizer_on_rank_0
+    from training_step import TrainingStep
+
+    output_dir = Path(config.output.output_dir)
+    training = config.training
+
+    # ------------------------------------------------------------------ connect
+    require_safe_torch()
+    device = choose_device(environment)
+    world = connect(environment, device, timeout=COLLECTIVE_TIMEOUT)
+    if world.world_size > 1:
+        control.join(private_store())
+    check_same(flag_values(config), world)
+    if config.model.settings is not None:
+        choose_tp_size(config.model.settings, config.parallel.tensor_parallel_size, world)
+    ended = claim_output(output_dir, control, launch, world)
+    if ended is not None:
+        return control.finish(ended)
+
+    # ------------------------------------------------------------------ choose
+    tokenizer, tokenizer_size = tokenizer_on_rank_0(config, world)
+    view, chosen, warnings = open_chosen(
+        config.checkpoint.checkpoint_path,
+        output_dir,
+        force_from_scratch=config.checkpoint.force_from_scratch,
+        rank=world.rank,
+        control_group=world.control_group,
+    )
+    for warning in warnings:
+        report.warn(warning)
+    settings = model_settings(config.model, view, tokenizer_size)
+
+    # ------------------------------------------------------------------ build, split, load
+    tp_size = choose_tp_size(settings, config.parallel.tensor_parallel_size, world)
+    parallel = build_parallel(world, tp_size)
+    accumulation = derive_accumulation(training, parallel.dp_size)
+    samples_per_step = training.batch_size * accumulation * parallel.dp_size
+    opened = data_on_rank_0(config, tokenizer, view, samples_per_step, world)
+    for notice in opened.notices if opened is not None else ():
+        report.warn(notice)
+    trained = build_model(settings, config.parallel, training, parallel)
+    loaded = fill_weights(trained, view, training.seed)
+    for warning in loaded.warnings if loaded is not None else ():
+        report.warn(warning)
+
+    # ------------------------------------------------------------------ loop
+    first_step = view.step if view is not None else 0
+    introduce(config, trained, opened, samples_per_step, first_step, chosen, control, report)
+    feed = StepFeed(
+        opened.source if opened is not None else None,
+        samples_per_step=samples_per_step,
+        block_size=training.block_size,
+        group=world.feed_group,
+        pin_memory=device.type == "cuda",
+    )
+    run = Run(
+        config=config,
+        settings=settings,
+        trained=trained,
+        one_step=TrainingStep(trained, training, accumulation),
+        feed=feed,
+        opened=opened,
+        tokenizer=tokenizer,
+        keeper=CheckpointKeeper(trained, config.checkpoint, output_dir, control, report),
+        control=control,
+        report=report,
+        samples_per_step=samples_per_step,
+    )
+    run.restore(view)
+    stopped = loop(run)
+
+    # ------------------------------------------------------------------ close
+    feed.close()
+    run.keeper.close()
+    if not stopped:
+        export_if_asked(config, run.keeper.newest, settings, world, report)
+    barrier(world)
+    state, reason = ("stopped", control.stop_reason()) if stopped else ("finished", None)
+    report.info(f"{state.capitalize()} at step {run.step}" + (f" ({reason})" if reason else ""))
+    report.finish(state, reason)
+    report.close()
+    return control.finish(state, reason)
+
+
+def loop(run: Run) -> bool:
+    """Train until the last step or until a rank is asked to stop; True where it was stopped."""
+    from training_run import stopwatch
+
+    config, control, keeper = run.config, run.control, run.keeper
+    control.begin(run.step)
+    stop = False
+    while run.step < config.training.total_steps and not stop:
+        started = stopwatch()
+        batch = run.feed.next()
+        result = run.one_step.run(batch, run.step, stop=bool(control.stop_flag), busy=keeper.busy)
+        run.complete(batch, result, stopwatch() - started)
+
+        stop = result.totals.stop
+        last = stop or run.step == config.training.total_steps
+        if last or keeper.due(run.step, busy=result.totals.busy):
+            run.save()
+        if config.output.sample_interval and run.step % config.output.sample_interval == 0 and not stop:
+            run.sample()
+    return stop
+
+
+if __name__ == "__main__":
+    sys.exit(main())

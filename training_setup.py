@@ -1,0 +1,192 @@
+"""What happens once around the loop: folder and tokenizer, data, the header, the export."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint_export import export_hf
+from checkpointing import CheckpointView, clean_temporary_files, estimate_checkpoint_bytes, verify_checkpoint
+from data_open import OpenedSource, open_source
+from data_source import SourceOptions
+from data_tokenize import load_tokenizer
+from parallel import World, on_rank_0
+from run_config import RunConfig
+from run_control import RunControl
+from run_errors import RunError
+from run_report import RunFacts, RunReport, peak_flops
+from run_status import Launch, already_ended, prepare_output_dir
+from training_build import TrainedModel, flops_per_token
+
+ASSUMED_WRITE_RATE = 1e9
+"""Bytes a second of a plain disk, for the estimate before the first save is measured."""
+
+
+def claim_output(output_dir: Path, control: RunControl, launch: Launch, world: World) -> str | None:
+    """Make, lock and clean the output folder on rank 0; the state in which this very launch ended before.
+
+    Raises RunError on all ranks where the folder cannot be used or another run has it.
+    """
+
+    def claim() -> str | None:
+        ended = already_ended(output_dir, launch)
+        if ended is not None:
+            if ended["state"] == "failed":
+                raise RunError(
+                    f"this run ended before the restart and would end the same way: {ended['reason']}"
+                )
+            return str(ended["state"])
+        prepare_output_dir(output_dir)
+        control.claim()
+        clean_temporary_files(output_dir / "pretrained")
+        return None
+
+    return on_rank_0(claim, world)
+
+
+def tokenizer_on_rank_0(config: RunConfig, world: World) -> tuple[Any, int]:
+    """(tokenizer on rank 0 and None elsewhere, number of ids on every rank)."""
+    box: list[Any] = [None]
+
+    def load() -> int:
+        tokenizer = load_tokenizer(config.data.tokenizer_path, config.data.trust_remote_code)
+        box[0] = tokenizer
+        return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+    size = on_rank_0(load, world)
+    return box[0], size
+
+
+def source_options(config: RunConfig, samples_per_step: int) -> SourceOptions:
+    """What decides the tokens of each step."""
+    data, training = config.data, config.training
+    cache = data.data_cache_dir or str(Path(config.output.output_dir) / "cache")
+    return SourceOptions(
+        data_glob=data.data_glob,
+        block_size=training.block_size,
+        samples_per_step=samples_per_step,
+        text_column=data.text_column,
+        streaming=data.streaming,
+        packing=data.packing,
+        seed=training.seed,
+        num_proc=data.num_proc,
+        trust_remote_code=data.trust_remote_code,
+        skip_bad_shards=data.skip_bad_shards,
+        allow_data_change=data.allow_data_change,
+        cache_dir=Path(cache),
+    )
+
+
+def data_on_rank_0(
+    config: RunConfig, tokenizer: Any, view: CheckpointView | None, samples_per_step: int, world: World
+) -> OpenedSource | None:
+    """Rank 0's source (None elsewhere), at the checkpoint's place; DataError on all ranks."""
+    box: list[OpenedSource | None] = [None]
+
+    def open_it() -> None:
+        metadata = view.metadata if view is not None else {}
+        box[0] = open_source(
+            source_options(config, samples_per_step),
+            tokenizer,
+            saved_position=metadata.get("data_position"),
+            saved_state=metadata.get("data_state"),
+            global_step=view.step if view is not None else 0,
+        )
+
+    on_rank_0(open_it, world)
+    return box[0]
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads a process)"
+
+
+def introduce(
+    config: RunConfig,
+    trained: TrainedModel,
+    opened: OpenedSource | None,
+    samples_per_step: int,
+    first_step: int,
+    chosen: str,
+    control: RunControl,
+    report: RunReport,
+) -> None:
+    """Open the metrics at the run's first step and print the header."""
+    parallel, training = trained.parallel, config.training
+    device = device_name(parallel.device)
+    precision = str(trained.dtype).removeprefix("torch.")
+    peak = peak_flops(device, training.dtype or ("bf16" if parallel.device.type == "cuda" else "fp32"))
+    report.begin(
+        first_step=first_step,
+        total_steps=training.total_steps,
+        flops_per_token=flops_per_token(trained, training.block_size),
+        peak_flops_total=None if peak is None else peak * parallel.world_size,
+    )
+    save_bytes = estimate_checkpoint_bytes(trained.slice_map)
+    save_seconds = save_bytes / ASSUMED_WRITE_RATE
+    grace = control.grace_warning(save_seconds)
+    if grace is not None:
+        report.warn(grace)
+    shards = 0 if opened is None else len(opened.shards)
+    begins = "" if opened is None else f", from {_place(opened)}"
+    options = config.parallel
+    extra = {
+        label: text
+        for label, text in (
+            ("Sequence parallel", "on" if options.sequence_parallel else ""),
+            ("Recomputation", options.activation_checkpointing),
+            ("Compiled", "each block" if options.compile else ""),
+        )
+        if text not in ("", "none")
+    }
+    report.header(
+        RunFacts(
+            model=config.model.model_config or "argonne",
+            parameters=trained.slice_map.numel(),
+            tp_size=parallel.tp_size,
+            dp_size=parallel.dp_size,
+            device=device,
+            precision=precision,
+            batch_size=training.batch_size,
+            accumulation=samples_per_step // (training.batch_size * parallel.dp_size),
+            block_size=training.block_size,
+            data=f"{shards} shards of {config.data.data_glob}{begins}",
+            checkpoint=chosen,
+            output_dir=str(Path(config.output.output_dir).resolve()),
+            save_bytes=save_bytes,
+            save_seconds=save_seconds,
+            extra=extra,
+        )
+    )
+
+
+def _place(opened: OpenedSource) -> str:
+    position = opened.start.position
+    if position.sample is not None:
+        return f"sample {position.sample} of epoch {position.epoch}"
+    return f"{position.file_name} row {position.row} token {position.token_offset}, epoch {position.epoch}"
+
+
+def export_if_asked(
+    config: RunConfig, checkpoint: Path | None, settings: dict[str, Any], world: World, report: RunReport
+) -> None:
+    """Export the finished run's last checkpoint to --final-model-dir; on rank 0, the others wait."""
+    target = config.output.final_model_dir
+    if target is None or checkpoint is None:
+        return
+    on_rank_0(
+        lambda: export_hf(
+            verify_checkpoint(checkpoint),
+            settings,
+            config.data.tokenizer_path,
+            Path(target),
+            trust_remote_code=config.data.trust_remote_code,
+        ),
+        world,
+    )
+    report.info(f"Exported the model to {target}")
