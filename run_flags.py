@@ -158,7 +158,7 @@ def _unknown_problems(parser: argparse.ArgumentParser, leftover: Sequence[str]) 
     for token in leftover:
         if token.startswith("--"):
             name = token.split("=", 1)[0]
-            close = get_close_matches(name, known, n=1)
+            close = get_close_matches(name, known, n=1, cutoff=0.7)
             hint = f"did you mean {close[0]}?" if close else "see --help"
             problems.append(f"{name} is not a flag: {hint}")
         elif not after_flag:
