@@ -192,6 +192,8 @@ class SimulatedTPGroup(TPGroup):
     def abort(self) -> None:
         """Wake the other threads with an error, when this one has failed."""
         self._rendezvous.barrier.abort()
+        for part in self._rendezvous.subgroups.values():
+            part.barrier.abort()
 
     def _exchange(self, tensor: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Tensor:
         slots = self._rendezvous.slots

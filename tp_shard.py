@@ -72,6 +72,7 @@ __all__ = [
     "gather_from_region",
     "gather_sequence",
     "gather_state_dict",
+    "gather_unsharded",
     "reduce_from_region",
     "reduce_scatter_sequence",
     "scatter_to_region",
@@ -367,6 +368,17 @@ def _attach_loss(
         model.get_submodule(plan.final_norm).register_forward_hook(leave_norm)
 
 
+def gather_unsharded(local: Tensor, name: str, state: TensorParallelState) -> Tensor:
+    """The unsharded tensor of parameter ``name``, from its slices on all ranks; collective over the group."""
+    group, slice_map = state.group, state.slice_map
+    parts = group.all_gather(local.contiguous().unsqueeze(0)) if group.size > 1 else local.unsqueeze(0)
+    whole = torch.full(slice_map.shape(name), math.nan, dtype=local.dtype, device=local.device)
+    for rank in range(group.size):
+        for box in slice_map.owned(name, rank):
+            whole[box.unsharded_index] = parts[rank][box.local_index]
+    return whole
+
+
 def gather_state_dict(model: nn.Module, *, gradients: bool = False) -> dict[str, Tensor]:
     """The unsharded parameters (or gradients) of a sharded model, on every rank: for tests and checks.
 
@@ -374,19 +386,13 @@ def gather_state_dict(model: nn.Module, *, gradients: bool = False) -> dict[str,
     the whole model.
     """
     state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
-    group, slice_map = state.group, state.slice_map
-    gathered = {}
-    for name, parameter in model.named_parameters():
-        local = parameter.grad if gradients else parameter.detach()
-        if local is None:
-            continue
-        parts = group.all_gather(local.contiguous().unsqueeze(0)) if group.size > 1 else local.unsqueeze(0)
-        whole = torch.full(slice_map.shape(name), math.nan, dtype=local.dtype, device=local.device)
-        for rank in range(group.size):
-            for box in slice_map.owned(name, rank):
-                whole[box.unsharded_index] = parts[rank][box.local_index]
-        gathered[name] = whole
-    return gathered
+    locals_ = {
+        name: parameter.grad if gradients else parameter.detach()
+        for name, parameter in model.named_parameters()
+    }
+    return {
+        name: gather_unsharded(local, name, state) for name, local in locals_.items() if local is not None
+    }
 
 
 class TensorParallelModel(nn.Module):
