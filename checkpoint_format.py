@@ -128,15 +128,21 @@ class ArchiveWriter:
             self._position += written
 
 
+def _shown(number: int) -> int:
+    """What a 32-bit field says: the number, or that it stands in a 64-bit field."""
+    return number if number < _ZIP64_LIMIT else 0xFFFFFFFF
+
+
 def _local_header(name: bytes, size: int, offset: int) -> bytes:
     extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= _ZIP64_LIMIT else b""
     start = offset + 30 + len(name) + len(extra) + 4
     padding = -start % ALIGNMENT
     extra += struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # torch's own padding field, "FB"
-    shown = min(size, _ZIP64_LIMIT)
+    version = 45 if size >= _ZIP64_LIMIT else 20
+    shown = _shown(size)
     return (
         struct.pack(
-            "<4s5H3L2H", b"PK\3\4", 45 if size >= _ZIP64_LIMIT else 20, 0, 0, 0, _DOS_DATE, 0, shown, shown,
+            "<4s5H3L2H", b"PK\3\4", version, 0, 0, 0, _DOS_DATE, 0, shown, shown,
             len(name), len(extra),
         )
         + name
@@ -150,11 +156,11 @@ def _directory_entry(record: _Record) -> bytes:
         large.append(record.header_offset)
     extra = struct.pack(f"<HH{len(large)}Q", 1, 8 * len(large), *large) if large else b""
     version = 45 if large else 20
-    shown = min(record.size, _ZIP64_LIMIT)
+    shown = _shown(record.size)
     return (
         struct.pack(
             "<4s4B4H3L5H2L", b"PK\1\2", version, 0, version, 0, 0, 0, 0, _DOS_DATE, record.crc, shown, shown,
-            len(record.name), len(extra), 0, 0, 0, 0, min(record.header_offset, _ZIP64_LIMIT),
+            len(record.name), len(extra), 0, 0, 0, 0, _shown(record.header_offset),
         )
         + record.name
         + extra
@@ -169,7 +175,7 @@ def _end_records(count: int, size: int, start: int) -> bytes:
     shown = min(count, 0xFFFF)
     comment = len(COMMENT_PREFIX) + _DIGEST_HEX
     return end64 + struct.pack(
-        "<4s4H2LH", b"PK\5\6", 0, 0, shown, shown, min(size, _ZIP64_LIMIT), min(start, _ZIP64_LIMIT), comment
+        "<4s4H2LH", b"PK\5\6", 0, 0, shown, shown, _shown(size), _shown(start), comment
     )
 
 
