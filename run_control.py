@@ -5,6 +5,7 @@ same step. A watcher thread takes the signal even while the main thread sits in 
 process where no agreement can come any more. Nothing here knows torch.
 """
 
+import atexit
 import contextlib
 import faulthandler
 import os
@@ -117,6 +118,7 @@ class RunControl:
             signal.signal(number, lambda number, frame: None)
         # A forked child would send its own signals down our wake-up socket: give it the ordinary ones back.
         os.register_at_fork(after_in_child=self._in_child)
+        atexit.register(self._at_exit)
         self._armed = True
         threading.Thread(target=self._watch, name="run control", daemon=True).start()
 
@@ -141,6 +143,7 @@ class RunControl:
                 self.rank,
                 self.world_size,
                 self.progress,
+                attempt=self.launch.restart_count,
                 stall_timeout=self._stall_timeout,
                 on_verdict=self._stalled,
             )
@@ -199,10 +202,10 @@ class RunControl:
     def finish(self, state: str, reason: str | None = None) -> int:
         """The run is done (``finished``) or has stopped and saved (``stopped``): the exit code.
 
-        To be called on every rank after a barrier; signals change nothing any more.
+        ``failed`` is for a restart that an earlier attempt has made pointless. To be called on every rank after a barrier; signals change nothing any more.
         """
         self._end(Note(state=state, text=reason or "", final=True))
-        return self.launch.stop_code if state == "stopped" else 0
+        return {"finished": 0, "stopped": self.launch.stop_code}.get(state, EXIT_FAILURE)
 
     def fail(self, error: RunError) -> tuple[int, str | None]:
         """The run ends with an error: the exit code, and the line to print (None: another rank prints it)."""
@@ -231,6 +234,11 @@ class RunControl:
         )
 
     # ---------------------------------------------------------------- inside
+
+    def _at_exit(self) -> None:
+        """The interpreter ends without ``finish`` or ``fail``: after an error that no one expected."""
+        if self._armed:
+            self._end(Note(state="failed", text="an unexpected error, whose traceback is on stderr"))
 
     def _in_child(self) -> None:
         self._armed = False

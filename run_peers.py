@@ -144,6 +144,7 @@ class Peers:
         store: shared by all ranks and used by this object's thread alone (give it a clone).
         on_verdict: called once from the thread when the run must end: the verdict, and whether this rank is
             the one that says so.
+        attempt: restarts so far; torchrun's store keeps what earlier attempts wrote.
         stall_timeout: seconds; 0: stalls are not looked for.
     """
 
@@ -154,10 +155,12 @@ class Peers:
         world_size: int,
         progress: Progress,
         *,
+        attempt: int,
         stall_timeout: float,
         on_verdict: Callable[[Verdict, bool], None],
     ) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
+        self._attempt = attempt
         self._progress, self._on_verdict = progress, on_verdict
         self._judge = StallJudge(stall_timeout) if stall_timeout > 0 else None
         self.interval = min(2.0, max(0.1, stall_timeout / 5)) if stall_timeout > 0 else 2.0
@@ -176,9 +179,8 @@ class Peers:
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
         self._thread.start()
 
-    @staticmethod
-    def _key(kind: str, rank: int | str) -> str:
-        return f"argonne/run/{kind}/{rank}"
+    def _key(self, kind: str, rank: int | str) -> str:
+        return f"argonne/run/{self._attempt}/{kind}/{rank}"
 
     def say_goodbye(self, note: Note) -> None:
         """Say why this rank ends, so that the others do not take it for a death; waits a second at most."""
