@@ -202,8 +202,8 @@ class RunControl:
     def finish(self, state: str, reason: str | None = None) -> int:
         """The run is done (``finished``) or has stopped and saved (``stopped``): the exit code.
 
-        ``failed`` is for a restart that an earlier attempt has made pointless. To be called on every rank after
-        a barrier; signals change nothing any more.
+        ``failed`` is for a restart that an earlier attempt has made pointless. To be called on every rank
+        after a barrier; signals change nothing any more.
         """
         self._end(Note(state=state, text=reason or "", final=True))
         return {"finished": 0, "stopped": self.launch.stop_code}.get(state, EXIT_FAILURE)
