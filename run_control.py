@@ -23,7 +23,7 @@ from run_errors import EXIT_FAILURE, EXIT_STOPPED, PeerError, RunError
 from run_peers import KeyStore, Note, Peers, Progress, Verdict, rank_list
 from run_status import HEARTBEAT_SECONDS, Launch, OutputLock, RunStatus, is_final, mark_failed
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 BOUNDARY_SECONDS = 10.0
 """How long after a signal a step may take to end (or three times the longest step so far)."""
 SAME_SIGNAL_SECONDS = 2.0
@@ -44,21 +44,6 @@ def enable_flight_recorder(folder: Path, environ: MutableMapping[str, str]) -> N
     environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
         environ.setdefault(name, str(folder / "flight_recorder_rank_"))
-
-
-def grace_seconds(launch: Launch, environ: MutableMapping[str, str]) -> float | None:
-    """How long torchrun waits after a signal before it kills its workers; None without torchrun."""
-    if launch.launcher_pid is None:
-        return None
-    try:
-        words = Path(f"/proc/{launch.launcher_pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        words = []
-    for index, word in enumerate(words):
-        name, _, value = word.replace("_", "-").partition("=")
-        if name == "--shutdown-timeout":
-            return float(value or words[index + 1])
-    return float(environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
 
 
 class RunControl:
@@ -115,7 +100,8 @@ class RunControl:
         self._wake_write.setblocking(False)
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda number, frame: None)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup: a lost terminal is no reason to stop
+                signal.signal(number, lambda number, frame: None)
         # A forked child would send its own signals down our wake-up socket: give it the ordinary ones back.
         os.register_at_fork(after_in_child=self._in_child)
         atexit.register(self._at_exit)
@@ -189,7 +175,7 @@ class RunControl:
 
     def grace_warning(self, save_seconds: float) -> str | None:
         """What to warn of at the start where a save takes longer than torchrun waits after a signal."""
-        grace = grace_seconds(self.launch, os.environ)
+        grace = self.launch.grace_seconds(os.environ)
         if grace is None or save_seconds < 0.8 * grace:
             return None
         return (
@@ -273,6 +259,8 @@ class RunControl:
             signal.signal(number, signal.SIG_IGN)
         self._close_books(note)
         if self.peers is not None:
+            if note.state == "failed" and self.rank == 0 and self.launch.launcher_pid is None:
+                self.peers.wait_for_notes(2.0)  # the store ends with this process
             self.peers.close()
 
     def _close_books(self, note: Note) -> None:
@@ -291,7 +279,7 @@ class RunControl:
             self._boundary_due = at + self._patience()
 
     def _patience(self) -> float:
-        return max(BOUNDARY_SECONDS, 3 * max(self._longest.values(), default=0.0))
+        return max(BOUNDARY_SECONDS, 3 * self._longest.get(self.progress.phase, 0.0))
 
     def _heartbeat(self) -> None:
         while self.status is not None and self._armed:

@@ -18,9 +18,15 @@ from typing import Any, Protocol
 
 from run_status import process_fields
 
-PATIENT_PHASES = frozenset({"start", "load", "save", "compile", "export", "verify"})
-"""Phases in which one call may rightly take long: a live rank gets PATIENCE times the stall timeout there."""
-PATIENCE = 6.0
+PATIENCE: Mapping[str, float] = {
+    "start": float("inf"),  # a corpus may be tokenized for hours
+    "load": float("inf"),
+    "export": float("inf"),
+    "save": 6.0,
+    "verify": 6.0,
+    "sample": 6.0,
+}
+"""Stall timeouts that a live rank may spend in a phase without a mark (1 in a step); silence is not borne."""
 
 
 class KeyStore(Protocol):
@@ -125,7 +131,7 @@ class StallJudge:
         return self._verdict(behind, beats, silent=False, text="made no progress")
 
     def _limit(self, beat: Beat) -> float:
-        return self.timeout * (PATIENCE if beat.phase in PATIENT_PHASES else 1.0)
+        return self.timeout * PATIENCE.get(beat.phase, 1.0)
 
     def _verdict(self, ranks: list[int], beats: Mapping[int, Beat], *, silent: bool, text: str) -> Verdict:
         first = beats[ranks[0]]
@@ -220,6 +226,13 @@ class Peers:
         """What the other ranks said when they left, as far as it is known here."""
         return {rank: note for rank, note in list(self._notes.items()) if rank != self._rank}
 
+    def wait_for_notes(self, seconds: float) -> None:
+        """Wait until every other rank has said why it ends, at most so long."""
+        deadline = time.monotonic() + seconds
+        while len(self.notes()) < self._world_size - 1 and time.monotonic() < deadline:
+            self.refresh(0.2)
+            time.sleep(0.02)
+
     def missing(self) -> list[int]:
         """Ranks of this host whose process is gone, and whose goodbye has not been heard."""
         return [rank for rank in self._local() if self._state(rank) is None and rank not in self._notes]
@@ -256,11 +269,11 @@ class Peers:
 
     def _run(self) -> None:
         while not self._ending.is_set():
-            try:
+            verdict, speaks = None, False
+            # A store that does not answer went with its process; if for long, the watcher ends the run.
+            with contextlib.suppress(RuntimeError, OSError):
                 verdict, speaks = self._look()
-            except (RuntimeError, OSError):
-                return  # the store is gone, and the process that held it: the other checks tell
-            self.answered = time.monotonic()
+                self.answered = time.monotonic()
             with self._round:
                 self._rounds += 1
                 self._round.notify_all()

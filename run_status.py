@@ -63,6 +63,22 @@ class Launch:
         """Exit code of a run stopped by a signal after saving: 75, but 0 where that would restart it."""
         return 0 if self.may_restart else EXIT_STOPPED
 
+    def grace_seconds(self, environ: Mapping[str, str]) -> float | None:
+        """How long torchrun waits after a signal before it kills its workers; None without torchrun."""
+        if self.launcher_pid is None:
+            return None
+        try:
+            words = (
+                Path(f"/proc/{self.launcher_pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            )
+        except OSError:
+            words = []
+        for index, word in enumerate(words):
+            name, _, value = word.partition("=")
+            if name.replace("_", "-") == "--shutdown-timeout":
+                return float(value or words[index + 1])
+        return float(environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+
 
 def is_final(error: RunError) -> bool:
     """Whether a restart would only repeat the error: flags, data and checkpoints do not mend themselves."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from run_control import RunControl, enable_flight_recorder, grace_seconds
+from run_control import RunControl, enable_flight_recorder
 from run_status import Launch, OutputLock
 
 WORKER = Path(__file__).with_name("run_control_worker.py")
@@ -75,7 +75,7 @@ def status_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "stats" / "run_status.json").read_text())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("target", ["rank 0", "rank 1", "all"])
 def test_a_signal_stops_all_ranks_at_one_step(start: Start, tmp_path: Path, number: int, target: str) -> None:
     ranks = start(2)
@@ -337,7 +337,7 @@ def test_a_save_longer_than_the_grace_time_is_said(tmp_path: Path) -> None:
     alone = RunControl(tmp_path, rank=0, world_size=1, launch=Launch.read({}), warn=print)
     assert alone.grace_warning(1000.0) is None
     launched = RunControl(tmp_path, rank=0, world_size=1, launch=Launch.read(elastic()), warn=print)
-    assert grace_seconds(launched.launch, {}) == 30.0
-    assert grace_seconds(launched.launch, {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}) == 90.0
+    assert launched.launch.grace_seconds({}) == 30.0
+    assert launched.launch.grace_seconds({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}) == 90.0
     warning = launched.grace_warning(100.0)
     assert warning is not None and "--shutdown-timeout 600" in warning
