@@ -87,7 +87,14 @@ def train(
     from training_build import build_model, choose_tp_size, fill_weights, model_settings
     from training_run import Run
     from training_save import CheckpointKeeper
-    from training_setup import claim_output, data_on_rank_0, export_if_asked, introduce, tokenizer_on_rank_0
+    from training_setup import (
+        claim_output,
+        data_on_rank_0,
+        export_if_asked,
+        introduce,
+        tokenizer_on_rank_0,
+        verify_if_asked,
+    )
     from training_step import TrainingStep
 
     output_dir = Path(config.output.output_dir)
@@ -104,7 +111,7 @@ def train(
         choose_tp_size(config.model.settings, config.parallel.tensor_parallel_size, world)
     ended = claim_output(output_dir, control, launch, world)
     if ended is not None:
-        return control.finish(ended)
+        return control.finish(*ended)
 
     # ------------------------------------------------------------------ choose
     tokenizer, tokenizer_size = tokenizer_on_rank_0(config, world)
@@ -135,6 +142,7 @@ def train(
     # ------------------------------------------------------------------ loop
     first_step = view.step if view is not None else 0
     introduce(config, trained, opened, samples_per_step, first_step, chosen, control, report)
+    verify_if_asked(config, trained, control, report)
     feed = StepFeed(
         opened.source if opened is not None else None,
         samples_per_step=samples_per_step,
@@ -183,6 +191,7 @@ def loop(run: Run) -> bool:
         batch = run.feed.next()
         result = run.one_step.run(batch, run.step, stop=bool(control.stop_flag), busy=keeper.busy)
         run.complete(batch, result, stopwatch() - started)
+        run.check_replicas_if_due()
 
         stop = result.totals.stop
         last = stop or run.step == config.training.total_steps

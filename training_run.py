@@ -19,6 +19,7 @@ from run_config import RunConfig
 from run_control import RunControl
 from run_errors import NonFiniteError
 from run_report import RunReport, StepRecord
+from tp_verify import check_replicas
 from training_build import TrainedModel
 from training_sample import generate_text
 from training_save import CheckpointKeeper, checkpoint_metadata
@@ -112,6 +113,12 @@ class Run:
         if self.opened is None or self.progress is None:
             return {}
         return self.opened.position_dict(self.progress)
+
+    def check_replicas_if_due(self) -> None:
+        """Compare what several ranks hold alike; PeerError on all ranks where a copy has drifted."""
+        interval = self.config.parallel.replica_check_interval
+        if interval and self.step % interval == 0:
+            check_replicas(self.trained.parameters(), self.trained.slice_map, self.trained.parallel)
 
     def save(self) -> Path:
         """Write a checkpoint of the run as it stands; collective."""

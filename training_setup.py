@@ -16,29 +16,31 @@ from data_tokenize import load_tokenizer
 from parallel import World, on_rank_0
 from run_config import RunConfig
 from run_control import RunControl
-from run_errors import RunError
 from run_report import RunFacts, RunReport, peak_flops
 from run_status import Launch, already_ended, prepare_output_dir
+from tp_verify import compare_with_unsharded
 from training_build import TrainedModel, flops_per_token
 
 ASSUMED_WRITE_RATE = 1e9
 """Bytes a second of a plain disk, for the estimate before the first save is measured."""
+VERIFIED_TOKENS = 128
+"""Sequence length of --verify-sharding's batch."""
 
 
-def claim_output(output_dir: Path, control: RunControl, launch: Launch, world: World) -> str | None:
-    """Make, lock and clean the output folder on rank 0; the state in which this very launch ended before.
+def claim_output(
+    output_dir: Path, control: RunControl, launch: Launch, world: World
+) -> tuple[str, str | None] | None:
+    """Make, lock and clean the output folder on rank 0.
 
-    Raises RunError on all ranks where the folder cannot be used or another run has it.
+    Returns None, or the (state, reason) in which an earlier attempt of this same launch ended for good, so
+    that a restart has nothing to do. Raises RunError on all ranks where the folder cannot be used or another
+    run has it.
     """
 
-    def claim() -> str | None:
+    def claim() -> tuple[str, str | None] | None:
         ended = already_ended(output_dir, launch)
         if ended is not None:
-            if ended["state"] == "failed":
-                raise RunError(
-                    f"this run ended before the restart and would end the same way: {ended['reason']}"
-                )
-            return str(ended["state"])
+            return str(ended["state"]), ended["reason"]
         prepare_output_dir(output_dir)
         control.claim()
         clean_temporary_files(output_dir / "pretrained")
@@ -170,6 +172,22 @@ def _place(opened: OpenedSource) -> str:
     if position.sample is not None:
         return f"sample {position.sample} of epoch {position.epoch}"
     return f"{position.file_name} row {position.row} token {position.token_offset}, epoch {position.epoch}"
+
+
+def verify_if_asked(config: RunConfig, trained: TrainedModel, control: RunControl, report: RunReport) -> None:
+    """--verify-sharding: one small batch through the split and the unsharded model; all ranks."""
+    if not config.parallel.verify_sharding:
+        return
+    training, parallel = config.training, trained.parallel
+    # A compiled block is made for the training shape; otherwise a short sequence tells as much.
+    compiled = config.parallel.compile
+    batch = training.batch_size if compiled else 1
+    length = training.block_size if compiled else min(training.block_size, VERIFIED_TOKENS)
+    generator = torch.Generator().manual_seed(training.seed)
+    tokens = torch.randint(trained.model.config.vocab_size, (batch, length + 1), generator=generator)
+    with control.phase("verify"):
+        result = compare_with_unsharded(trained.model, trained.wrapped, parallel, tokens, dtype=trained.dtype)
+    report.info(f"Verified the split: {result.summary()}")
 
 
 def export_if_asked(
