@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import inspect
 import math
 import os
 import shutil
@@ -157,9 +158,13 @@ def build_tree(
 
 
 def _full_group(options: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """AdamW's parameter group with every key that this torch writes."""
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    group = dict(optimizer.state_dict()["param_groups"][0])
+    """AdamW's parameter group with every key that this torch writes.
+
+    Read off its signature: to build an optimizer would import torch's compiler, which takes seconds.
+    """
+    signature = inspect.signature(torch.optim.AdamW.__init__).parameters
+    group = {name: signature[name].default for name in signature if name not in ("self", "params")}
+    group["decoupled_weight_decay"] = True
     group.update({key: value for key, value in options.items() if key != "params"})
     group["params"] = list(range(count))
     return group

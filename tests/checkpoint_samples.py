@@ -1,4 +1,4 @@
-"""A small tied model cut over ranks, for checkpoint tests: unsharded values, and what each rank holds of them."""
+"""A small model cut over ranks, for checkpoint tests: unsharded values, and what each rank holds of them."""
 
 import zlib
 from collections.abc import Mapping
@@ -118,7 +118,7 @@ def save_sample(
     spoil: tuple[str, str, float] | None = None,
     spare_bytes: int = 0,
 ) -> tuple[Path, SaveReport | None]:
-    """Save the sample at ``step``; ``spoil`` (name, key, value) puts one value into this rank's tensor first."""
+    """Save the sample at ``step``; ``spoil`` (name, key, value) puts one value into a tensor first."""
     slice_map = sample_map(tp_size, dp_size=dp_size, tied=tied)
     parameters, adam = filled_slices(slice_map, rank, step)
     if spoil is not None:
