@@ -185,6 +185,8 @@ def loop(run: Run) -> bool:
 
     config, control, keeper = run.config, run.control, run.keeper
     control.begin(run.step)
+    if run.step >= config.training.total_steps:
+        run.report.info(f"Nothing to train: step {run.step}, --total-steps {config.training.total_steps}")
     stop = False
     while run.step < config.training.total_steps and not stop:
         started = stopwatch()

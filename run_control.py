@@ -39,11 +39,9 @@ def enable_flight_recorder(folder: Path, environ: MutableMapping[str, str]) -> N
 
     To be called before the process groups are made; what the user has set stays.
     """
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # now, and before torch 2.9
-        environ.setdefault(name, "2000")
+    environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
-        environ.setdefault(name, str(folder / "flight_recorder_rank_"))
+    environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "flight_recorder_rank_"))
 
 
 class RunControl:

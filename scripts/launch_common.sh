@@ -98,10 +98,9 @@ set_environment() {
     cores=$(nproc 2>/dev/null || echo 1)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}
     # A failed or timed-out collective ends the process instead of hanging it, and the last collectives of every
-    # rank are written down then (the second name is the one before torch 2.9).
+    # rank are written down then.
     export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
     export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
-    export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
     export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
     # Segments that grow fragment less when sequence lengths or recomputation change the sizes.
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
@@ -140,7 +139,7 @@ torchrun_stop_options() {
 # run_or_show COMMAND...: print the command and its environment, then run it unless --dry-run was given.
 run_or_show() {
     local name
-    for name in OMP_NUM_THREADS TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_FR_BUFFER_SIZE TORCH_NCCL_TRACE_BUFFER_SIZE \
+    for name in OMP_NUM_THREADS TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_FR_BUFFER_SIZE \
         TORCH_NCCL_DUMP_ON_TIMEOUT TORCH_ELASTIC_SHUTDOWN_TIMEOUT PYTORCH_ALLOC_CONF CUDA_DEVICE_MAX_CONNECTIONS \
         TOKENIZERS_PARALLELISM NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME CUDA_VISIBLE_DEVICES; do
         [ -z "${!name:-}" ] || printf '%s=%q \\\n' "$name" "${!name}"
