@@ -6,6 +6,7 @@ Nothing here holds more than a few rows of text at a time, whatever the size of 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 BATCH_BYTES = 1 << 20
 """Text aimed at in one read, bytes (a single row may be longer)."""
 BATCH_ROWS = 512
+LONG_BYTES = 1 << 22
+"""A longer text stays in its Arrow buffer and is decoded a stretch at a time."""
 DIGEST_BYTES = 1 << 16
 ARROW_FILE_MAGIC = b"ARROW1"
 
@@ -40,9 +43,31 @@ class Footer:
 class TextBatch:
     """Consecutive rows of one row group."""
 
-    texts: list[str | None]
+    texts: list[str | LongText | None]
     replaced: frozenset[int]
     """Indices into ``texts`` whose bytes were not UTF-8 (each bad sequence became U+FFFD)."""
+
+
+class LongText:
+    """A long text as the UTF-8 bytes it was read as, so that it is never whole in memory a second time."""
+
+    def __init__(self, buffer: Any) -> None:
+        self._bytes = memoryview(buffer)
+
+    def stretches(self, errors: str = "replace") -> Iterator[str]:
+        """The text in order, each stretch decoded from up to BATCH_BYTES."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors)
+        for start in range(0, len(self._bytes), BATCH_BYTES):
+            end = start + BATCH_BYTES
+            yield decoder.decode(self._bytes[start:end], final=end >= len(self._bytes))
+
+    def is_valid(self) -> bool:
+        try:
+            for _ in self.stretches("strict"):
+                pass
+        except UnicodeDecodeError:
+            return False
+        return True
 
 
 def one_line(error: BaseException) -> str:
@@ -110,21 +135,32 @@ def to_texts(array: Any) -> TextBatch:
 
     if isinstance(array, pa.DictionaryArray):
         array = array.dictionary_decode()
-    try:
-        return TextBatch(array.to_pylist(), frozenset())
-    except UnicodeDecodeError:
-        return _to_texts_slowly(array)
+    if array.nbytes <= LONG_BYTES:
+        try:
+            return TextBatch(array.to_pylist(), frozenset())
+        except UnicodeDecodeError:
+            pass
+    return _to_texts_one_by_one(array)
 
 
-def _to_texts_slowly(array: Any) -> TextBatch:
-    texts: list[str | None] = []
+def _to_texts_one_by_one(array: Any) -> TextBatch:
+    texts: list[str | LongText | None] = []
     replaced = set()
     for index, value in enumerate(array):
-        try:
-            texts.append(value.as_py())
-        except UnicodeDecodeError:
-            replaced.add(index)
-            texts.append(value.as_buffer().to_pybytes().decode("utf-8", errors="replace"))
+        buffer = value.as_buffer() if value.is_valid else None
+        if buffer is None:
+            texts.append(None)
+        elif buffer.size > LONG_BYTES:
+            long_text = LongText(buffer)
+            texts.append(long_text)
+            if not long_text.is_valid():
+                replaced.add(index)
+        else:
+            try:
+                texts.append(value.as_py())
+            except UnicodeDecodeError:
+                replaced.add(index)
+                texts.append(buffer.to_pybytes().decode("utf-8", errors="replace"))
     return TextBatch(texts, frozenset(replaced))
 
 

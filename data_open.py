@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from data_cache import CachedSource
@@ -43,9 +44,13 @@ class OpenedSource:
     start: DataProgress
     """Where the stream stands before the first step of this run."""
 
+    @cached_property
+    def _names(self) -> list[str]:
+        return [shard.name for shard in self.shards]
+
     def position_dict(self, progress: DataProgress) -> dict[str, Any]:
         """A checkpoint's ``data_position``."""
-        return progress.position.to_dict([shard.name for shard in self.shards])
+        return progress.position.to_dict(self._names)
 
     def state_dict(self, progress: DataProgress) -> dict[str, Any]:
         """A checkpoint's ``data_state``: plain containers."""

@@ -65,6 +65,17 @@ class DataProgress:
     skipped: tuple[dict[str, Any], ...] = ()
     """Row groups passed over because they could not be read."""
 
+    def metrics(self) -> dict[str, Any]:
+        """For a line of the metrics: the place where the next step begins, and what was passed so far."""
+        here = self.position.to_dict()
+        shuffled = self.position.sample is not None
+        keys = ("streaming", "current_position") if shuffled else ("file_name", "row", "token_offset")
+        record: dict[str, Any] = {"stream_hash": self.stream_hash, **self.counts._asdict()}
+        record["data_position"] = {key: here[key] for key in ("epoch", *keys)}
+        if self.skipped:
+            record["skipped_row_groups"] = len(self.skipped)
+        return record
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceStep:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from data_formats import ArrowReader, ParquetReader, ShardError, TextBatch, one_line, open_shard
+from data_formats import ArrowReader, LongText, ParquetReader, ShardError, TextBatch, one_line, open_shard
 from data_shards import Shard
 from data_tokenize import EncoderPool, text_pieces
 from run_errors import DataError
@@ -108,7 +108,7 @@ class Document(NamedTuple):
     epoch: int
     file_index: int
     row: int
-    text: str
+    text: str | LongText
     counts: Counts
     skips: int
     """Number of recorded skips before it."""

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data_formats import LongText
 from data_worker import EncoderProcess
 from run_errors import DataError
 
@@ -76,17 +77,20 @@ def join_ids(lists: Sequence[list[int]], last: Sequence[bool], eos: int) -> tupl
     return flat, lengths
 
 
-def text_pieces(text: str) -> Iterator[tuple[str, bool]]:
+def text_pieces(text: str | LongText) -> Iterator[tuple[str, bool]]:
     """The pieces a text is tokenized in, and whether each is the last one.
 
     Each is cut after its last newline within PIECE_CHARACTERS, without one at PIECE_CHARACTERS.
     """
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        cut = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1 or start + PIECE_CHARACTERS
-        yield text[start:cut], False
-        start = cut
-    yield text[start:] if start else text, True
+    rest = ""
+    for stretch in [text] if isinstance(text, str) else text.stretches():
+        rest, start = rest + stretch, 0
+        while len(rest) - start > PIECE_CHARACTERS:
+            cut = rest.rfind("\n", start, start + PIECE_CHARACTERS) + 1 or start + PIECE_CHARACTERS
+            yield rest[start:cut], False
+            start = cut
+        rest = rest[start:]
+    yield rest, True
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:

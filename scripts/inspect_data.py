@@ -7,12 +7,14 @@
 
 A step is counted from 0, as the samples are: step s takes the samples s*G ... s*G+G-1, and the metrics call
 it s + 1, the number of steps completed with it. A step far from the start is found by tokenizing what lies
-before it; --checkpoint-path begins at a checkpoint's step instead, --at at once anywhere.
+before it; --metrics finds any step that a run has done at once, --checkpoint-path begins at a checkpoint's
+step, --at anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -46,6 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--step", type=int, help="print the text of this optimizer step, counted from 0")
     parser.add_argument("--at", metavar="FILE:ROW[:TOKEN]", help="print the samples from this position on")
     parser.add_argument("--checkpoint-path", type=Path, help="begin where this checkpoint stands")
+    parser.add_argument(
+        "--metrics", type=Path, help="stats/training_metrics.jsonl of the run that did the --step"
+    )
     parser.add_argument("--samples", type=int, help="print at most so many samples of the step")
     parser.add_argument(
         "--characters", type=int, default=2000, help="of each sample at most; 0: all (%(default)s)"
@@ -90,6 +95,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise ConfigError("the text of a step needs --tokenizer-path: give the run's tokenizer")
     if options.at is not None and (options.step is not None or options.checkpoint_path is not None):
         raise ConfigError("--at excludes --step and --checkpoint-path: give one of them")
+    if options.metrics is not None and (options.step is None or options.checkpoint_path is not None):
+        raise ConfigError("--metrics goes with --step and without --checkpoint-path")
     for flag in ("block_size", "batch_size", "gradient_accumulation_steps", "data_parallel_size", "num_proc"):
         if getattr(options, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} {getattr(options, flag)} must be at least 1")
@@ -171,13 +178,15 @@ def middle_rows(shard: Shard, column: str) -> list[str | None]:
     """The first rows of the shard's middle row group."""
     import pyarrow as pa
 
-    from data_formats import open_shard
+    from data_formats import LongText, open_shard
 
     texts: list[str | None] = []
     try:
         with open_shard(shard.path, column) as reader:
             for batch in reader.batches(len(shard.group_rows) // 2):
-                texts += batch.texts
+                texts += [
+                    next(text.stretches()) if isinstance(text, LongText) else text for text in batch.texts
+                ]
                 if len(texts) >= SAMPLED_ROWS:
                     break
     except (pa.ArrowException, OSError) as error:
@@ -198,6 +207,8 @@ def show_step(options: argparse.Namespace) -> None:
     if options.at is not None:
         position = parse_position(options)
     first = int(saved.get("global_step", 0))
+    if options.metrics is not None and options.step > 0:
+        position, first = metrics_position(options.metrics, options.step), options.step
     step = first if options.step is None else options.step
     if step < first:
         raise ConfigError(
@@ -254,6 +265,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"cannot read the checkpoint {path} (--checkpoint-path): {reason}") from error
+
+
+def metrics_position(path: Path, step: int) -> dict[str, Any]:
+    """Where ``step`` began: the place that the metrics record after the step before it."""
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for line in lines:
+                record = json.loads(line)
+                if record.get("step") == step and "data_position" in record:
+                    return record["data_position"]
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path} (--metrics): {error}") from error
+    raise DataError(f"{path} has no place of the data for step {step} (--metrics): leave --metrics out")
 
 
 def parse_position(options: argparse.Namespace) -> dict[str, Any]:

@@ -183,7 +183,16 @@ def test_the_text_of_a_step_and_of_a_position(
     torch.save({**saved, "global_step": 3, "model_state_dict": {"w": torch.ones(3)}}, tmp_path / "ck.pth")
     assert inspect([*common, "--checkpoint-path", str(tmp_path / "ck.pth"), "--step", "5"]) == 0
     by_checkpoint = capsys.readouterr().out
-    for shown in (by_step, by_position, by_checkpoint):
+    lines = [
+        json.dumps({"step": index + 1} | step.progress.metrics()) + "\n" for index, step in enumerate(steps)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert (
+        inspect([*common, "--batch-size", "3", "--metrics", str(tmp_path / "metrics.jsonl"), "--step", "5"])
+        == 0
+    )
+    by_metrics = capsys.readouterr().out
+    for shown in (by_step, by_position, by_checkpoint, by_metrics):
         assert [part.split("---\n", 1)[1].rstrip("\n") for part in shown.split("\n--- sample ")[1:]] == [
             text.rstrip("\n") for text in texts
         ]

@@ -228,6 +228,36 @@ def test_skipped_and_replaced_rows_are_counted_once(tmp_path: Path, tokenizer: A
     assert progress.counts.replaced_rows == sum("�" in (value or "") for value in passed)
 
 
+def test_long_texts_read_as_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text in stretches: the same characters and replacements, wherever a stretch ends."""
+    alphabet = [
+        b"a",
+        "ü".encode(),
+        "你".encode(),
+        "😀".encode(),
+        b"\xff",
+        b"\xe4\xbd",
+        b"\xf0\x9f\x98",
+        b"\xc3",
+        b"\n",
+    ]
+    rng = np.random.default_rng(5)
+    values: list[bytes | None] = [
+        b"".join(alphabet[index] for index in rng.integers(0, len(alphabet), int(rng.integers(0, 40))))
+        for _ in range(300)
+    ]
+    values += [None, b"", "ganz gültig, 你好 😀".encode()]
+    whole = data_formats.to_texts(text_array(values))
+    monkeypatch.setattr(data_formats, "LONG_BYTES", 10)
+    monkeypatch.setattr(data_formats, "BATCH_BYTES", 3)
+    longs = data_formats.to_texts(text_array(values))
+    assert sum(isinstance(text, data_formats.LongText) for text in longs.texts) > 100
+    assert longs.replaced == whole.replaced
+    for value, text in zip(values, longs.texts, strict=True):
+        together = "".join(text.stretches()) if isinstance(text, data_formats.LongText) else text
+        assert together == (None if value is None else value.decode("utf-8", errors="replace"))
+
+
 def flip(path: Path, find: bytes) -> None:
     """Flip one bit of the file where ``find`` begins."""
     content = bytearray(path.read_bytes())

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import data_formats
 import data_stream
 import data_tokenize
 from data_open import OpenedSource, open_source
@@ -208,6 +209,8 @@ def test_long_texts_are_cut_by_the_rule(
 ) -> None:
     monkeypatch.setattr(data_tokenize, "PIECE_CHARACTERS", 500)
     monkeypatch.setattr(data_stream, "BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(data_formats, "LONG_BYTES", 3000)
+    monkeypatch.setattr(data_formats, "BATCH_BYTES", 900)
     long_text = "".join(corpus.short_texts(12, 400))
     texts = ["short", long_text if newlines else long_text.replace("\n", " "), "x" * 500, "end"]
     corpus.write_shards(tmp_path, texts, shards=1)
