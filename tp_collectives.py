@@ -45,6 +45,10 @@ class CollectiveCounters:
         self.calls.clear()
         self.bytes.clear()
 
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """Kind -> (calls, payload bytes)."""
+        return {kind: (count, self.bytes[kind]) for kind, count in self.calls.items()}
+
     @property
     def total_calls(self) -> int:
         return sum(self.calls.values())

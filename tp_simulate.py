@@ -24,6 +24,7 @@ from tp_slices import SliceMap
 from tp_verify import Difference, difference
 
 T = TypeVar("T")
+Traffic = dict[str, tuple[int, int]]
 
 
 def simulate(groups: Sequence[SimulatedTPGroup], work: Callable[[SimulatedTPGroup], T]) -> list[T]:
@@ -59,9 +60,9 @@ class Measured:
     loss: float
     gradients: dict[str, Tensor]
     """Local gradients by parameter name."""
-    forward: CollectiveCounters
-    """Collectives of the forward pass with loss."""
-    step: CollectiveCounters
+    forward: Traffic
+    """Collectives of the forward pass with loss: kind -> (calls, payload bytes)."""
+    step: Traffic
     """Collectives of forward and backward pass and of completing replicated gradients."""
 
 
@@ -80,7 +81,7 @@ def measure(model: nn.Module, ids: Tensor) -> Measured:
         loss = F.cross_entropy(scores[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     else:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    forward = copy.deepcopy(counters)
+    forward = counters.totals()
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if state is not None:
@@ -90,7 +91,7 @@ def measure(model: nn.Module, ids: Tensor) -> Measured:
         loss=loss.item(),
         gradients=gradients,
         forward=forward,
-        step=copy.deepcopy(counters),
+        step=counters.totals(),
     )
 
 
