@@ -1,0 +1,240 @@
+#!/usr/bin/env python3
+"""Continue a prompt with a checkpoint (ours or a pipeline run's) or with an exported Hugging Face folder.
+
+    scripts/generate.py --checkpoint-path RUN/pretrained --tokenizer-path TOKENIZER --prompt "Once upon"
+    torchrun --standalone --nproc_per_node=8 scripts/generate.py --checkpoint-path ... --tokenizer-path ...
+
+Alone, or split over the processes of torchrun, of which each reads its own slices. The text goes to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from run_errors import CheckpointError, ConfigError, RunError
+from run_presets import PRESETS, REFERENCE, load_model_settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from model import ArgonneModel
+    from parallel import Environment, Parallel, World
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A split model for generating alone."""
+
+    model: ArgonneModel
+    parallel: Parallel
+    dtype: torch.dtype
+    fsdp: bool = False
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Continue a prompt with a trained model.")
+    parser.add_argument(
+        "--checkpoint-path",
+        required=True,
+        help="checkpoint file, folder of checkpoints (the newest whole one), or exported folder",
+    )
+    parser.add_argument(
+        "--model-config",
+        help="preset or config.json; gives the head counts where the checkpoint has no model_config "
+        f"({REFERENCE})",
+    )
+    parser.add_argument("--tokenizer-path", help="tokenizer folder (an export brings its own)")
+    parser.add_argument("--prompt", default="Long long time ago, ", help="beginning of the text")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0: always the likeliest token (%(default)s)"
+    )
+    parser.add_argument("--top-k", type=int, default=50, help="0: draw from all tokens (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="(bf16 on GPUs, fp32 on CPUs)")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, metavar="N", help="processes that share the model"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
+    return parser
+
+
+def is_export(path: Path) -> bool:
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ConfigError with every problem of the flags."""
+    problems = []
+    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
+        if not getattr(options, name) >= least:
+            flag = "--" + name.replace("_", "-")
+            problems.append(f"{flag} {getattr(options, name)}: must be at least {least}")
+    path = Path(options.checkpoint_path).expanduser()
+    if options.tokenizer_path is None:
+        if is_export(path):
+            options.tokenizer_path = str(path)
+        else:
+            problems.append("--tokenizer-path is required: give the folder of the model's tokenizer")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def empty_model(settings: dict[str, Any], options: argparse.Namespace, world: World) -> LoadedModel:
+    """The split model on this rank's device, its slices not yet filled."""
+    import torch
+
+    from model import ArgonneConfig, ArgonneModel
+    from parallel import build_parallel
+    from tp_shard import shard_tensor_parallel
+    from training_build import choose_dtype, choose_tp_size
+
+    parallel = build_parallel(world, choose_tp_size(settings, options.tensor_parallel_size, world))
+    with torch.device("meta"):
+        model = ArgonneModel(ArgonneConfig(**settings))
+    shard_tensor_parallel(model, parallel.tp_group)
+    model.to_empty(device=parallel.device)
+    for parameter in model.parameters():
+        parameter.detach().zero_()  # padding stays zero
+    return LoadedModel(model=model, parallel=parallel, dtype=choose_dtype(options.dtype, parallel.device))
+
+
+def load_checkpoint(options: argparse.Namespace, world: World) -> LoadedModel:
+    """The model of a checkpoint; every rank reads its own slices, or gets them from rank 0."""
+    from checkpointing import infer_model_config, load_slices, open_chosen
+    from parallel import local_parameters
+
+    view, reason, warnings = open_chosen(
+        options.checkpoint_path,
+        Path(),
+        force_from_scratch=False,
+        rank=world.rank,
+        control_group=world.control_group,
+    )
+    if view is None:
+        raise ConfigError(f"--checkpoint-path {options.checkpoint_path}: {reason}; name a checkpoint")
+    requested = load_model_settings(options.model_config or REFERENCE)
+    config = infer_model_config(view, requested)  # type: ignore[arg-type]
+    known = {*PRESETS[REFERENCE], "vocab_size", "head_dim"}
+    loaded = empty_model({key: config[key] for key in known if config.get(key) is not None}, options, world)
+    report = load_slices(
+        view,
+        slice_map=loaded.model.tensor_parallel.slice_map,  # type: ignore[union-attr,arg-type]
+        rank=loaded.parallel.tp_rank,
+        parameters=local_parameters(loaded.model),
+        adam={},
+        control_group=world.control_group,
+    )
+    if world.rank == 0:
+        for warning in (*warnings, *report.warnings):
+            print(f"warning: {warning}", file=sys.stderr)
+    return loaded
+
+
+def load_export(folder: Path, options: argparse.Namespace, world: World) -> LoadedModel:
+    """The model of an exported folder; every rank reads it, one tensor at a time, and keeps its slices."""
+    from safetensors import SafetensorError, safe_open
+
+    from parallel import local_parameters
+    from tp_shard import take_slice
+
+    loaded = empty_model(load_model_settings(str(folder)), options, world)
+    slice_map = loaded.model.tensor_parallel.slice_map  # type: ignore[union-attr]
+    parameters = local_parameters(loaded.model)
+    missing = set(parameters)
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in missing.intersection(file.keys()):
+                    tensor = file.get_tensor(name)
+                    if tuple(tensor.shape) != slice_map.shape(name):  # type: ignore[operator]
+                        raise CheckpointError(
+                            f"--checkpoint-path {path}: {name} is {tuple(tensor.shape)} and config.json asks "
+                            f"for {slice_map.shape(name)}: export it again"  # type: ignore[operator]
+                        )
+                    local = take_slice(tensor, slice_map, name, loaded.parallel.tp_rank)  # type: ignore[arg-type]
+                    parameters[name].copy_(local)
+                    missing.discard(name)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"--checkpoint-path {path} is damaged ({error}): export it again"
+            ) from error
+    if missing:
+        raise CheckpointError(
+            f"--checkpoint-path {folder} lacks {len(missing)} weights of an Argonne model, such as "
+            f"{min(missing)}: give a folder that scripts/export_hf.py wrote"
+        )
+    return loaded
+
+
+def run(options: argparse.Namespace, environment: Environment) -> str:
+    """Connect, load, generate; the text on rank 0 and "" elsewhere."""
+    from checkpoint_export import quiet_transformers
+    from checkpointing import require_safe_torch
+    from data_tokenize import load_tokenizer
+    from parallel import choose_device, connect, disconnect, on_rank_0
+    from training_sample import generate_text
+
+    require_safe_torch()
+    world = connect(environment, choose_device(environment), timeout=TIMEOUT)
+    box: list[Any] = [None]
+
+    def load() -> int:
+        box[0] = load_tokenizer(options.tokenizer_path, options.trust_remote_code)
+        return len(box[0])
+
+    with quiet_transformers():
+        size = on_rank_0(load, world)
+        path = Path(options.checkpoint_path).expanduser()
+        loaded = load_export(path, options, world) if is_export(path) else load_checkpoint(options, world)
+        vocabulary = loaded.model.config.vocab_size
+        if size > vocabulary:
+            raise ConfigError(
+                f"the tokenizer has {size} tokens and the model a vocabulary of {vocabulary}: give the "
+                "tokenizer that belongs to it (--tokenizer-path)"
+            )
+        text = generate_text(
+            loaded,
+            box[0],
+            prompt=options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            seed=options.seed,
+            temperature=options.temperature,
+            top_k=options.top_k,
+        )
+    disconnect()
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(argv)
+    rank = 0
+    try:
+        check(options)
+
+        from parallel import Environment
+
+        environment = Environment.read()
+        rank = environment.rank
+        text = run(options, environment)
+    except RunError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if rank == 0:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
