@@ -82,8 +82,8 @@ class StepFeed:
         )
         self._stop = threading.Event()
         self._failure: RunError | None = None
-        work = self._receive_steps if source is None else self._send_steps
-        self._thread = threading.Thread(target=work, name="data-feed", daemon=True)
+        self._device = torch.cuda.current_device() if pin_memory else None
+        self._thread = threading.Thread(target=self._run, name="data-feed", daemon=True)
         self._thread.start()
 
     def next(self) -> StepBatch:
@@ -146,6 +146,14 @@ class StepFeed:
     def _tokens_of(self, message: torch.Tensor) -> torch.Tensor:
         tokens = message[HEADER_INTS : HEADER_INTS + self._shape[0] * self._shape[1]].view(self._shape)
         return tokens.pin_memory() if self._pin_memory else tokens
+
+    def _run(self) -> None:
+        if self._device is not None:  # a new thread begins on GPU 0, where pinning would open a context
+            torch.cuda.set_device(self._device)
+        if self._source is None:
+            self._receive_steps()
+        else:
+            self._send_steps()
 
     # rank 0's thread
 

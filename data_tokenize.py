@@ -154,18 +154,34 @@ class EncoderRecipe:
         return backend if fast == [plain_ids(self.tokenizer, probe) for probe in PROBES] else None
 
     def build(self) -> Encoder:
-        backend = self.backend()
-        eos = int(self.tokenizer.eos_token_id)
-        return FastEncoder(backend, eos) if backend is not None else PlainEncoder(self.tokenizer, eos)
+        """An encoder whose Rust tokenizer is its own: what others do with theirs cannot change the stream."""
+        content = self.for_process()
+        if "json" in content:
+            return restored_encoder(content)
+        return PlainEncoder(self.tokenizer, content["eos"])
 
     def for_process(self) -> dict[str, Any]:
         """What data_worker.py needs to build the same encoder."""
         backend = self.backend()
-        recipe: dict[str, Any] = {"eos": int(self.tokenizer.eos_token_id)}
+        content: dict[str, Any] = {"eos": int(self.tokenizer.eos_token_id)}
         if backend is not None:
-            return recipe | {"json": backend.to_str(), "encode_special_tokens": backend.encode_special_tokens}
+            return content | {
+                "json": backend.to_str(),
+                "encode_special_tokens": backend.encode_special_tokens,
+            }
         path = str(Path(self.tokenizer.name_or_path).expanduser())
-        return recipe | {"path": path, "trust_remote_code": self.trust_remote_code}
+        return content | {"path": path, "trust_remote_code": self.trust_remote_code}
+
+
+def restored_encoder(content: dict[str, Any]) -> Encoder:
+    """The encoder that ``EncoderRecipe.for_process`` describes."""
+    if "json" not in content:
+        return PlainEncoder(load_tokenizer(content["path"], content["trust_remote_code"]), content["eos"])
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(content["json"])
+    backend.encode_special_tokens = content["encode_special_tokens"]
+    return FastEncoder(backend, content["eos"])
 
 
 def usable_cpus() -> int:
@@ -194,6 +210,8 @@ class EncoderPool:
                 self._idle.put(process)
         else:
             encoder = recipe.build()
+            if isinstance(encoder, PlainEncoder):  # Python, of which only one thread can run
+                self.workers = 1
             for _ in range(self.workers):
                 self._idle.put(encoder)
 

@@ -13,6 +13,8 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from typing import IO, Any
 
@@ -87,26 +89,23 @@ class EncoderProcess:
         self._process.wait()
 
 
-def _build_encoder(recipe: dict[str, Any]) -> Any:
-    import data_tokenize
-
-    if "json" not in recipe:
-        tokenizer = data_tokenize.load_tokenizer(recipe["path"], recipe["trust_remote_code"])
-        return data_tokenize.EncoderRecipe(tokenizer=tokenizer).build()
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(recipe["json"])
-    backend.encode_special_tokens = recipe["encode_special_tokens"]
-    return data_tokenize.FastEncoder(backend, recipe["eos"])
+def _end_with(parent: int) -> None:
+    """A fork of the parent's may keep our stdin open after its death: look for that too."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def main() -> None:
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     for number in TRAINER_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     source, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not mix with the answers
     with contextlib.suppress(EOFError, BrokenPipeError):
-        encoder = _build_encoder(_receive(source))
+        from data_tokenize import restored_encoder  # which imports this module
+
+        encoder = restored_encoder(_receive(source))
         while True:
             texts, last = _receive(source)
             try:

@@ -96,8 +96,8 @@ def hand_out_and_fail(rank: int, world_size: int) -> list[list[str]]:
 
 
 def test_every_rank_gets_the_same_steps_and_errors() -> None:
-    results = run_ranks(hand_out_and_fail, 3)
-    assert results[0] == results[1] == results[2]
+    results = run_ranks(hand_out_and_fail, 2)
+    assert results[0] == results[1]
     hashes, data_messages, bug_messages = results[0]
     assert hashes == [f"{step + 1:032x}" for step in range(7)]
     assert data_messages == ["cannot read a.parquet: cut"] * 2
