@@ -4,8 +4,8 @@
     scripts/quickstart_corpus.py --output-dir quickstart/corpus
 
 Writes parquet shards (data/*.parquet; a document is a few paragraphs of a source file or a help topic) and a
-byte-level BPE tokenizer (tokenizer/). The same Python version gives the same bytes. The folder appears only when
-it is whole; one that is there already is left as it is.
+byte-level BPE tokenizer (tokenizer/). The same Python version gives the same bytes. The folder appears only
+when it is whole; one that is there already is left as it is.
 """
 
 from __future__ import annotations
