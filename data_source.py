@@ -118,7 +118,7 @@ class StreamingSource:
         self._pool = EncoderPool(recipe, options.num_proc)
         batches = encoded_documents(iter(reader), self._pool)
         sampler = PackedSampler if options.packing else WindowSampler
-        self._sampler: Sampler = sampler(batches, options.block_size, position.token_offset)
+        self._sampler: Sampler = sampler(batches, options.block_size, position)
 
     def next_step(self) -> SourceStep:
         count = self._options.samples_per_step

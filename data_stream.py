@@ -283,15 +283,23 @@ class Sampler(Protocol):
     def take(self, count: int) -> Samples: ...
 
 
-def _without_used(batches: Iterator[EncodedBatch], used: int) -> Iterator[EncodedBatch]:
-    """Drop the first ``used`` ids of the first document, whose mark then lies that far before the ids.
+def _without_used(batches: Iterator[EncodedBatch], start: DataPosition) -> Iterator[EncodedBatch]:
+    """Drop the used ids of the document at ``start``, whose mark then lies that far before the ids.
 
-    Where the document has no more ids than that, all of them go and the next document is the first.
+    Where the document has no more ids than that, all of them go and the next document is the first. Where
+    ``start`` is not a document (a row that is skipped, a row past the shard's end), nothing was used.
     """
     first: Document | None = None
-    dropped = 0
+    used = dropped = 0
     for ids, marks in batches:
-        first = first or marks[0][1]
+        if first is None:
+            first = marks[0][1]
+            at_start = (first.epoch, first.file_index, first.row) == (
+                start.epoch,
+                start.file_index,
+                start.row,
+            )
+            used = start.token_offset if at_start else 0
         later = next((place for place, document in marks if document is not first), None)
         cut = min(used - dropped, len(ids) if later is None else later)
         dropped += cut
@@ -306,8 +314,8 @@ def _without_used(batches: Iterator[EncodedBatch], used: int) -> Iterator[Encode
 class PackedSampler:
     """The packed stream: block_size + 1 tokens every block_size tokens, across documents and epochs."""
 
-    def __init__(self, batches: Iterator[EncodedBatch], block_size: int, used: int = 0) -> None:
-        self._batches = _without_used(batches, used)
+    def __init__(self, batches: Iterator[EncodedBatch], block_size: int, start: DataPosition) -> None:
+        self._batches = _without_used(batches, start)
         self._block_size = block_size
         self._chunks: deque[np.ndarray] = deque()
         self._available = 0
@@ -345,12 +353,12 @@ class WindowSampler:
     Short documents and tails are dropped.
     """
 
-    def __init__(self, batches: Iterator[EncodedBatch], block_size: int, used: int = 0) -> None:
-        self._batches = _without_used(batches, used)
+    def __init__(self, batches: Iterator[EncodedBatch], block_size: int, start: DataPosition) -> None:
+        self._batches = _without_used(batches, start)
         self._block_size = block_size
         self._windows: deque[tuple[np.ndarray, Document, int]] = deque()
         self._rest = np.empty(0, dtype=np.int32)
-        self._offset = used
+        self._offset = 0
         """Token of the current document at which ``_rest`` begins."""
         self._document: Document | None = None
         self._sample_epoch: int | None = None

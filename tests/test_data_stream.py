@@ -307,6 +307,21 @@ def test_a_pipeline_position_past_the_row_or_before_any_step(reference: Referenc
     assert np.array_equal(step.tokens[0], reference.stream(start + 17)[start:])
 
 
+@pytest.mark.parametrize(("file_index", "row"), [(0, 5), (0, 999), (1, 13), (2, 0)])
+def test_a_pipeline_position_at_a_row_without_text(reference: Reference, file_index: int, row: int) -> None:
+    """A skipped row, or a row past the shard's end: the next document begins at its first token."""
+    name = f"000_{file_index:05d}.parquet"
+    saved = PIPELINE | {"current_file_idx": file_index, "position_in_file": row, "epoch": 0}
+    (step,) = steps(
+        open_source(reference.options, reference.tokenizer, saved_position=saved, global_step=9), 1
+    )
+    later = [index for index, place in enumerate(reference.rows) if place >= (name, row)]
+    used = 32 if reference.rows[later[0]] == (name, row) else 0
+    start = sum(map(len, reference.documents[: later[0]])) + used
+    assert np.array_equal(step.tokens[0], reference.stream(start + 17)[start:])
+    assert step.progress.position == replace(reference.place(start + 64, 16), epoch=0)
+
+
 def test_positions_that_cannot_be_placed(reference: Reference) -> None:
     with pytest.raises(DataError, match=r"shard number 9 .* --data-glob gives 4"):
         open_source(
