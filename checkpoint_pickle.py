@@ -22,7 +22,7 @@ from run_errors import CheckpointError
 
 MAX_PICKLE_BYTES = 256 << 20
 MAX_DIMENSIONS = 8
-_MAX_NODES = 2_000_000
+_MAX_NODES = 300_000
 _MAX_DEPTH = 64
 
 _STORAGE_DTYPES = {

@@ -249,7 +249,7 @@ class BackgroundVerifier:
     whether the last is still running, in which case a caller postpones its next save.
     """
 
-    def __init__(self, on_verified: Callable[[Path], None]) -> None:
+    def __init__(self, on_verified: Callable[[Path], object]) -> None:
         self._on_verified = on_verified
         self._thread: threading.Thread | None = None
         self._problem: CheckpointError | None = None

@@ -1,6 +1,6 @@
 """What can go wrong below a save: a kill at any file operation, and a disk that forgets what was not synced.
 
-Run as a program (``checkpoint_crash.py FOLDER STRIDE``) it saves step 7 over step 5, verifies and prunes, once
+Run as a program (``checkpoint_crash.py FOLDER STRIDE``) it saves step 7 over step 5, verifies, prunes, once
 for every file operation, in a child that kills itself there, and checks what is left each time. With a stride
 above 1 only every so manieth operation in the middle of the save, where one tensor follows another.
 """

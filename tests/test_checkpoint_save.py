@@ -137,7 +137,7 @@ def _failing_saves(rank: int, world_size: int, folder: str) -> dict[str, str]:
         raise OSError(errno.EIO, "Input/output error")
 
     if rank == 0:
-        os.fsync = failing_sync
+        os.fsync = failing_sync  # type: ignore[assignment]
     told["fsync"] = _outcome(lambda: save_sample(Path(folder), rank=rank, tp_size=world_size))
     os.fsync = sync
     for what, spoiled_rank, spoil in (
