@@ -208,7 +208,7 @@ def tensor_parallel(
         sum(math.prod(slice_map.tp_local_shape(name, rank)) for name in slice_map.names)
         for rank in range(ranks)
     ]
-    per_block = "2 a layer forward, 2 backward"
+    per_block = "2 a layer each way"
     return SplitCost(
         name="tensor + sequence parallel" if sequence_parallel else "tensor parallel (here)",
         ranks=ranks,
@@ -274,7 +274,7 @@ def naive_split(outline: ModelOutline, ranks: int, tokens: int, element_bytes: i
         activation_bytes=2 * tokens * layers * outputs,
         forward=forward,
         step=_add(forward, {"all_reduce": (layers * count + 1, unit * reduced)}),
-        waits=f"{count} a layer forward, {count} backward",
+        waits=f"{count} a layer each way",
         source="one gather, one reduction per linear layer",
         remark="full logits on every rank",
     )
@@ -298,9 +298,9 @@ def pipeline(outline: ModelOutline, ranks: int, tokens: int, element_bytes: int)
         activation_bytes=activation_bytes(outline, tokens, 1, sequence_parallel=False),
         forward={"send": (ranks - 1, (ranks - 1) * message)},
         step={"send": (2, 2 * message)},
-        waits=f"neighbours; idle {ranks - 1} of m + {ranks - 1} slots for m micro-batches",
+        waits=f"neighbours; idle {ranks - 1} of m + {ranks - 1} slots",
         source="Narayanan et al. 2021, section 2.2 (1F1B)",
-        remark="sends of one inner stage" if ranks > 1 else "",
+        remark="sends of one inner stage; m micro-batches",
     )
 
 
@@ -320,7 +320,7 @@ def fully_sharded(outline: ModelOutline, ranks: int, tokens: int, element_bytes:
         activation_bytes=activation_bytes(outline, math.ceil(tokens / ranks), 1, sequence_parallel=False),
         forward=forward,
         step=_add(forward, backward),
-        waits="weights of each block, twice; overlapped",
+        waits="each block's weights, twice; overlapped",
         source="Rajbhandari et al. 2020, section 7",
         remark="bytes do not depend on the batch",
     )

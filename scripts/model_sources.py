@@ -151,7 +151,9 @@ def choose_source(
         settings["vocab_size"] = vocab_size or DEFAULT_VOCAB_SIZE
     if layers is not None:
         settings["num_hidden_layers"] = layers
-    return ModelSource(label=name or "argonne-tiny", family="argonne", settings=settings)
+    path = Path(name or "argonne-tiny")
+    label = path.resolve().parent.name if path.name == "config.json" else path.name
+    return ModelSource(label=label, family="argonne", settings=settings)
 
 
 def _checkpoint_source(name: str | None, checkpoint: str, layers: int | None) -> ModelSource:

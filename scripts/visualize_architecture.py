@@ -1,0 +1,273 @@
+"""Show a model as it lies on the ranks: text for a terminal, and a picture.
+
+    python scripts/visualize_architecture.py --model argonne-2.0 --tp 8
+    python scripts/visualize_architecture.py --model argonne-2.0 --tp 8 --sp --dp 2 --output layout.svg
+    python scripts/visualize_architecture.py --checkpoint-path FILE.pth --tp 4 --output a.svg --output a.png
+
+Shapes and slices come from the slice map that training uses. Pictures need matplotlib (the extra "plot").
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from run_errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from architecture_layout import Half, Layout, Weight
+
+_WIDTH = 66
+"""Where the remarks beside the flow begin."""
+_RANKS_LISTED = 12
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Show a model as it lies on the ranks, as text and picture.")
+    add = parser.add_argument
+    add(
+        "--model",
+        "--model-config",
+        metavar="NAME",
+        help="an Argonne preset, a config.json, or llama, mistral, qwen2, qwen3 or gpt2 (argonne-2.0)",
+    )
+    add("--checkpoint-path", metavar="FILE", help="take the shape from a checkpoint")
+    add(
+        "--tp",
+        "-N",
+        "--tensor-parallel-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="ranks of a replica (8)",
+    )
+    add("--sp", "--sequence-parallel", action="store_true", help="sequence parallel")
+    add("--dp", type=int, default=1, metavar="D", help="replicas (1)")
+    add("--batch-size", type=int, default=4, help="sequences of a micro-batch, for the tables (4)")
+    add("--seq-len", type=int, help="tokens of a sequence, for the tables (the context length)")
+    add("--vocab-size", type=int, help="vocabulary of a preset (151665)")
+    add(
+        "--output",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture: .svg or .png; may be repeated",
+    )
+    add("--debug", action="store_true", help="tracebacks")
+    options = parser.parse_args(arguments)
+    for flag in ("tp", "dp", "batch_size", "seq_len", "vocab_size"):
+        value = getattr(options, flag)
+        if value is not None and value < 1:
+            parser.error(f"--{flag.replace('_', '-')} {value}: give at least 1")
+    for output in options.output:
+        if Path(output).suffix not in (".svg", ".png"):
+            parser.error(f"--output {output}: give a name that ends in .svg or .png")
+    return options
+
+
+# ---------------------------------------------------------------------------------------------------
+# Text
+
+
+def stack_lines(layout: Layout) -> list[str]:
+    """The whole model in short, with its collectives."""
+    local = layout.embedding.local_shape[0]
+    rows = [
+        ("tokens", "(batch, seq_len), the same on every rank", ("", "")),
+        ("embedding", f"{local:,} of {layout.vocab_size:,} vocabulary rows a rank", layout.embedding_exit),
+    ]
+    rows += [
+        (f"{layout.num_layers} blocks", "one is shown below", _both(layout)),
+        ("final norm", "whole on every rank" + _positions(layout), ("", "")),
+        (
+            "head",
+            "the embedding's slice" if layout.tied else f"{local:,} vocabulary rows a rank",
+            layout.entrance,
+        ),
+        ("loss", "on vocabulary slices: logits are never gathered", _loss(layout)),
+    ]
+    lines = [f"{'The stack':14}{'':{_WIDTH - 14}}{'forward':24}backward"]
+    for index, (name, where, (forward, backward)) in enumerate(rows):
+        arrow = "  " if index == 0 else "v "
+        lines.append(f"  {arrow}{name:12}{where:{_WIDTH - 16}}{forward:24}{backward}".rstrip())
+    return lines
+
+
+def _both(layout: Layout) -> tuple[str, str]:
+    """Collectives of one block, forward and backward."""
+    if layout.tp_size == 1:
+        return "nothing", "nothing"
+    per_half = "2 gathers, 2 scatters" if layout.sequence_parallel else "2 x all-reduce"
+    return f"each {per_half}", f"each {per_half}"
+
+
+def _loss(layout: Layout) -> tuple[str, str]:
+    return ("2 small all-reduces", "nothing") if layout.tp_size > 1 else ("nothing", "nothing")
+
+
+def _positions(layout: Layout) -> str:
+    return ", on its own positions" if layout.sequence_parallel and layout.tp_size > 1 else ""
+
+
+def half_lines(layout: Layout, half: Half) -> list[str]:
+    """One half of a block as a flow from top to bottom."""
+
+    def names(weights: Sequence[Weight]) -> str:
+        return "   ".join(weight.short for weight in weights)
+
+    def shapes(weights: Sequence[Weight]) -> str:
+        return ", ".join(str(weight.local_shape) for weight in weights)
+
+    steps = [
+        (half.norm, f"whole on every rank{_positions(layout)}"),
+        ("[ entrance ]", f"forward: {layout.entrance[0]}; backward: {layout.entrance[1]}"),
+        (names(half.columns), f"column: {shapes(half.columns)} a rank"),
+        (half.between.split(":")[0], "no communication"),
+        (names(half.rows), f"row: {shapes(half.rows)} a rank, partial sums"),
+        ("[ exit ]", f"forward: {layout.exit[0]}; backward: {layout.exit[1]}"),
+    ]
+    lines = ["  |", "  +------------------------."]
+    for name, remark in steps:
+        lines.append(f"  |{name:^49}{'':{_WIDTH - 52}}{remark}".rstrip())
+        lines.append(f"  |{'|':^49}".rstrip())
+    lines[-1] = "  (+) <--------------------'"
+    return lines
+
+
+def slice_lines(layout: Layout) -> list[str]:
+    """Which part of each weight of a block every rank holds."""
+    from architecture_layout import holders
+
+    weights = [weight for half in layout.halves for weight in (*half.columns, *half.rows)]
+    columns = []
+    for weight in weights:
+        held: dict[int, list[str]] = {rank: [] for rank in range(layout.tp_size)}
+        for (start, stop), ranks in holders(layout, weight):
+            for rank in ranks:
+                held[rank].append(f"{start}:{stop}" + ("*" if rank != ranks[0] else ""))
+        cells = [weight.short, weight.cut_of, _by(weight.shape), _by(weight.local_shape)]
+        columns.append(cells + ["+".join(held[rank]) or "padding" for rank in range(layout.tp_size)])
+    labels = ["", "cut by", "unsharded", "on a rank"] + [f"rank {rank}" for rank in range(layout.tp_size)]
+    widths = [max(map(len, column)) + 2 for column in columns]
+    order = "in x out" if weights[0].dimension == 1 else "out x in"
+    lines = [
+        f"Slices of one block's weights (stored as {order}; a column layer's bias goes with its outputs)"
+    ]
+    shown = list(range(len(labels)))
+    if layout.tp_size > _RANKS_LISTED:
+        shown = [*range(4 + 4), len(labels) - 1]
+    for row in shown:
+        cells = [f"{column[row]:>{width}}" for column, width in zip(columns, widths, strict=True)]
+        if row == len(labels) - 1 and len(shown) < len(labels):
+            lines.append("  ...")
+        lines.append(f"  {labels[row]:10}" + "".join(cells))
+    if any("*" in cell for column in columns for cell in column):
+        lines.append("  * a copy of key/value heads that another rank owns; their gradients are summed")
+    return lines
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def cost_lines(layout: Layout) -> list[str]:
+    """Tensor, pipeline and data parallelism of this model on as many ranks."""
+    from tp_costs import calls, readable_bytes
+
+    batch = f"{layout.batch[0]} x {layout.batch[1]} tokens"
+    head = f"{'weights':>16}{'states':>10}{'activations':>13}{'sent':>10}{'collectives':>13}   waits for"
+    lines = [
+        f"Ways to put this model on {layout.tp_size} ranks: per rank, a step of {batch}",
+        f"  {'':28}{head}",
+    ]
+    for split in layout.splits:
+        lines.append(
+            f"  {split.name:28}{split.parameters_per_rank:>16,}{readable_bytes(split.state_bytes):>10}"
+            f"{readable_bytes(split.activation_bytes):>13}{readable_bytes(split.sent_bytes):>10}"
+            f"{calls(split.step):>13}   {split.waits}"
+        )
+    lines.append(
+        "  states: fp32 weight, gradient, Adam (16 bytes a parameter); activations: 16 bit, none recomputed"
+    )
+    replicas = layout.replicas()
+    return lines if replicas is None else [*lines, *(f"  {line}" for line in textwrap.wrap(replicas, 108))]
+
+
+def text(layout: Layout) -> str:
+    """Everything for a terminal."""
+    lines = [layout.title, f"  {layout.subtitle}", "", *stack_lines(layout), ""]
+    lines += [f"One block; residual stream {layout.stream} on a rank"]
+    for half in layout.halves:
+        lines += half_lines(layout, half)
+    lines += ["  |", "  v", "", *slice_lines(layout), "", *cost_lines(layout)]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The run
+
+
+def show(options: argparse.Namespace) -> None:
+    """Print the text and write the pictures."""
+    from architecture_layout import lay_out
+    from model_sources import REFERENCE_VOCAB_SIZE, choose_source
+
+    name = options.model
+    if name is None and options.checkpoint_path is None:
+        name = "argonne-2.0"
+    source = choose_source(
+        name, options.checkpoint_path, tp_size=options.tp, layers=None, vocab_size=options.vocab_size
+    )
+    if options.vocab_size is None and source.label in _presets():
+        source.settings["vocab_size"] = REFERENCE_VOCAB_SIZE
+    model = source.build_empty()
+    context = getattr(model.config, "max_position_embeddings", 4096)
+    layout = lay_out(
+        model,
+        source.label,
+        source.describe(),
+        tp_size=options.tp,
+        dp_size=options.dp,
+        sequence_parallel=options.sp,
+        batch=(options.batch_size, options.seq_len or int(context)),  # type: ignore[arg-type]
+    )
+    print(text(layout))
+    if not options.output:
+        return
+    try:
+        from architecture_picture import draw
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--output needs matplotlib ({error}): pip install matplotlib") from error
+    for output in options.output:
+        path = Path(output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(layout, path)
+        print(f"\nwrote {path}")
+
+
+def _presets() -> Sequence[str]:
+    from run_presets import PRESETS
+
+    return tuple(PRESETS)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        show(options)
+    except RunError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
