@@ -39,9 +39,9 @@ def build_adamw(
     weight_decay: float,
     device: torch.device,
 ) -> torch.optim.AdamW:
-    """torch's AdamW over the local slices, one group, fused on a GPU; state made at once, at step 0."""
+    """torch's AdamW over the local slices, one group, fused (one pass over memory); state at step 0."""
     optimizer = torch.optim.AdamW(
-        list(parameters.values()), lr=lr, betas=betas, weight_decay=weight_decay, fused=device.type == "cuda"
+        list(parameters.values()), lr=lr, betas=betas, weight_decay=weight_decay, fused=True
     )
     for parameter in parameters.values():
         step_device = parameter.device if device.type == "cuda" else "cpu"

@@ -28,7 +28,7 @@ def _rank_main(rank: int, world_size: int, folder: str, tasks: Connection) -> No
             os._exit(0)
         try:
             outcome: tuple[bool, Any] = (True, function(rank, world_size, *args))
-        except BaseException:  # noqa: BLE001 - the test that called reports it, whatever it is
+        except BaseException:  # the test that called reports it, whatever it is
             outcome = (False, traceback.format_exc())
         tasks.send_bytes(pickle.dumps(outcome))
 

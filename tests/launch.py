@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -41,10 +40,14 @@ def command(processes: int, *flags: Any, torchrun: tuple[str, ...] = ("--standal
     arguments = [SCRIPT, *map(str, flags)]
     if processes == 1:
         return [sys.executable, *arguments]
-    return [sys.executable, "-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}", *arguments]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
+    return [*launcher, *arguments]
 
 
-def start(processes: int, *flags: Any, torchrun: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen[str]:
+def start(
+    processes: int, *flags: Any, torchrun: tuple[str, ...] = ("--standalone",)
+) -> subprocess.Popen[str]:
+    """Start a run in the background."""
     return subprocess.Popen(
         command(processes, *flags, torchrun=torchrun),
         stdout=subprocess.PIPE,
@@ -85,17 +88,15 @@ def checkpoint(output_dir: Path, step: int) -> Path:
     return output_dir / "pretrained" / f"tensor_parallel_checkpoint_step_{step}.pth"
 
 
-def wait_for_step(output_dir: Path, step: int, process: subprocess.Popen[str], timeout: float = 120.0) -> None:
-    """Until the metrics show ``step``."""
+def wait_for_lines(
+    output_dir: Path, lines: int, process: subprocess.Popen[str], timeout: float = 120.0
+) -> None:
+    """Until the metrics have so many lines."""
     deadline = time.monotonic() + timeout
     path = output_dir / "stats" / "training_metrics.jsonl"
     while time.monotonic() < deadline:
-        if path.exists() and path.read_text().count("\n") >= step:
+        if path.exists() and path.read_text().count("\n") >= lines:
             return
         assert process.poll() is None, f"the run ended early:\n{process.communicate()}"
         time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached within {timeout:.0f} s")
-
-
-def stop_at(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> None:
-    process.send_signal(number)
+    raise AssertionError(f"there were not {lines} steps within {timeout:.0f} s")

@@ -23,7 +23,8 @@ SMALL: dict[str, Any] = {
 def small_model(dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> ArgonneModel:
     """A small model with random weights; biases and norms too are random, so that each gradient counts."""
     torch.manual_seed(seed)
-    model = ArgonneModel(ArgonneConfig(**{**SMALL, **changes})).to(dtype)
+    model = ArgonneModel(ArgonneConfig(**{**SMALL, **changes}))
+    model.to(dtype=dtype)  # type: ignore[call-arg]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from corpus import small_corpus
-from launch import SCHEDULE, SHAPE, checkpoint, launch, metrics, start, status, stop_at, wait, wait_for_step
+from launch import SCHEDULE, SHAPE, checkpoint, launch, metrics, start, status, wait, wait_for_lines
 
 from model import ArgonneConfig, ArgonneModel
 
@@ -26,8 +26,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def unbroken(tmp_path_factory: pytest.TempPathFactory, data: list[str]) -> Path:
     """Twelve steps on two ranks, saved at step 6 and 12."""
     output = tmp_path_factory.mktemp("unbroken")
-    flags = [*data, *SHAPE, *SCHEDULE, "--total-steps", 12, "--checkpoint-interval", 6, "--output-dir", output]
-    finished = launch(2, *flags, "--sample-interval", 12, "--log-interval", 4)
+    flags = ["--total-steps", 12, "--checkpoint-interval", 6, "--sample-interval", 12, "--log-interval", 4]
+    finished = launch(2, *data, *SHAPE, *SCHEDULE, *flags, "--output-dir", output)
     assert finished.code == 0, finished.stderr
     assert "starting from scratch" in finished.stdout
     assert finished.stdout.count("Step 4 | Loss: ") == 1
@@ -80,7 +80,12 @@ def test_resume_at_the_same_degree_is_bit_identical(tmp_path: Path, unbroken: Pa
         assert {key: mine[key] for key in kept} == {key: theirs[key] for key in kept}
 
 
-@pytest.mark.parametrize(("processes", "more"), [(1, ["--batch-size", 1, "--gradient-accumulation-steps", 2]), (4, [])])
+ACCUMULATED = ["--batch-size", 1, "--gradient-accumulation-steps", 2]
+
+
+@pytest.mark.parametrize(
+    ("processes", "more"), [(1, ACCUMULATED), pytest.param(4, [], marks=pytest.mark.slow)]
+)
 def test_resume_at_another_degree_agrees(
     tmp_path: Path, unbroken: Path, data: list[str], processes: int, more: list[Any]
 ) -> None:
@@ -118,8 +123,8 @@ def test_checkpoint_loads_into_a_plain_model_and_adamw(unbroken: Path) -> None:
 def test_a_signal_stops_at_a_step_saves_and_resumes(tmp_path: Path, unbroken: Path, data: list[str]) -> None:
     flags = [*data, *SHAPE, *SCHEDULE, "--total-steps", 2000, "--output-dir", tmp_path]
     process = start(2, *flags)
-    wait_for_step(tmp_path, 8, process)
-    stop_at(process, signal.SIGTERM)
+    wait_for_lines(tmp_path, 8, process)
+    process.send_signal(signal.SIGTERM)
     finished = wait(process)
     stand = status(tmp_path)
     assert stand["state"] == "stopped", finished.stderr
@@ -130,8 +135,8 @@ def test_a_signal_stops_at_a_step_saves_and_resumes(tmp_path: Path, unbroken: Pa
 
 def test_stop_of_a_single_process_exits_with_75(tmp_path: Path, data: list[str]) -> None:
     process = start(1, *data, *SHAPE, *SCHEDULE, "--total-steps", 5000, "--output-dir", tmp_path)
-    wait_for_step(tmp_path, 5, process)
-    stop_at(process, signal.SIGINT)
+    wait_for_lines(tmp_path, 5, process)
+    process.send_signal(signal.SIGINT)
     assert wait(process).code == 75
 
 
@@ -155,25 +160,35 @@ def fixture_corpus(folder: Path, facts: dict[str, Any]) -> list[str]:
     config = folder / "config.json"
     config.write_text(json.dumps(facts["config"]))
     return [
-        "--tokenizer-path", str(folder / "tokenizer"), "--data-glob", str(folder / "*.parquet"), "--no-packing",
-        "--model-config", str(config), "--batch-size", "2", "--block-size", "32",
+        "--tokenizer-path", str(folder / "tokenizer"), "--data-glob", str(folder / "*.parquet"),
+        "--no-packing", "--model-config", str(config), "--batch-size", "2", "--block-size", "32",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("step", "processes"), [(25, 1), (25, 2), (40, 1), (40, 2), (40, 4)])
+@pytest.mark.parametrize(
+    ("step", "processes"),
+    [
+        (25, 2),
+        (40, 1),
+        pytest.param(25, 1, marks=pytest.mark.slow),
+        pytest.param(40, 2, marks=pytest.mark.slow),
+        pytest.param(40, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_pipeline_checkpoints_go_on_with_their_losses(tmp_path: Path, step: int, processes: int) -> None:
     name = f"streaming_checkpoint_step_{step}"
     facts = json.loads((FIXTURES / f"{name}.json").read_text())
     schedule = facts["schedule"]
     steps = len(facts["continuation"])
     flags = fixture_corpus(tmp_path, facts)
-    finished = launch(
+    process = start(
         processes, *flags, "--checkpoint-path", FIXTURES / f"{name}.pth", "--output-dir", tmp_path / "run",
         "--learning-rate", schedule["base_lr"], "--min-learning-rate", schedule["min_lr"],
         "--warmup-steps", schedule["warmup_steps"], "--total-steps", schedule["max_steps"],
-        "--checkpoint-interval", 1000,
     )  # fmt: skip
-    assert finished.code == 0, finished.stderr
+    wait_for_lines(tmp_path / "run", steps, process)
+    process.send_signal(signal.SIGTERM)
+    wait(process)
     lines = metrics(tmp_path / "run")[:steps]
     assert [line["step"] - 1 for line in lines] == [entry["step"] for entry in facts["continuation"]]
     for line, expected in zip(lines, facts["continuation"], strict=True):

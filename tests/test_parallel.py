@@ -18,6 +18,7 @@ from parallel import (
     apply_ddp,
     apply_fsdp,
     build_parallel,
+    compile_blocks,
     default_tp_size,
     forward_context,
     gradient_sync,
@@ -203,3 +204,39 @@ def test_environment_defaults_to_one_process(monkeypatch: pytest.MonkeyPatch) ->
     assert Environment.read() == parallel_module.Environment(
         rank=0, world_size=1, local_rank=0, local_world_size=1, master="localhost:29500", run_id=None
     )
+
+
+def compiled_rank(rank: int, world_size: int, mode: str, sequence_parallel: bool) -> tuple[float, int, int]:
+    """Largest relative difference to eager, graph breaks, and graphs compiled."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    gradients = []
+    for compiled in (False, True):
+        model = shard_tensor_parallel(small_model(torch.float32), sequence_parallel=sequence_parallel)
+        recompute_blocks(model.blocks, mode)  # type: ignore[arg-type]
+        if compiled:
+            compile_blocks(model.blocks)  # type: ignore[arg-type]
+        loss_of(model, random_tokens()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    eager, fast = gradients
+    worst = max(relative_error(fast[name], gradient) for name, gradient in eager.items())
+    return worst, sum(counters["graph_break"].values()), counters["frames"]["ok"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "sequence_parallel"),
+    [
+        ("none", True),
+        pytest.param("none", False, marks=pytest.mark.slow),
+        pytest.param("full", False, marks=pytest.mark.slow),
+        pytest.param("full", True, marks=pytest.mark.slow),
+        pytest.param("selective", False, marks=pytest.mark.slow),
+        pytest.param("selective", True, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks_have_no_graph_break(mode: str, sequence_parallel: bool) -> None:
+    for worst, breaks, graphs in run_ranks(compiled_rank, 2, mode, sequence_parallel):
+        assert worst < 1e-5
+        assert breaks == 0
+        assert graphs >= 1

@@ -1,8 +1,6 @@
 """The split model is the same model: outputs, loss, every gradient, ten AdamW steps, and its collectives."""
 
-import copy
 import math
-import threading
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from run_errors import ConfigError
 from tp_shard import SimulatedTPGroup, TensorParallelModel, gather_state_dict, shard_tensor_parallel
+from tp_simulate import simulate
 
 Grads = dict[str, Tensor]
 
@@ -67,8 +66,9 @@ CASES = [
     (4, False, {"tie_word_embeddings": False}),
     (2, True, {"attention_bias": True, "mlp_bias": True}),
     (4, True, {"tie_word_embeddings": False}),
-    (8, False, {}),  # 4 key/value heads over 8 ranks: each head on two of them
-    (8, True, {"attention_bias": True}),
+    # 4 key/value heads over 8 ranks: each head on two of them
+    pytest.param(8, False, {}, marks=pytest.mark.slow),
+    pytest.param(8, True, {"attention_bias": True}, marks=pytest.mark.slow),
 ]
 
 
@@ -139,35 +139,28 @@ def test_weights_after_ten_adamw_steps(size: int, sequence_parallel: bool) -> No
             assert torch.equal(other[name], results[0][name])
 
 
-def run_simulated(size: int, dtype: torch.dtype, tokens: Tensor, sequence_parallel: bool) -> list[Any]:
+def run_simulated(
+    size: int, dtype: torch.dtype, tokens: Tensor, sequence_parallel: bool
+) -> list[tuple[float, Grads]]:
     """The same check with threads of one process in place of ranks."""
-    groups = SimulatedTPGroup.create(size)
-    results: list[Any] = [None] * size
-    original = small_model(dtype)
-    copies = [copy.deepcopy(original) for _ in groups]
+    copies = [small_model(dtype) for _ in range(size)]
 
-    def work(group: SimulatedTPGroup) -> None:
-        model = shard_tensor_parallel(copies[group.rank], group, sequence_parallel=sequence_parallel)
+    def work(group: SimulatedTPGroup) -> tuple[float, Grads]:
+        model = TensorParallelModel(copies[group.rank], group, sequence_parallel=sequence_parallel)
         loss = loss_of(model, tokens)
         loss.backward()
-        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        model.tensor_parallel.sum_partial_gradients(gradients)  # type: ignore[operator, union-attr]
-        results[group.rank] = (float(loss.detach()), gather_state_dict(model, gradients=True))
+        model.sum_partial_gradients()
+        return float(loss.detach()), gather_state_dict(model.model, gradients=True)
 
-    threads = [threading.Thread(target=work, args=(group,)) for group in groups]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    return simulate(SimulatedTPGroup.create(size), work)
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
-@pytest.mark.parametrize("length", [2, 14, 424])
-def test_simulated_ranks_agree_under_sequence_parallelism(size: int, length: int) -> None:
+@pytest.mark.parametrize(("length", "sequence_parallel"), [(14, False), (2, True), (14, True), (424, True)])
+def test_simulated_ranks_agree(size: int, length: int, sequence_parallel: bool) -> None:
     tokens = random_tokens(length=length)
     loss, gradients, _ = reference(torch.float64, tokens)
-    for sharded_loss, sharded in run_simulated(size, torch.float64, tokens, True):
+    for sharded_loss, sharded in run_simulated(size, torch.float64, tokens, sequence_parallel):
         assert sharded_loss == pytest.approx(loss, rel=1e-12)
         for name, expected in gradients.items():
             assert relative_error(sharded[name], expected) < 1e-10, name
@@ -175,15 +168,17 @@ def test_simulated_ranks_agree_under_sequence_parallelism(size: int, length: int
 
 def missing_backward_rank(rank: int, world_size: int) -> float:
     """A split whose entrance forgets its backward reduction: the loss agrees, the gradients must not."""
-    model = shard_tensor_parallel(small_model(torch.float64))
-    group = model.tensor_parallel.group  # type: ignore[union-attr]
+    model = TensorParallelModel(small_model(torch.float64))
+    group: Any = model.tensor_parallel.group
     tokens = random_tokens()
     loss = loss_of(model, tokens)
-    group.start_all_reduce = lambda tensor, op="sum", owned=False: tensor  # type: ignore[union-attr, method-assign, assignment]
-    group.wait = lambda tensor: tensor  # type: ignore[union-attr, method-assign, assignment]
+    group.start_all_reduce = lambda tensor, op="sum", owned=False: tensor
+    group.wait = lambda tensor: tensor
     loss.backward()
-    expected = reference(torch.float64, tokens)[1]["blocks.0.input_norm.weight"]
-    return relative_error(model.get_parameter("blocks.0.input_norm.weight").grad, expected)  # type: ignore[arg-type]
+    name = "blocks.0.input_norm.weight"
+    gradient = model.model.get_parameter(name).grad
+    assert gradient is not None
+    return relative_error(gradient, reference(torch.float64, tokens)[1][name])
 
 
 def test_the_comparison_sees_a_missing_backward_reduction() -> None:
@@ -221,7 +216,7 @@ def test_head_counts_are_rewritten_and_slices_are_local() -> None:
 def test_a_degree_that_cannot_work_names_those_that_can(
     heads: int, key_value: int, size: int, listed: str
 ) -> None:
-    changes = {"num_attention_heads": heads, "num_key_value_heads": key_value, "head_dim": 2}
+    changes: dict[str, Any] = {"num_attention_heads": heads, "num_key_value_heads": key_value, "head_dim": 2}
     with pytest.raises(ConfigError, match=f"--tensor-parallel-size {size} .*use {listed}"):
         shard_tensor_parallel(small_model(**changes), SimulatedTPGroup.create(size)[0])
 
@@ -229,8 +224,8 @@ def test_a_degree_that_cannot_work_names_those_that_can(
 def test_reference_vocabulary_over_eight_ranks() -> None:
     with torch.device("meta"):
         model = small_model(vocab_size=151_665, num_key_value_heads=8)
-    model = shard_tensor_parallel(model, SimulatedTPGroup.create(8)[7])
-    slice_map = model.tensor_parallel.slice_map  # type: ignore[union-attr]
+    sharded = TensorParallelModel(model, SimulatedTPGroup.create(8)[7])
+    slice_map = sharded.tensor_parallel.slice_map
     held = sum(box.size[0] for rank in range(8) for box in slice_map.owned("embed_tokens.weight", rank))
     assert held == 151_665
     rows = model.get_parameter("embed_tokens.weight").shape[0]
