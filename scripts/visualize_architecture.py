@@ -235,7 +235,7 @@ def show(options: argparse.Namespace) -> None:
         tp_size=options.tp,
         dp_size=options.dp,
         sequence_parallel=options.sp,
-        batch=(options.batch_size, options.seq_len or int(context)),  # type: ignore[arg-type]
+        batch=(options.batch_size, options.seq_len or int(context)),
     )
     print(text(layout))
     if not options.output:

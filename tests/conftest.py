@@ -1,4 +1,4 @@
-"""Common test set-up: the repository root on the path, offline, one thread a process, markers off by default."""
+"""Common test set-up: repository root on the path, offline, one thread a process, markers off."""
 
 import os
 import sys

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from corpus import small_corpus
-from launch import SCHEDULE, SHAPE, Finished, checkpoint, launch, metrics, start, status, wait, wait_for_step
+from launch import SCHEDULE, SHAPE, Finished, checkpoint, launch, metrics, start, status, wait, wait_for_lines
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +68,7 @@ def test_a_signal_to_one_worker_stops_all_and_the_run_goes_on_from_there(
     tmp_path: Path, data: list[str]
 ) -> None:
     process = start(2, *data, "--output-dir", tmp_path)
-    wait_for_step(tmp_path, 5, process)
+    wait_for_lines(tmp_path, 5, process)
     pids = workers_of(process)
     os.kill(pids[1], signal.SIGUSR1)
     step = stopped_and_saved(tmp_path, wait(process))
@@ -83,14 +83,14 @@ def test_a_signal_to_one_worker_stops_all_and_the_run_goes_on_from_there(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_to_torchrun(tmp_path: Path, data: list[str], number: signal.Signals) -> None:
     process = start(2, *data, "--output-dir", tmp_path, torchrun=LAUNCHER)
-    wait_for_step(tmp_path, 5, process)
+    wait_for_lines(tmp_path, 5, process)
     process.send_signal(number)
     stopped_and_saved(tmp_path, wait(process))
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path, data: list[str]) -> None:
     process = start(2, *data, "--output-dir", tmp_path)
-    wait_for_step(tmp_path, 5, process)
+    wait_for_lines(tmp_path, 5, process)
     pids = workers_of(process)
     for pid in pids:  # so that no step ends between the two
         os.kill(pid, signal.SIGSTOP)
@@ -108,7 +108,7 @@ def test_a_second_interrupt_leaves_at_once(tmp_path: Path, data: list[str]) -> N
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named(tmp_path: Path, data: list[str], victim: int) -> None:
     process = start(2, *data, "--output-dir", tmp_path)
-    wait_for_step(tmp_path, 5, process)
+    wait_for_lines(tmp_path, 5, process)
     pids = workers_of(process)
     os.kill(pids[victim], signal.SIGKILL)
     began = time.monotonic()
@@ -124,7 +124,7 @@ def test_a_killed_rank_is_named(tmp_path: Path, data: list[str], victim: int) ->
 
 def test_workers_end_by_themselves_when_torchrun_is_killed(tmp_path: Path, data: list[str]) -> None:
     process = start(2, *data, "--output-dir", tmp_path)
-    wait_for_step(tmp_path, 5, process)
+    wait_for_lines(tmp_path, 5, process)
     pids = workers_of(process)
     process.kill()
     all_gone(pids, 15.0)
@@ -135,7 +135,7 @@ def test_workers_end_by_themselves_when_torchrun_is_killed(tmp_path: Path, data:
 def test_a_killed_rank_costs_the_steps_since_the_last_save(tmp_path: Path, data: list[str]) -> None:
     flags = [*data, "--output-dir", tmp_path, "--checkpoint-interval", "4"]
     process = start(2, *flags, torchrun=RESTARTS)
-    wait_for_step(tmp_path, 6, process)
+    wait_for_lines(tmp_path, 6, process)
     os.kill(workers_of(process)[1], signal.SIGKILL)
     deadline = time.monotonic() + 60.0
     while status(tmp_path).get("restart_count") != 1 or status(tmp_path)["step"] is None:
@@ -162,7 +162,7 @@ def test_a_lasting_error_is_not_trained_again(tmp_path: Path, data: list[str]) -
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_stopped_for_ever_is_named(tmp_path: Path, data: list[str], victim: int) -> None:
     process = start(2, *data, "--output-dir", tmp_path, "--stall-timeout", "5")
-    wait_for_step(tmp_path, 5, process)
+    wait_for_lines(tmp_path, 5, process)
     pids = workers_of(process)
     os.kill(pids[victim], signal.SIGSTOP)
     finished = wait(process, 60.0)
@@ -174,19 +174,19 @@ def test_a_rank_stopped_for_ever_is_named(tmp_path: Path, data: list[str], victi
 
 def test_a_rank_stopped_for_ten_seconds_is_waited_for(tmp_path: Path, data: list[str]) -> None:
     process = start(2, *data, "--output-dir", tmp_path)
-    wait_for_step(tmp_path, 5, process)
+    wait_for_lines(tmp_path, 5, process)
     victim = workers_of(process)[1]
     os.kill(victim, signal.SIGSTOP)
     time.sleep(10.0)
     os.kill(victim, signal.SIGCONT)
-    wait_for_step(tmp_path, len(metrics(tmp_path)) + 5, process)
+    wait_for_lines(tmp_path, len(metrics(tmp_path)) + 5, process)
     process.send_signal(signal.SIGTERM)
     stopped_and_saved(tmp_path, wait(process))
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, data: list[str]) -> None:
     first = start(2, *data, "--output-dir", tmp_path)
-    wait_for_step(tmp_path, 5, first)
+    wait_for_lines(tmp_path, 5, first)
     second = launch(2, *data, "--output-dir", tmp_path)
     (line,) = second.errors()
     assert second.code == 1 and str(workers_of(first)[0]) in line
