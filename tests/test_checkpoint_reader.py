@@ -107,7 +107,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(
     tree = {"model_state_dict": {"embed_tokens.weight": torch.zeros(2, 2)}, "extra": Canary(canary)}
     torch.save(tree, path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
     with pytest.raises(
-        CheckpointError, match="only tensors and plain containers load|torch.save did not write"
+        CheckpointError, match=r"only tensors and plain containers load|torch.save did not write"
     ):
         verify_checkpoint(path)
     assert not canary.exists()
