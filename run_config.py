@@ -79,7 +79,9 @@ class DataOptions:
         "cut each document alone and drop short ones and tails, instead of packing",
         names=("--no-packing",),
     )
-    num_proc: int = flag(8, "processes that tokenize with --no-streaming", kind=int, at_least=1)
+    num_proc: int = flag(
+        8, "workers that tokenize on the first node, cut to its processors", kind=int, at_least=1
+    )
     data_cache_dir: str | None = flag(
         None, "cache of the tokenized corpus", metavar="DIR", default_text="<output-dir>/cache"
     )

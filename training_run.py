@@ -79,11 +79,9 @@ class Run:
         self.loss = result.totals.loss
         self.progress = batch.progress
         position = self._position()
-        extra: dict[str, Any] = {"stream_hash": batch.stream_hash}
-        if self.progress is not None and self.progress.skipped:
-            extra["skipped_row_groups"] = len(self.progress.skipped)
+        extra: dict[str, Any] = {} if self.progress is None else dict(self.progress.metrics())
         if result.skipped:
-            extra |= {"skipped": "non-finite loss or gradient", "data_position": position}
+            extra["skipped"] = "non-finite loss or gradient"
             self.report.warn(
                 "a step was skipped: loss or gradient is not finite", f"(step {self.step}, loss {self.loss})"
             )

@@ -1,0 +1,25 @@
+"""The README's flags are the parser's, its files exist, and its map of modules is whole."""
+
+import re
+from pathlib import Path
+
+from run_config import build_parser, flag_table
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_flags_are_the_parsers() -> None:
+    shown = README.split("<!-- flags: begin -->\n")[1].split("<!-- flags: end -->")[0]
+    assert shown == flag_table(build_parser())
+
+
+def test_every_module_is_on_the_map() -> None:
+    table = README.split("## Where things are")[1].split("Imports point")[0]
+    mapped = set(re.findall(r"`(\w+)\.py`", table))
+    assert mapped == {path.stem for path in ROOT.glob("*.py")}
+
+
+def test_every_script_named_is_there() -> None:
+    named = set(re.findall(r"scripts/[\w.]+\.\w+", README))
+    assert named and all((ROOT / name).is_file() for name in named)
