@@ -252,14 +252,24 @@ def _local_part(local: torch.Tensor, rectangle: Rectangle, low: int, high: int) 
 def _gather(
     entry: TensorEntry, slice_map: SliceMap, local: torch.Tensor, peers: _Peers
 ) -> Iterator[torch.Tensor]:
-    """The chunks of one tensor in order, float32 on the CPU, each received while its predecessor is used."""
+    """The chunks of one tensor in order, float32 on the CPU, each received while its predecessor is used.
+
+    A chunk is valid until the next is asked for: their memory is used again.
+    """
     chunks = row_chunks(entry.shape)
     owned = {rank: slice_map.owned(entry.name, rank) for rank in (0, *peers.ranks)}
     pending = _receive(owned, chunks[0], peers) if chunks else []
+    space = torch.empty(0)
     for index, (first, last) in enumerate(chunks):
         arriving = pending
         pending = _receive(owned, chunks[index + 1], peers) if index + 1 < len(chunks) else []
-        chunk = torch.empty((last - first, *entry.shape[1:]), dtype=torch.float32)
+        whole = _own_rows(owned[0], local, entry.shape, first, last)
+        if whole is not None:
+            yield whole
+            continue
+        if not space.numel():
+            space = torch.empty((last - first, *entry.shape[1:]), dtype=torch.float32)
+        chunk = space[: last - first]
         for rectangle, low, high in clip_rows(owned[0], first, last):
             place = (slice(low - first, high - first), *rectangle.unsharded_index[1:])
             chunk[place].copy_(_local_part(local, rectangle, low, high))
@@ -271,6 +281,17 @@ def _gather(
                 target.copy_(buffer[: target.numel()].view(target.shape))
                 buffer = buffer[target.numel() :]
         yield chunk
+
+
+def _own_rows(
+    owned: Sequence[Rectangle], local: torch.Tensor, shape: Sequence[int], first: int, last: int
+) -> torch.Tensor | None:
+    """Rank 0's own memory of rows ``first`` to ``last`` where it can be written as it is."""
+    clipped = clip_rows(owned, first, last)
+    if len(clipped) != 1 or local.device.type != "cpu" or local.dtype != torch.float32:
+        return None
+    part = _local_part(local, *clipped[0])
+    return part if part.shape == (last - first, *shape[1:]) and part.is_contiguous() else None
 
 
 def _receive(

@@ -79,7 +79,7 @@ class DataOptions:
         "cut each document alone and drop short ones and tails, instead of packing",
         names=("--no-packing",),
     )
-    num_proc: int = flag(
+    num_proc: int = flag(8, "tokenizing workers, cut to the processors there are", kind=int, at_least=1)
         8, "workers that tokenize on the first node, cut to its processors", kind=int, at_least=1
     )
     data_cache_dir: str | None = flag(
