@@ -80,8 +80,6 @@ class DataOptions:
         names=("--no-packing",),
     )
     num_proc: int = flag(8, "tokenizing workers, cut to the processors there are", kind=int, at_least=1)
-        8, "workers that tokenize on the first node, cut to its processors", kind=int, at_least=1
-    )
     data_cache_dir: str | None = flag(
         None, "cache of the tokenized corpus", metavar="DIR", default_text="<output-dir>/cache"
     )
