@@ -58,8 +58,12 @@ choose_processes() {
 }
 
 # check_endpoint HOST PORT: the host has an address, and where that is ours, nobody listens on the port yet.
+# Sets is_host to true or false: whether the rendezvous store runs here. torchrun looks for the address behind the
+# host name alone, and so finds no host when the nodes meet on a second network card.
+# shellcheck disable=SC2034 # the launchers read it
 check_endpoint() {
     local status=0
+    is_host=""
     "$python" - "$1" "$2" <<'PY' || status=$?
 import errno, socket, sys
 host, port = sys.argv[1], int(sys.argv[2])
@@ -68,18 +72,22 @@ try:
 except (OSError, OverflowError):
     sys.exit(3)
 # Several agents of one machine may share a loopback endpoint: the first one listens, the others join it.
-if not address[0].startswith(("127.", "::1")):
-    with socket.socket(family) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind(address)
-        except OSError as error:  # any other error: the address is another machine's
-            sys.exit(4 if error.errno == errno.EADDRINUSE else 0)
+if address[0].startswith(("127.", "::1")):
+    sys.exit(0)
+with socket.socket(family) as trial:
+    trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        trial.bind(address)
+    except OSError as error:
+        sys.exit({errno.EADDRINUSE: 4, errno.EADDRNOTAVAIL: 6}.get(error.errno, 0))
+sys.exit(5)
 PY
     case $status in
         0) ;;
         3) fail "--master $1:$2: $1 has no address here; use a name or an address that this host knows" ;;
         4) fail "--master $1:$2: port $2 is in use on this host; stop what listens there or choose another" ;;
+        5) is_host=true ;;
+        6) is_host=false ;;
         *) fail "--master $1:$2 cannot be checked" ;;
     esac
 }

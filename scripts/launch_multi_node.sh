@@ -5,6 +5,7 @@
 #
 #   --nnodes N              machines
 #   --master HOST:PORT      where the nodes meet: a machine among them that all others reach, and a free port there
+#   --local-addr ADDR       address of this machine, where its own host name does not lead others to it
 #   --run-id NAME           the same on all nodes (default: argonne)
 #   --nproc-per-node N      processes per machine, one per GPU (default: the GPUs that are visible)
 #   --max-restarts N        times that torchrun starts the workers again after a failure (default 0)
@@ -13,11 +14,13 @@
 #   --dry-run               print the command and stop
 #
 # Tensor parallelism stays inside a node, data parallelism goes across. Only the node of rank 0 needs data,
-# tokenizer and output folder. ARGONNE_PYTHON names another interpreter than .venv/bin/python.
+# tokenizer and output folder: the one whose host name (or --local-addr) sorts first.
+# ARGONNE_PYTHON names another interpreter than .venv/bin/python.
 # NCCL_SOCKET_IFNAME names the network card to meet on where there are several.
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-processes="" nodes="" master="" run_id=argonne max_restarts=0 shutdown_timeout=600 join_timeout=900 dry_run=no
+processes="" nodes="" master="" local_addr="" run_id=argonne
+max_restarts=0 shutdown_timeout=600 join_timeout=900 dry_run=no
 # shellcheck source=scripts/launch_common.sh
 . "$root/scripts/launch_common.sh"
 
@@ -25,6 +28,7 @@ while [ "$#" -gt 0 ]; do
     case $1 in
         --nnodes) need_value "$1" "$#" && need_number "$1" "$2" && nodes=$2 && shift 2 ;;
         --master) need_value "$1" "$#" && master=$2 && shift 2 ;;
+        --local-addr) need_value "$1" "$#" && local_addr=$2 && shift 2 ;;
         --run-id) need_value "$1" "$#" && run_id=$2 && shift 2 ;;
         --nproc-per-node | --nproc_per_node) need_value "$1" "$#" && processes=$2 && shift 2 ;;
         --max-restarts) need_value "$1" "$#" && max_restarts=$2 && shift 2 ;;
@@ -47,7 +51,9 @@ check_training_arguments "$@"
 check_endpoint "${master%:*}" "${master#*:}"
 set_environment
 torchrun_stop_options
+address=()
+[ -z "$local_addr" ] || address=(--local-addr "$local_addr")
 run_or_show "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" \
-    --rdzv-backend c10d --rdzv-endpoint "$master" --rdzv-id "$run_id" \
-    --rdzv-conf "join_timeout=$join_timeout" --max-restarts "$max_restarts" "${stop_options[@]}" \
+    --rdzv-backend c10d --rdzv-endpoint "$master" --rdzv-id "$run_id" "${address[@]}" \
+    --rdzv-conf "join_timeout=$join_timeout${is_host:+,is_host=$is_host}" --max-restarts "$max_restarts" "${stop_options[@]}" \
     "$root/resume_pretrain_tensor.py" "$@"

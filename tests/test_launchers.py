@@ -16,7 +16,8 @@ ENOUGH = ["--", "--tokenizer-path", "a tokenizer"]
 SHELL_FILES = [
     ROOT / ".ci/run",
     *(SCRIPTS / name for name in ("install.sh", "run_tests.sh", "launch_common.sh", "launch_slurm.sbatch")),
-    *(SCRIPTS / name for name in ("launch_single_node.sh", "launch_multi_node.sh")),
+    *(SCRIPTS / name for name in ("launch_single_node.sh", "launch_multi_node.sh", "quickstart.sh")),
+    SCRIPTS / "two_nodes_on_one_machine.sh",
 ]
 
 
