@@ -402,11 +402,7 @@ def temporary_file(path: Path, need: int) -> Iterator[tuple[int, Path]]:
     """
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise CheckpointError(
-            f"{folder} needs {need:,} bytes free and has {free:,}: make room or lower --keep-checkpoints"
-        )
+    require_room(folder, need)
     temporary = folder / f".{path.name}.{socket.gethostname()}.{os.getpid()}{TEMPORARY_SUFFIX}"
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -417,6 +413,17 @@ def temporary_file(path: Path, need: int) -> Iterator[tuple[int, Path]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         os.close(descriptor)
+
+
+def require_room(folder: Path, need: int, count: int = 1) -> None:
+    """CheckpointError where the disk has fewer than ``need`` bytes free, for ``count`` checkpoints."""
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        purpose = f" for {count} checkpoints (those kept and one more)" if count > 1 else ""
+        raise CheckpointError(
+            f"{folder} needs {need:,} bytes free{purpose} and has {free:,}: make room or lower "
+            "--keep-checkpoints"
+        )
 
 
 def commit(descriptor: int, temporary: Path, path: Path, size: int) -> None:

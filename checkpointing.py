@@ -35,7 +35,13 @@ from checkpoint_load import (
 )
 from checkpoint_parts import open_any, part_name
 from checkpoint_reader import sync_folder
-from checkpoint_save import TEMPORARY_SUFFIX, SaveReport, estimate_checkpoint_bytes, save_checkpoint
+from checkpoint_save import (
+    TEMPORARY_SUFFIX,
+    SaveReport,
+    estimate_checkpoint_bytes,
+    require_room,
+    save_checkpoint,
+)
 from run_errors import CheckpointError, DeviceError
 
 __all__ = [
@@ -50,9 +56,12 @@ __all__ = [
     "clean_temporary_files",
     "estimate_checkpoint_bytes",
     "infer_model_config",
+    "later_checkpoints",
     "load_slices",
     "open_chosen",
+    "own_checkpoints",
     "prune",
+    "require_room",
     "require_safe_torch",
     "save_checkpoint",
     "verify_checkpoint",
@@ -130,15 +139,49 @@ def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, key=lambda item: (-item[0], not item[1].name.startswith("tensor"), item[1].name))
 
 
+def own_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """This suite's whole checkpoints in a folder as (step, path), newest step first."""
+    return [(step, path) for step, path in find_checkpoints(folder) if _OWN_NAME.match(path.name)]
+
+
 def choose_checkpoint(
-    requested: str | None, output_dir: Path, *, force_from_scratch: bool = False
+    requested: str | None,
+    output_dir: Path,
+    *,
+    force_from_scratch: bool = False,
+    written_before: Path | None = None,
 ) -> CheckpointChoice:
     """Choose what to resume from (rank 0).
 
     ``requested`` is ``--checkpoint-path``: a file, a folder (the newest that verifies), ``NONE``, or None
-    for the newest in ``<output_dir>/pretrained``. Raises CheckpointError where a named path is wrong, and
+    for the newest in ``<output_dir>/pretrained``. ``written_before`` is the newest checkpoint of an earlier
+    attempt of the same launch: after a restart the run goes on from there, or from the newest before it
+    that verifies, whatever was requested at first. Raises CheckpointError where a named path is wrong, and
     where checkpoints exist but none loads: a run never falls back to step 0 by itself.
     """
+    folder = Path(output_dir) / "pretrained"
+    if written_before is not None and written_before.parent == folder:
+        last = int(match[1]) if (match := _OWN_NAME.match(written_before.name)) else 0
+        own = [(step, path) for step, path in find_checkpoints(folder) if step <= last]
+        if own:
+            return _newest_that_verifies(folder, own)
+    return _requested_checkpoint(requested, output_dir, force_from_scratch)
+
+
+def later_checkpoints(folder: Path, step: int) -> str | None:
+    """A warning where checkpoints beyond ``step`` lie in the folder of a run that starts there, or None."""
+    found = find_checkpoints(folder) if folder.is_dir() else []
+    if not found or found[0][0] <= step:
+        return None
+    return (
+        f"{folder} holds checkpoints up to step {found[0][0]}, and this run starts at step {step}: "
+        "a later run without --checkpoint-path would resume from those; move them away"
+    )
+
+
+def _requested_checkpoint(
+    requested: str | None, output_dir: Path, force_from_scratch: bool
+) -> CheckpointChoice:
     if force_from_scratch or requested == FROM_SCRATCH:
         flag = "--force-from-scratch" if force_from_scratch else "--checkpoint-path NONE"
         return CheckpointChoice(reader=None, reason=f"starting from scratch ({flag})")
@@ -181,6 +224,7 @@ def open_chosen(
     force_from_scratch: bool,
     rank: int,
     control_group: dist.ProcessGroup | None,
+    written_before: Path | None = None,
 ) -> tuple[CheckpointView | None, str, tuple[str, ...]]:
     """Choose on rank 0 and open on all ranks; collective.
 
@@ -191,7 +235,12 @@ def open_chosen(
     problem: CheckpointError | None = None
     if rank == 0:
         try:
-            choice = choose_checkpoint(requested, output_dir, force_from_scratch=force_from_scratch)
+            choice = choose_checkpoint(
+                requested,
+                output_dir,
+                force_from_scratch=force_from_scratch,
+                written_before=written_before,
+            )
         except CheckpointError as error:
             problem = error
     agree_on_error(problem, control_group)
@@ -229,7 +278,7 @@ def prune(folder: Path, *, newest_verified: Path, keep: int, keep_every: int = 0
     if keep <= 0 or match is None or not newest_verified.is_file():
         return []
     verified_step = int(match[1])
-    own = [(step, path) for step, path in find_checkpoints(folder) if _OWN_NAME.match(path.name)]
+    own = own_checkpoints(folder)
     kept_since_verified = [path for step, path in own if step <= verified_step][:keep]
     removed = []
     for step, path in own:

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from run_errors import ConfigError, DeviceError, RunError
+from run_errors import ConfigError, DeviceError, PeerError, RunError
 from tp_plan import check_degree, degree_fits
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -407,6 +407,8 @@ def run_error_of(
 
     None where it is a fault of this program, whose traceback must be seen.
     """
+    if isinstance(error, PeerError) and isinstance(error.__cause__, RuntimeError):
+        return explain(error)  # a connection broke: which rank went away is for explain to find out
     if isinstance(error, RunError):
         return error
     if isinstance(error, torch.OutOfMemoryError):

@@ -88,6 +88,7 @@ def train(
     from training_run import Run
     from training_save import CheckpointKeeper
     from training_setup import (
+        check_room_on_rank_0,
         claim_output,
         data_on_rank_0,
         export_if_asked,
@@ -111,6 +112,7 @@ def train(
         choose_tp_size(config.model.settings, config.parallel.tensor_parallel_size, world)
     ended = claim_output(output_dir, control, launch, world)
     if ended is not None:
+        report.info(f"An earlier attempt of this launch {ended[0]} ({ended[1]}): there is nothing left to do")
         return control.finish(*ended)
 
     # ------------------------------------------------------------------ choose
@@ -121,6 +123,7 @@ def train(
         force_from_scratch=config.checkpoint.force_from_scratch,
         rank=world.rank,
         control_group=world.control_group,
+        written_before=control.written_before,
     )
     for warning in warnings:
         report.warn(warning)
@@ -135,12 +138,13 @@ def train(
     for notice in opened.notices if opened is not None else ():
         report.warn(notice)
     trained = build_model(settings, config.parallel, training, parallel)
+    first_step = view.step if view is not None else 0
+    check_room_on_rank_0(config, trained, first_step, world)
     loaded = fill_weights(trained, view, training.seed)
     for warning in loaded.warnings if loaded is not None else ():
         report.warn(warning)
 
     # ------------------------------------------------------------------ loop
-    first_step = view.step if view is not None else 0
     introduce(config, trained, opened, samples_per_step, first_step, chosen, control, report)
     verify_if_asked(config, trained, control, report)
     feed = StepFeed(
@@ -168,9 +172,9 @@ def train(
 
     # ------------------------------------------------------------------ close
     feed.close()
-    run.keeper.close()
+    run.keeper.close(save_again=run.save)
     if not stopped:
-        export_if_asked(config, run.keeper.newest, settings, world, report)
+        export_if_asked(config, run.keeper.newest, settings, world, control, report)
     barrier(world)
     state, reason = ("stopped", control.stop_reason()) if stopped else ("finished", None)
     report.info(f"{state.capitalize()} at step {run.step}" + (f" ({reason})" if reason else ""))

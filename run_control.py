@@ -19,9 +19,17 @@ from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import NoReturn
 
-from run_errors import EXIT_FAILURE, EXIT_STOPPED, PeerError, RunError
+from run_errors import EXIT_FAILURE, PeerError, RunError
 from run_peers import KeyStore, Note, Peers, Progress, Verdict, rank_list
-from run_status import HEARTBEAT_SECONDS, Launch, OutputLock, RunStatus, is_final, mark_failed
+from run_status import (
+    HEARTBEAT_SECONDS,
+    Launch,
+    OutputLock,
+    RunStatus,
+    earlier_attempt,
+    is_final,
+    mark_failed,
+)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 BOUNDARY_SECONDS = 10.0
@@ -74,6 +82,8 @@ class RunControl:
         self.progress = Progress()
         self.status: RunStatus | None = None
         self.peers: Peers | None = None
+        self.written_before: Path | None = None
+        """on rank 0 after ``claim``: the newest checkpoint of an earlier attempt of this launch"""
         self._lock: OutputLock | None = None
         self._warn = warn
         self._stall_timeout = stall_timeout
@@ -115,8 +125,10 @@ class RunControl:
         lock = OutputLock(self.output_dir, self.launch)
         lock.acquire()
         self._lock = lock
+        before = earlier_attempt(self.output_dir, self.launch) or {}
+        self.written_before = Path(before["checkpoint"]) if before.get("checkpoint") else None
         self.status = RunStatus(self.output_dir, self.launch, self._warn, world_size=self.world_size)
-        self.status.heartbeat()
+        self.status.update(checkpoint=before.get("checkpoint"))
         threading.Thread(target=self._heartbeat, name="run status", daemon=True).start()
 
     def join(self, store: KeyStore) -> None:
@@ -209,9 +221,13 @@ class RunControl:
                 self.peers.refresh(0.5)
                 if dead := self.peers.dead():
                     return self._death(dead)
-                if failed := self._failed_peer():
-                    return _ToldError(f"rank {failed[0]}: {failed[1].text}")
+                if left := self._left_peer():
+                    if left[1].state == "stopped":
+                        self._leave(self.launch.stop_code, None, left[1])
+                    return _ToldError(f"rank {left[0]}: {left[1].text}")
                 time.sleep(0.1)
+        if isinstance(error, RunError):
+            return error
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         return PeerError(
             f"a collective failed in step {self.progress.step} on rank {self.rank} ({text[:200]}): see the "
@@ -245,9 +261,11 @@ class RunControl:
                 return False
         return True
 
-    def _failed_peer(self) -> tuple[int, Note] | None:
+    def _left_peer(self) -> tuple[int, Note] | None:
+        """A rank that ended while this one would go on: it failed, or was stopped before the first step."""
+        states = ("failed",) if self._looping else ("failed", "stopped")
         notes = {} if self.peers is None else self.peers.notes()
-        return next(((rank, note) for rank, note in notes.items() if note.state == "failed"), None)
+        return next(((rank, note) for rank, note in notes.items() if note.state in states), None)
 
     def _end(self, note: Note) -> None:
         """From here on the main thread ends the process by itself."""
@@ -305,8 +323,8 @@ class RunControl:
             self._follow()
         before, self._signal = self._signal, (number, at)
         if not self._looping:
-            note = Note(state="stopped", text=f"{number.name} before the first step")
-            self._leave(EXIT_STOPPED, None, note)
+            note = Note(state="stopped", text=f"{number.name} before the first step", final=True)
+            self._leave(self.launch.stop_code, None, note)
         if before is not None and self._is_impatient(before, number, at):
             text = (
                 f"left at once on a second {number.name}, without saving: resume from the newest checkpoint"
@@ -340,7 +358,7 @@ class RunControl:
             self._request(f"--max-run-time {self._max_run_time:.0f} s")
         if self.peers is None:
             return
-        trouble = bool(self.peers.missing()) or self._failed_peer() is not None
+        trouble = bool(self.peers.missing()) or self._left_peer() is not None
         self._trouble_since = (self._trouble_since or at) if trouble else None
         if self._trouble_since is not None and at - self._trouble_since > TROUBLE_SECONDS:
             self._follow()
@@ -366,8 +384,9 @@ class RunControl:
         """End with a peer that died, or that said why it failed."""
         if self.peers is not None and (dead := self.peers.dead()):
             self._leave_for(self._death(dead))
-        if (failed := self._failed_peer()) is not None:
-            self._leave(EXIT_FAILURE, None, failed[1])
+        if (left := self._left_peer()) is not None:
+            stopped = left[1].state == "stopped"
+            self._leave(self.launch.stop_code if stopped else EXIT_FAILURE, None, left[1])
 
     def _death(self, dead: list[int]) -> PeerError:
         return PeerError(

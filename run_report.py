@@ -225,11 +225,17 @@ class RunReport:
         """Print a generated text."""
         self.info(f"--- Generated text at step {step} ---\n{text}\n{'-' * 40}")
 
-    def checkpoint_saved(self, step: int, path: Path, *, bytes: int, seconds: float) -> None:
-        """Print a save and write ``stats/current_training_stats_tensor_parallel_step_{step}.json``."""
+    def checkpoint_saved(
+        self, step: int, path: Path, *, bytes: int, seconds: float, share: float | None = None
+    ) -> None:
+        """Print a save and write ``stats/current_training_stats_tensor_parallel_step_{step}.json``.
+
+        ``share``: of the time since the save before, or since the start.
+        """
         if not self.active:
             return
-        self.info(f"Saved {path} ({bytes / 1e9:.2f} GB in {seconds:.1f} s)")
+        of_the_time = "" if share is None else f", {share:.1%} of the time"
+        self.info(f"Saved {path} ({bytes / 1e9:.2f} GB in {seconds:.1f} s{of_the_time})")
         details = {"checkpoint": str(path), "checkpoint_bytes": bytes, "checkpoint_seconds": seconds}
         self._write_stats(f"current_training_stats_tensor_parallel_step_{step}.json", details)
 

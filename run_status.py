@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class Launch:
     max_restarts: int
     launcher_pid: int | None
     """torchrun's process; None without torchrun"""
+    began: float = 0.0
+    """when torchrun was started, seconds since 1970; a run_id may be used again by a later launch"""
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> "Launch":
@@ -51,6 +54,7 @@ class Launch:
             restart_count=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
             max_restarts=int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")),
             launcher_pid=os.getppid(),
+            began=process_began(os.getppid()),
         )
 
     @property
@@ -180,12 +184,35 @@ def mark_failed(output_dir: Path, launch: Launch, reason: str) -> None:
         pass  # the heartbeat in the file grows old, which tells the same
 
 
-def already_ended(output_dir: Path, launch: Launch) -> dict[str, Any] | None:
-    """The status of an earlier attempt of this same torchrun after which nothing is left to do, or None."""
+def earlier_attempt(output_dir: Path, launch: Launch) -> dict[str, Any] | None:
+    """The status that an earlier attempt of this same torchrun left, or None."""
     status = read_json(output_dir / "stats" / "run_status.json")
     if status is None or launch.restart_count == 0 or status.get("run_id") != launch.run_id:
         return None
-    return status if status.get("state") != "running" and status.get("final") else None
+    try:
+        written = datetime.fromisoformat(str(status.get("heartbeat"))).timestamp()
+    except ValueError:
+        return None
+    # The name may be that of an older launch, whose end says nothing about this one.
+    return status if written >= launch.began - 2.0 else None
+
+
+def already_ended(output_dir: Path, launch: Launch) -> dict[str, Any] | None:
+    """The status of an earlier attempt of this same torchrun after which nothing is left to do, or None."""
+    status = earlier_attempt(output_dir, launch)
+    if status is None or status.get("state") == "running" or not status.get("final"):
+        return None
+    return status
+
+
+def process_began(pid: int) -> float:
+    """Wall time at which a process was started, in seconds since 1970; 0 where that cannot be told."""
+    fields = process_fields(pid)
+    try:
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return 0.0
+    return time.time() - uptime + int(fields[19]) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
 def process_fields(pid: int) -> list[str] | None:
@@ -298,8 +325,6 @@ class OutputLock:
         return holder if isinstance(holder, dict) else None
 
     def _is_alive(self, holder: dict[str, Any]) -> bool:
-        if holder.get("run_id") == self._launch.run_id:
-            return False  # an attempt before ours, which torchrun has ended
         if holder.get("host") == socket.gethostname():
             started = process_started(int(holder.get("pid") or 0))
             return started is not None and started == holder.get("process_started")

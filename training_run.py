@@ -67,6 +67,8 @@ class Run:
         if view is None:
             return
         self.step = view.step
+        if self.control.status is not None:
+            self.control.status.update(checkpoint=str(view.path))
         self.tokens_processed = int(view.metadata.get("tokens_processed") or 0)
         self.loss = float(view.metadata.get("loss") or 0.0)
         self.one_step.scaler.load_state_dict(view.metadata.get("loss_scaler") or {})

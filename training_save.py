@@ -2,17 +2,84 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpointing import BackgroundVerifier, checkpoint_path, prune, save_checkpoint
+from checkpointing import (
+    BackgroundVerifier,
+    checkpoint_path,
+    estimate_checkpoint_bytes,
+    own_checkpoints,
+    prune,
+    require_room,
+    save_checkpoint,
+)
+from parallel import broadcast_object
 from run_config import CheckpointOptions
 from run_control import RunControl
+from run_errors import CheckpointError
+from run_files import read_json
 from run_report import RunReport
 from training_build import TrainedModel
+
+_ASSUMED_RATE = 1e9
+_TRIAL_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveEstimate:
+    """What saves will cost."""
+
+    size: int
+    """Bytes of one checkpoint."""
+    seconds: float
+    share: float | None
+    """Of the run's time, 0 to 1; None where no step has been timed yet."""
+
+
+def estimate_save(trained: TrainedModel, options: CheckpointOptions, output_dir: Path) -> SaveEstimate:
+    """From what an earlier run into this folder measured, else from a trial write of a few megabytes."""
+    size = estimate_checkpoint_bytes(trained.slice_map)
+    measured = list((output_dir / "stats").glob("current_training_stats_tensor_parallel_step_*.json"))
+    newest = max(measured, key=lambda path: int(path.stem.rpartition("_")[2]), default=None)
+    stats = (read_json(newest) if newest is not None else None) or {}
+    bytes_then, seconds_then = stats.get("checkpoint_bytes"), stats.get("checkpoint_seconds")
+    rate = (
+        bytes_then / seconds_then if bytes_then and seconds_then else _trial_rate(output_dir / "pretrained")
+    )
+    seconds, step_seconds = size / rate, stats.get("step_seconds")
+    share = seconds / (seconds + options.checkpoint_interval * step_seconds) if step_seconds else None
+    return SaveEstimate(size=size, seconds=seconds, share=share)
+
+
+def _trial_rate(folder: Path) -> float:
+    """Bytes a second that the disk takes, fsync included."""
+    with contextlib.suppress(OSError):
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            started = time.monotonic()
+            trial.write(bytes(_TRIAL_BYTES))
+            trial.flush()
+            os.fsync(trial.fileno())
+            return _TRIAL_BYTES / max(time.monotonic() - started, 1e-3)
+    return _ASSUMED_RATE
+
+
+def check_room(
+    trained: TrainedModel, options: CheckpointOptions, folder: Path, *, first_step: int, total_steps: int
+) -> None:
+    """CheckpointError where the disk cannot take the checkpoints that are kept and one more (rank 0)."""
+    interval = options.checkpoint_interval
+    saves = total_steps // interval - first_step // interval + (total_steps % interval != 0)
+    there = len(own_checkpoints(folder)) if folder.is_dir() else 0
+    count = min(max(0, saves), max(1, options.keep_checkpoints + 1 - there))
+    require_room(folder, count * estimate_checkpoint_bytes(trained.slice_map), count)
 
 
 class CheckpointKeeper:
@@ -35,6 +102,7 @@ class CheckpointKeeper:
         self.newest: Path | None = None
         """The newest checkpoint that this run wrote."""
         self._postponed = False
+        self._since = time.monotonic()
 
     @property
     def busy(self) -> bool:
@@ -73,17 +141,32 @@ class CheckpointKeeper:
             )
         self.newest, self._postponed = path, False
         if report is not None:
-            self._report.checkpoint_saved(step, path, bytes=report.size, seconds=report.seconds)
+            share = report.seconds / max(time.monotonic() - self._since, report.seconds)
+            self._since = time.monotonic()
+            self._report.checkpoint_saved(step, path, bytes=report.size, seconds=report.seconds, share=share)
             if self._control.status is not None:
                 self._control.status.update(checkpoint=str(path), step=step)
             self._verifier.start(path)
         return path
 
-    def close(self) -> None:
-        """Wait until the last checkpoint has been read back."""
-        problem = self._verifier.wait()
+    def close(self, save_again: Callable[[], object]) -> None:
+        """Wait until the last checkpoint has been read back; collective. Where it is not whole, ``save_again``.
+
+        Raises CheckpointError on all ranks where the disk spoils that one too.
+        """
+        problem = self._wait()
+        if problem is None:
+            return
+        self._report.warn(f"{problem}; earlier checkpoints were kept, and it is written again")
+        save_again()
+        problem = self._wait()
         if problem is not None:
-            self._report.warn(f"{problem}; earlier checkpoints were kept")
+            raise problem
+
+    def _wait(self) -> CheckpointError | None:
+        with self._control.phase("save"):
+            problem: CheckpointError | None = broadcast_object(self._verifier.wait(), self._trained.parallel)
+        return problem
 
     def _complain(self) -> None:
         problem = self._verifier.poll()

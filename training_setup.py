@@ -9,20 +9,20 @@ from typing import Any
 import torch
 
 from checkpoint_export import export_hf
-from checkpointing import CheckpointView, clean_temporary_files, estimate_checkpoint_bytes, verify_checkpoint
+from checkpointing import CheckpointView, clean_temporary_files, later_checkpoints, verify_checkpoint
 from data_open import OpenedSource, open_source
 from data_source import SourceOptions
 from data_tokenize import load_tokenizer
 from parallel import World, on_rank_0
 from run_config import RunConfig
 from run_control import RunControl
+from run_errors import RunError
 from run_report import RunFacts, RunReport, peak_flops
 from run_status import Launch, already_ended, prepare_output_dir
 from tp_verify import compare_with_unsharded
 from training_build import TrainedModel, flops_per_token
+from training_save import check_room, estimate_save
 
-ASSUMED_WRITE_RATE = 1e9
-"""Bytes a second of a plain disk, for the estimate before the first save is measured."""
 VERIFIED_TOKENS = 128
 """Sequence length of --verify-sharding's batch."""
 
@@ -32,13 +32,15 @@ def claim_output(
 ) -> tuple[str, str | None] | None:
     """Make, lock and clean the output folder on rank 0.
 
-    Returns None, or the (state, reason) in which an earlier attempt of this same launch ended for good, so
-    that a restart has nothing to do. Raises RunError on all ranks where the folder cannot be used or another
-    run has it.
+    Returns None, or the (state, reason) in which an earlier attempt of this same launch stopped or finished,
+    so that a restart has nothing to do. Raises RunError on all ranks where it failed for a reason that lasts,
+    and where the folder cannot be used or another run has it.
     """
 
     def claim() -> tuple[str, str | None] | None:
         ended = already_ended(output_dir, launch)
+        if ended is not None and ended["state"] == "failed":
+            raise RunError(f"a restart would end the same way, for the first attempt said: {ended['reason']}")
         if ended is not None:
             return str(ended["state"]), ended["reason"]
         prepare_output_dir(output_dir)
@@ -102,6 +104,16 @@ def data_on_rank_0(
     return box[0]
 
 
+def check_room_on_rank_0(config: RunConfig, trained: TrainedModel, first_step: int, world: World) -> None:
+    """CheckpointError on all ranks where the disk cannot take the run's checkpoints."""
+    folder = Path(config.output.output_dir) / "pretrained"
+    total = config.training.total_steps
+    on_rank_0(
+        lambda: check_room(trained, config.checkpoint, folder, first_step=first_step, total_steps=total),
+        world,
+    )
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -129,11 +141,13 @@ def introduce(
         flops_per_token=flops_per_token(trained, training.block_size),
         peak_flops_total=None if peak is None else peak * parallel.world_size,
     )
-    save_bytes = estimate_checkpoint_bytes(trained.slice_map)
-    save_seconds = save_bytes / ASSUMED_WRITE_RATE
-    grace = control.grace_warning(save_seconds)
-    if grace is not None:
+    output_dir = Path(config.output.output_dir)
+    save = estimate_save(trained, config.checkpoint, output_dir) if report.active else None
+    if save is not None and (grace := control.grace_warning(save.seconds)) is not None:
         report.warn(grace)
+    automatic = config.checkpoint.checkpoint_path is None and not config.checkpoint.force_from_scratch
+    if not automatic and (later := later_checkpoints(output_dir / "pretrained", first_step)) is not None:
+        report.warn(later)
     shards = 0 if opened is None else len(opened.shards)
     begins = "" if opened is None else f", from {_place(opened)}"
     options = config.parallel
@@ -159,9 +173,10 @@ def introduce(
             block_size=training.block_size,
             data=f"{shards} shards of {config.data.data_glob}{begins}",
             checkpoint=chosen,
-            output_dir=str(Path(config.output.output_dir).resolve()),
-            save_bytes=save_bytes,
-            save_seconds=save_seconds,
+            output_dir=str(output_dir.resolve()),
+            save_bytes=save.size if save is not None else None,
+            save_seconds=save.seconds if save is not None else None,
+            save_share=save.share if save is not None else None,
             extra=extra,
         )
     )
@@ -191,20 +206,27 @@ def verify_if_asked(config: RunConfig, trained: TrainedModel, control: RunContro
 
 
 def export_if_asked(
-    config: RunConfig, checkpoint: Path | None, settings: dict[str, Any], world: World, report: RunReport
+    config: RunConfig,
+    checkpoint: Path | None,
+    settings: dict[str, Any],
+    world: World,
+    control: RunControl,
+    report: RunReport,
 ) -> None:
     """Export the finished run's last checkpoint to --final-model-dir; on rank 0, the others wait."""
     target = config.output.final_model_dir
     if target is None or checkpoint is None:
         return
-    on_rank_0(
-        lambda: export_hf(
+
+    def export() -> None:
+        export_hf(
             verify_checkpoint(checkpoint),
             settings,
             config.data.tokenizer_path,
             Path(target),
             trust_remote_code=config.data.trust_remote_code,
-        ),
-        world,
-    )
+        )
+
+    with control.phase("export"):
+        on_rank_0(export, world)
     report.info(f"Exported the model to {target}")
