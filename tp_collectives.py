@@ -249,6 +249,12 @@ def pad_sequence(tensor: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor
 
 
+def _own_positions(tensor: Tensor, group: TPGroup) -> Tensor:
+    """(batch, seq_len, hidden) -> this rank's (batch, local_seq_len, hidden), zero beyond the end."""
+    local = local_seq_len(tensor.shape[SEQUENCE_DIM], group.size)
+    return pad_sequence(tensor, group.size).narrow(SEQUENCE_DIM, group.rank * local, local).contiguous()
+
+
 def start_gather_sequence(tensor: Tensor, group: TPGroup) -> Tensor:
     """Issue the all-gather of (batch, local_seq_len, hidden); finish it with `finish_gather_sequence`."""
     return group.start_all_gather(tensor.movedim(SEQUENCE_DIM, 0).contiguous())
@@ -324,13 +330,16 @@ class _ScatterTo(torch.autograd.Function):
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: TPGroup, seq_len: int) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, tensor: Tensor, group: TPGroup, seq_len: int, partial: bool) -> Tensor:
+        ctx.group, ctx.partial = group, partial
         return finish_gather_sequence(start_gather_sequence(tensor, group), group, seq_len)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return finish_scatter_sequence(start_scatter_sequence(grads[0], ctx.group), ctx.group), None, None
+        if not ctx.partial:
+            return _own_positions(grads[0], ctx.group), None, None, None
+        scattered = finish_scatter_sequence(start_scatter_sequence(grads[0], ctx.group), ctx.group)
+        return scattered, None, None, None
 
 
 class _ReduceScatterSequence(torch.autograd.Function):
@@ -349,9 +358,7 @@ class _SplitSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: TPGroup) -> Tensor:
         ctx.group, ctx.seq_len = group, tensor.shape[SEQUENCE_DIM]
-        padded = pad_sequence(tensor, group.size)
-        local = padded.shape[SEQUENCE_DIM] // group.size
-        return padded.narrow(SEQUENCE_DIM, group.rank * local, local).contiguous()
+        return _own_positions(tensor, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -391,12 +398,14 @@ def scatter_to_region(tensor: Tensor, group: TPGroup, dim: int = -1) -> Tensor:
     return _ScatterTo.apply(tensor, group, dim % tensor.dim())
 
 
-def gather_sequence(tensor: Tensor, group: TPGroup, seq_len: int) -> Tensor:
+def gather_sequence(tensor: Tensor, group: TPGroup, seq_len: int, *, partial: bool = True) -> Tensor:
     """Sequence-parallel entrance: (batch, local_seq_len, hidden) -> (batch, seq_len, hidden).
 
-    All-gather forward, reduce-scatter backward; padding is stripped and put back.
+    All-gather forward, reduce-scatter backward; padding is stripped and put back. ``partial=False`` is for a
+    gradient that is equal on all ranks (made from the gathered tensor by all of them alike): each then takes
+    its own positions of it, without communication.
     """
-    return tensor if group.size == 1 else _GatherSequence.apply(tensor, group, seq_len)
+    return tensor if group.size == 1 else _GatherSequence.apply(tensor, group, seq_len, partial)
 
 
 def reduce_scatter_sequence(tensor: Tensor, group: TPGroup) -> Tensor:

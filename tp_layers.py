@@ -32,7 +32,7 @@ from tp_collectives import (
     start_gather_sequence,
     start_scatter_sequence,
 )
-from tp_slices import padded_slice_size
+from tp_slices import even_cut, padded_slice_size
 
 
 @dataclass(eq=False)
@@ -164,14 +164,39 @@ class ColumnGroup:
 class ColumnParallelLinear(nn.Module):
     """A linear layer whose output features are divided over the tensor-parallel group.
 
-    ``weight`` is (local_out_features, in_features) and ``bias`` (local_out_features,): this rank's rows of
-    the unsharded layer. Forward: x (..., in_features), equal on all ranks, gives
-    (..., local_out_features), or with ``gather_output`` (..., out_features) on every rank. Backward: the
-    gradient of x is all-reduced, since each rank has only the part that flowed through its own outputs.
+    y = x W^T + b, with rank r of n holding the r-th run of rows of W (columns of W^T) and of b::
 
-    ``enter_region=False`` leaves that reduction to the caller, for layers that share one entrance.
-    out_features need not divide: the last slices are padded inside, which ``gather_output`` strips.
-    ``transposed`` stores the weight as (in_features, local_out_features), GPT-2's way.
+        weight  (local_out_features, in_features)   local_out_features = out_features / n
+        bias    (local_out_features,)
+        x       (..., in_features)                  equal on all ranks
+        y       (..., local_out_features)           this rank's features
+                (..., out_features)                 with gather_output, equal on all ranks
+
+    Forward needs no communication, since each output is made from the whole x (``gather_output`` adds an
+    all-gather). Backward all-reduces the gradient of x: each rank has only the part that flowed through its
+    own outputs. Leave the output divided and follow with a `RowParallelLinear`: the two together cost one
+    collective each way (Shoeybi et al. 2019, section 3)::
+
+        up = ColumnParallelLinear(64, 256, group=group)
+        down = RowParallelLinear(256, 64, group=group)
+        y = down(torch.relu(up(x)))
+
+    out_features need not divide: local_out_features is rounded up, and the surplus is padding, zero in
+    weight and bias, which ``gather_output`` strips.
+
+    Initial values are those that ``torch.nn.Linear`` would draw from the same random state, which must
+    therefore be the same on all ranks; the unsharded layer exists for a moment. Meta tensors, and layers
+    given their ``local_out_features``, are for the caller to fill.
+
+    Args:
+        group: the tensor-parallel group.
+        gather_output: return all features on every rank; the backward pass then expects a gradient that is
+            equal on all ranks, as it is when all compute the same from y.
+        enter_region: False leaves the reduction of x's gradient to the caller, for layers that share one.
+        sequence: with sequence parallelism enabled in it, x is (batch, local_seq_len, in_features), gathered
+            here to ``sequence.seq_len`` positions, and its gradient is reduce-scattered.
+        local_out_features: extent of the slice where it is not an even share (key/value heads).
+        transposed: store the weight as (in_features, local_out_features), GPT-2's way.
     """
 
     def __init__(
@@ -199,7 +224,11 @@ class ColumnParallelLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(self.local_out_features, device=device, dtype=dtype)) if bias else None
         )
-        _fill_linear(self.weight, self.bias, in_features)
+        if local_out_features is None and not self.weight.is_meta:
+            whole = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+            _keep_slice(self.matrix, whole.weight, group, 0)
+            if self.bias is not None:
+                _keep_slice(self.bias, whole.bias, group, 0)
 
     @property
     def matrix(self) -> Tensor:
@@ -225,14 +254,32 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """A linear layer whose input features are divided over the tensor-parallel group.
 
-    ``weight`` is (out_features, local_in_features): this rank's columns of the unsharded layer; ``bias``
-    (out_features,) is whole on every rank and added once, after the reduction. Forward: x
-    (..., local_in_features), the output of a column-parallel layer, gives (..., out_features), summed over
-    the group (sequence parallel: this rank's positions of it). With ``input_is_parallel=False`` x is
-    (..., in_features), equal on all ranks, and each takes its own part. Backward needs no collective
-    (sequence parallel: an all-gather).
+    y = x W^T + b, with rank r of n holding the r-th run of columns of W (rows of W^T), and b whole::
 
-    The size of the group must divide in_features when the input is not parallel.
+        weight  (out_features, local_in_features)   local_in_features = in_features / n
+        bias    (out_features,)                     equal on all ranks
+        x       (..., local_in_features)            this rank's features: a column layer's output
+                (..., in_features)                  with input_is_parallel=False, equal on all ranks
+        y       (..., out_features)                 equal on all ranks
+
+    Each rank's product is a partial sum over its own inputs: forward all-reduces it and adds the bias after
+    that, once. Backward needs no communication, since the gradient of y is equal on all ranks (with
+    ``input_is_parallel=False`` the parts of x's gradient are gathered).
+
+    in_features need not divide: local_in_features is rounded up, and the surplus columns are zero.
+
+    Initial values are those that ``torch.nn.Linear`` would draw from the same random state, which must
+    therefore be the same on all ranks. Meta tensors, and layers given their ``local_in_features``, are for
+    the caller to fill.
+
+    Args:
+        group: the tensor-parallel group.
+        input_is_parallel: x is divided already. False: each rank takes its own features of the whole x.
+        sequence: with sequence parallelism enabled in it, the partial sums are reduce-scattered and y is
+            (batch, local_seq_len, out_features); the gradient of the bias, from this rank's positions only,
+            must be summed over the group.
+        local_in_features: extent of the slice where it is not an even share.
+        transposed: store the weight as (local_in_features, out_features), GPT-2's way.
     """
 
     def __init__(
@@ -256,7 +303,11 @@ class RowParallelLinear(nn.Module):
         self.transposed = transposed
         self.weight = _empty_matrix(out_features, self.local_in_features, transposed, device, dtype)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        _fill_linear(self.weight, self.bias, in_features)
+        if local_in_features is None and not self.weight.is_meta:
+            whole = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+            _keep_slice(self.matrix, whole.weight, group, 1)
+            if self.bias is not None:
+                self.bias.detach().copy_(whole.bias)
 
     @property
     def matrix(self) -> Tensor:
@@ -265,7 +316,8 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.input_is_parallel:
-            x = scatter_to_region(x, self.group)
+            missing = self.group.size * self.local_in_features - self.in_features
+            x = scatter_to_region(F.pad(x, (0, missing)) if missing else x, self.group)
         if self.group.size == 1:
             return F.linear(x, self.matrix, self.bias)
         partial = F.linear(x, self.matrix)
@@ -285,12 +337,27 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding whose rows are divided over the tensor-parallel group.
+    """An embedding whose rows, one per id, are divided over the tensor-parallel group::
 
-    ``weight`` is (local_num_embeddings, embedding_dim), padded where the group's size does not divide.
-    Forward: ids (batch, seq_len), equal on all ranks, give (batch, seq_len, embedding_dim): a rank
-    contributes zero for ids outside its slice, and the sum over the group is the look-up (sequence
-    parallel: this rank's positions of it). Backward needs no collective (sequence parallel: all-gather).
+        weight  (local_num_embeddings, embedding_dim)   local_num_embeddings = num_embeddings / n, rounded up
+        ids     (batch, seq_len)                        equal on all ranks
+        output  (batch, seq_len, embedding_dim)         equal on all ranks
+
+    A rank looks up the ids in its slice and contributes zero for the others, so the sum over the group, one
+    all-reduce, is the look-up. Backward needs no communication: the gradient of the output is equal on all
+    ranks, and each keeps the rows of its own ids. The weight of a tied head is this very slice.
+
+    Initial values are those that ``torch.nn.Embedding`` would draw from the same random state; padding is
+    zero. ``padding_idx`` is as there: its row starts at zero and gets no gradient.
+
+    Args:
+        group: the tensor-parallel group.
+        sequence: with sequence parallelism enabled in it, the sum is reduce-scattered and the output is
+            (batch, local_seq_len, embedding_dim).
+
+    Raises:
+        IndexError: an id outside the vocabulary, on the CPU (as torch does; a GPU's ids are not looked at,
+            which would cost a synchronisation, and such an id gives zeros).
     """
 
     def __init__(
@@ -308,16 +375,25 @@ class VocabParallelEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.local_num_embeddings = padded_slice_size(num_embeddings, group.size)
         self.vocab_start = group.rank * self.local_num_embeddings
-        self.group, self.sequence, self.padding_idx = group, sequence, padding_idx
+        self.group, self.sequence = group, sequence
         self.weight = nn.Parameter(
             torch.empty(self.local_num_embeddings, embedding_dim, device=device, dtype=dtype)
         )
-        if not self.weight.is_meta:
-            nn.init.normal_(self.weight)
+        on_meta = self.weight.is_meta
+        whole = nn.Embedding(
+            num_embeddings, embedding_dim, padding_idx, device="meta" if on_meta else device, dtype=dtype
+        )
+        self.padding_idx = whole.padding_idx  # counted from the start
+        if not on_meta:
+            _keep_slice(self.weight, whole.weight, group, 0)
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.group.size == 1:
             return F.embedding(ids, self.weight, self.padding_idx)
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = (ids < 0) | (ids >= self.num_embeddings)
+            if bool(wrong.any()):
+                raise IndexError(f"an id is outside the vocabulary of {self.num_embeddings}")
         local = ids - self.vocab_start
         outside = (local < 0) | (local >= self.local_num_embeddings)
         padding = None if self.padding_idx is None else self.padding_idx - self.vocab_start
@@ -349,11 +425,9 @@ def _empty_matrix(
     return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
 
-def _fill_linear(weight: nn.Parameter, bias: nn.Parameter | None, in_features: int) -> None:
-    """torch.nn.Linear's initial scale, for layers used alone; a sharded model's weights replace it."""
-    if weight.is_meta:
-        return
-    bound = in_features**-0.5
-    nn.init.uniform_(weight, -bound, bound)
-    if bias is not None:
-        nn.init.uniform_(bias, -bound, bound)
+def _keep_slice(local: Tensor, whole: Tensor, group: TPGroup, dimension: int) -> None:
+    """Fill ``local`` with this rank's even share of ``whole`` along ``dimension``; padding becomes zero."""
+    into, source = local.detach().zero_(), whole.detach()
+    for piece in even_cut(source.shape[dimension], group.size, dimension).pieces[group.rank]:
+        part = source.narrow(dimension, piece.start, piece.size)
+        into.narrow(dimension, piece.local_start, piece.size).copy_(part)

@@ -10,12 +10,10 @@ The public names of the split are all importable from here.
 from __future__ import annotations
 
 import fnmatch
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -55,6 +53,7 @@ from tp_plan import (
     summed_parameters,
 )
 from tp_slices import SliceMap
+from tp_state import TensorParallelState, gather_state_dict, gather_unsharded, take_slice
 
 __all__ = [
     "ColumnParallelLinear",
@@ -94,61 +93,6 @@ def as_tp_group(mesh: DeviceMesh | dist.ProcessGroup | TPGroup | None) -> TPGrou
         world = dist.group.WORLD
         return TPGroup(0, 1) if world is None else ProcessTPGroup(world)
     return ProcessTPGroup(mesh)
-
-
-def take_slice(unsharded: Tensor, slice_map: SliceMap, name: str, rank: int) -> Tensor:
-    """A new tensor with the local slice of ``unsharded`` that ``rank`` holds; padding is zero."""
-    local = torch.zeros(slice_map.local_shape(name, rank), dtype=unsharded.dtype, device=unsharded.device)
-    for box in slice_map.rectangles(name, rank):
-        local[box.local_index] = unsharded[box.unsharded_index]
-    return local
-
-
-@dataclass(eq=False, kw_only=True)
-class TensorParallelState:
-    """What a sharded model carries with it, as ``model.tensor_parallel``."""
-
-    group: TPGroup
-    slice_map: SliceMap
-    """Tensor-parallel cuts alone (one replica); parallel.py lays data parallelism over it."""
-    sequence: SequenceState
-    plan: TensorParallelPlan
-    summed: tuple[str, ...]
-    """Replicated parameters whose gradients are partial: summed over the whole group once a step."""
-    sharers: TPGroup | None
-    """The ranks that hold copies of the same key/value heads; None where no head is copied."""
-
-    @property
-    def shared(self) -> tuple[str, ...]:
-        """Parameters of which other ranks hold copies: their gradients are summed over ``sharers``."""
-        if self.sharers is None:
-            return ()
-        cuts = {name: self.slice_map.cut(name) for name in self.slice_map.names}
-        return tuple(name for name, cut in cuts.items() if cut is not None and cut.sharers > 1)
-
-    def sum_partial_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        """Complete, in place, the gradients of replicated parameters; once per optimizer step.
-
-        ``gradients`` are local plain tensors by parameter name. One bucket, and one more over the ranks
-        that share key/value heads.
-        """
-        _reduce_bucket([gradients[name] for name in self.summed if name in gradients], self.group)
-        if self.sharers is not None:
-            _reduce_bucket([gradients[name] for name in self.shared if name in gradients], self.sharers)
-
-
-def _reduce_bucket(gradients: list[Tensor], group: TPGroup) -> None:
-    if not gradients or group.size == 1:
-        return
-    bucket = torch.cat(
-        [
-            gradient.reshape(-1).float() if gradient.dtype != torch.float64 else gradient.reshape(-1)
-            for gradient in gradients
-        ]
-    )
-    bucket = group.all_reduce(bucket, owned=True)
-    for gradient, part in zip(gradients, bucket.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
 
 
 def shard_tensor_parallel(
@@ -200,7 +144,8 @@ def shard_tensor_parallel(
 
     _rewrite_head_counts(model, plan, group.size)
     _open_regions(model, plan, group, sequence)
-    _attach_loss(model, plan, group, sequence, head_sequence)
+    _attach_loss(model, plan, group)
+    _attach_entrance(model, plan, group, sequence, head_sequence)
     sharers = max((cut.sharers for name in slice_map.names if (cut := slice_map.cut(name))), default=1)
     model.tensor_parallel = TensorParallelState(  # type: ignore[assignment]
         group=group,
@@ -259,7 +204,9 @@ def _parallel_layer(
             )  # fmt: skip
     for leaf, parameter in module.named_parameters(recurse=False):
         full_name = f"{name}.{leaf}" if f"{name}.{leaf}" in slice_map.names else known
-        if not parameter.is_meta:
+        if parameter.is_meta:
+            getattr(layer, leaf).requires_grad_(parameter.requires_grad)
+        else:
             part = take_slice(parameter.detach(), slice_map, full_name, group.rank)
             setattr(layer, leaf, nn.Parameter(part, requires_grad=parameter.requires_grad))
     return layer.train(module.training)
@@ -321,13 +268,10 @@ def _attach_loss(
     model: nn.Module,
     plan: TensorParallelPlan,
     group: TPGroup,
-    sequence: SequenceState,
-    head_sequence: SequenceState,
 ) -> None:
-    """Loss on vocabulary slices (at size 1 too, for its memory); else the logits are gathered."""
+    """Loss on vocabulary slices, at size 1 too, for its memory."""
     vocab_size = model.get_submodule(plan.embedding).num_embeddings
-    head = model.get_submodule(plan.head)
-    assert isinstance(vocab_size, int) and isinstance(head, ColumnParallelLinear)
+    assert isinstance(vocab_size, int)
 
     def loss_function(
         logits: Tensor,
@@ -349,50 +293,50 @@ def _attach_loss(
         )
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
+    model.loss_function = loss_function  # type: ignore[assignment]
+
+
+def _attach_entrance(
+    model: nn.Module,
+    plan: TensorParallelPlan,
+    group: TPGroup,
+    sequence: SequenceState,
+    head_sequence: SequenceState,
+) -> None:
+    """Tell the layers, at each call, how long the sequence is and whether a loss is wanted."""
+    head = model.get_submodule(plan.head)
+    assert isinstance(head, ColumnParallelLinear)
+    signature = inspect.signature(model.forward)
+
     def enter_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs.get("input_ids")
-        sequence.seq_len = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
-        wants_loss = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
+        given = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
+        ids = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if ids is None else ids
+        if tokens is None:
+            return  # the model itself says what is missing
+        if sequence.enabled and ids is None and plan.embedding_splits_sequence:
+            raise ValueError(
+                "inputs_embeds do not go with sequence parallelism: the embedding splits the sequence; "
+                "give input_ids"
+            )
+        sequence.seq_len = tokens.shape[1]
+        wants_loss = given.get("labels") is not None or given.get("shift_labels") is not None
         head.gather_output = not wants_loss
-        head_sequence.enabled = sequence.enabled and wants_loss
+        # Positions can be picked (logits_to_keep) from the whole sequence only.
+        picks = given.get("logits_to_keep", 0)
+        picks = isinstance(picks, Tensor) or picks > 0
+        head_sequence.enabled = sequence.enabled and wants_loss and not picks
         head_sequence.seq_len = sequence.seq_len
 
     def leave_norm(_: nn.Module, __: Any, hidden_states: Tensor) -> Tensor | None:
         if not sequence.enabled or head_sequence.enabled:
             return None
-        return gather_sequence(hidden_states, group, sequence.seq_len)
+        # The head reduces the gradient at its own entrance.
+        return gather_sequence(hidden_states, group, sequence.seq_len, partial=False)
 
-    model.loss_function = loss_function  # type: ignore[assignment]
     model.register_forward_pre_hook(enter_model, with_kwargs=True)
     if sequence.enabled:
         model.get_submodule(plan.final_norm).register_forward_hook(leave_norm)
-
-
-def gather_unsharded(local: Tensor, name: str, state: TensorParallelState) -> Tensor:
-    """The unsharded tensor of parameter ``name``, from its slices on all ranks; collective over the group."""
-    group, slice_map = state.group, state.slice_map
-    parts = group.all_gather(local.contiguous().unsqueeze(0)) if group.size > 1 else local.unsqueeze(0)
-    whole = torch.full(slice_map.shape(name), math.nan, dtype=local.dtype, device=local.device)
-    for rank in range(group.size):
-        for box in slice_map.owned(name, rank):
-            whole[box.unsharded_index] = parts[rank][box.local_index]
-    return whole
-
-
-def gather_state_dict(model: nn.Module, *, gradients: bool = False) -> dict[str, Tensor]:
-    """The unsharded parameters (or gradients) of a sharded model, on every rank: for tests and checks.
-
-    Collective over the tensor-parallel group. Training saves through ``checkpointing``, which never holds
-    the whole model.
-    """
-    state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
-    locals_ = {
-        name: parameter.grad if gradients else parameter.detach()
-        for name, parameter in model.named_parameters()
-    }
-    return {
-        name: gather_unsharded(local, name, state) for name, local in locals_.items() if local is not None
-    }
 
 
 class TensorParallelModel(nn.Module):

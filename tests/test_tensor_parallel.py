@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from distributed import run_ranks
 from models import loss_of, random_tokens, relative_error, small_model
 from torch import Tensor
@@ -164,6 +165,87 @@ def test_simulated_ranks_agree(size: int, length: int, sequence_parallel: bool) 
         assert sharded_loss == pytest.approx(loss, rel=1e-12)
         for name, expected in gradients.items():
             assert relative_error(sharded[name], expected) < 1e-10, name
+
+
+def own_loss(model: Any, tokens: Tensor, keep: int = 0) -> Tensor:
+    """A loss that the caller makes from gathered logits; of the last ``keep`` positions where given."""
+    scores = model(input_ids=tokens[:, :-1], logits_to_keep=keep).logits.double()
+    return F.cross_entropy(scores.flatten(0, 1), tokens[:, 1:][:, -keep:].flatten())
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("keep", [0, 3])
+def test_gathered_logits_carry_the_whole_gradient(sequence_parallel: bool, keep: int) -> None:
+    tokens = random_tokens(length=8)
+    unsharded = small_model(torch.float64)
+    own_loss(unsharded, tokens, keep).backward()
+    copies = [small_model(torch.float64) for _ in range(4)]
+
+    def work(group: SimulatedTPGroup) -> Grads:
+        model = TensorParallelModel(copies[group.rank], group, sequence_parallel=sequence_parallel)
+        own_loss(model, tokens, keep).backward()
+        model.sum_partial_gradients()
+        return gather_state_dict(model.model, gradients=True)
+
+    for gradients in simulate(SimulatedTPGroup.create(4), work):
+        for name, parameter in unsharded.named_parameters():
+            assert parameter.grad is not None
+            assert relative_error(gradients[name], parameter.grad) < 1e-10, name
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_labels_by_position_and_kept_positions(sequence_parallel: bool) -> None:
+    """However it is called, the loss is that of the unsharded model."""
+    tokens = random_tokens(length=9)
+    unsharded = small_model(torch.float64)
+    expected = [
+        unsharded(tokens, None, None, None, None, tokens).loss,
+        unsharded(tokens, shift_labels=tokens[:, -2:], logits_to_keep=2).loss,
+        unsharded(tokens, shift_labels=tokens, num_items_in_batch=7).loss,
+    ]
+    copies = [small_model(torch.float64) for _ in range(2)]
+
+    def work(group: SimulatedTPGroup) -> list[Tensor]:
+        model = TensorParallelModel(copies[group.rank], group, sequence_parallel=sequence_parallel)
+        return [
+            model(tokens, None, None, None, None, tokens).loss,
+            model(tokens, shift_labels=tokens[:, -2:], logits_to_keep=2).loss,
+            model(tokens, shift_labels=tokens, num_items_in_batch=7).loss,
+        ]
+
+    for losses in simulate(SimulatedTPGroup.create(2), work):
+        torch.testing.assert_close(losses, expected)
+
+
+def test_embedded_inputs() -> None:
+    tokens = random_tokens(length=9)
+    unsharded = small_model(torch.float64)
+    embedded = unsharded.embed_tokens(tokens).detach()
+    expected = unsharded(inputs_embeds=embedded, shift_labels=tokens).loss
+    copies = [small_model(torch.float64) for _ in range(4)]
+
+    def work(group: SimulatedTPGroup) -> Tensor:
+        split = TensorParallelModel(copies[group.rank], group)
+        return split(inputs_embeds=embedded, shift_labels=tokens).loss
+
+    for loss in simulate(SimulatedTPGroup.create(2), work):
+        torch.testing.assert_close(loss, expected)
+    split = TensorParallelModel(copies[2], SimulatedTPGroup.create(2)[0], sequence_parallel=True)
+    with pytest.raises(ValueError, match="inputs_embeds do not go with sequence parallelism"):
+        split(inputs_embeds=embedded)
+    with pytest.raises(ValueError, match="needs input_ids or inputs_embeds"):
+        split()
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model = small_model()
+        frozen = model.get_parameter("blocks.0.attn.k_proj.weight").requires_grad_(False)
+        shard_tensor_parallel(model, SimulatedTPGroup.create(2)[0])
+        split = model.get_parameter("blocks.0.attn.k_proj.weight")
+        assert split is not frozen and not split.requires_grad
+        assert model.get_parameter("blocks.0.attn.v_proj.weight").requires_grad
 
 
 def missing_backward_rank(rank: int, world_size: int) -> float:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_fewer_rows_than_ranks_leave_ranks_without_any() -> None:
         (24, {"num_attention_heads": 24, "num_key_value_heads": 8, "attention_bias": True}),
     ],
 )
-def test_every_parameter_of_a_model(tp_size: int, changes: dict[str, int]) -> None:
+def test_every_parameter_of_a_model(tp_size: int, changes: dict[str, Any]) -> None:
     model = small_model(torch.float32, **changes)
     slice_map = build_slice_map(model, ARGONNE_PLAN, tp_size)
     names = [name for name, _ in model.named_parameters()]
@@ -205,7 +206,7 @@ def test_refused_degrees_name_those_that_work(query: int, key_value: int, tp_siz
 
 
 def test_a_degree_is_refused_before_any_weight_is_looked_at() -> None:
-    changes = {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 2}
+    changes: dict[str, Any] = {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 2}
     with torch.device("meta"):
         model = small_model(**changes)
     with pytest.raises(ConfigError, match="use 1, 2, 4, 8 or 24"):
