@@ -35,6 +35,8 @@ SKIPPED_FOLDERS = {
     "pydoc_data",
 }
 DOCUMENT_CHARACTERS = 1000
+LONGEST_DOCUMENT = 8000
+"""Longer pieces without an empty line are tables of characters, codes or settings."""
 LEAST_BYTES = 2_000_000
 """Less text than this is not worth training on: some Pythons come without the sources of their library."""
 TOKENIZER_BYTES = 4_000_000
@@ -77,6 +79,7 @@ def documents() -> list[str]:
         (f"{name} {index}", piece)
         for name, text in (*source_documents(), *help_documents())
         for index, piece in enumerate(cut(text))
+        if len(piece) <= LONGEST_DOCUMENT
     ]
     found.sort(key=lambda document: hashlib.sha256(document[0].encode()).hexdigest())
     texts = [text for _, text in found]
