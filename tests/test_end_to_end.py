@@ -3,13 +3,27 @@
 import json
 import shutil
 import signal
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from corpus import small_corpus
-from launch import SCHEDULE, SHAPE, checkpoint, launch, metrics, start, status, wait, wait_for_lines
+from launch import (
+    SCHEDULE,
+    SHAPE,
+    checkpoint,
+    command,
+    environment,
+    launch,
+    metrics,
+    start,
+    status,
+    wait,
+    wait_for_lines,
+)
 
 from model import ArgonneConfig, ArgonneModel
 
@@ -197,3 +211,89 @@ def test_pipeline_checkpoints_go_on_with_their_losses(tmp_path: Path, step: int,
         assert line["lr"] == pytest.approx(expected["lr"], rel=1e-6)
     first_tokens = facts["tokens_processed"] + 2 * 32
     assert lines[0]["tokens_processed"] == first_tokens
+
+
+def start_by_hand(rank: int, world_size: int, port: int, flags: list[Any]) -> subprocess.Popen[str]:
+    """A process of a manual launch: the second half of the ranks says its local rank by flag."""
+    by_hand = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
+    if rank < world_size // 2:
+        by_hand["LOCAL_RANK"] = str(rank)
+    else:
+        flags = [*flags, f"--local-rank={rank}"]
+    return subprocess.Popen(
+        command(1, *flags),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment(), **by_hand},
+    )
+
+
+@pytest.mark.slow
+def test_a_launch_by_hand_is_torchruns(tmp_path: Path, unbroken: Path, data: list[str]) -> None:
+    with socket.socket() as trial:
+        trial.bind(("localhost", 0))
+        port = trial.getsockname()[1]
+    flags = [*data, *SHAPE, *SCHEDULE, "--total-steps", 12, "--output-dir", tmp_path]
+    processes = [start_by_hand(rank, 2, port, flags) for rank in range(2)]
+    done = [wait(process) for process in processes]
+    assert [finished.code for finished in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert done[1].stdout == ""
+    same = ("loss", "grad_norm", "stream_hash")
+    for mine, theirs in zip(metrics(tmp_path), metrics(unbroken), strict=True):
+        assert {key: mine[key] for key in same} == {key: theirs[key] for key in same}
+
+
+@pytest.mark.slow
+def test_not_streaming_is_the_same_for_any_split_and_goes_on(tmp_path: Path, data: list[str]) -> None:
+    flags = [*data, "--model-config", "argonne-tiny", "--block-size", 64, *SCHEDULE, "--no-streaming"]
+    whole = [*flags, "--batch-size", 2, "--total-steps", 12, "--output-dir", tmp_path / "whole"]
+    finished = launch(1, *whole)
+    assert finished.code == 0, finished.stderr
+    parts = [*flags, "--batch-size", 1, "--total-steps", 12, "--output-dir", tmp_path / "parts"]
+    process = start(1, *parts, "--gradient-accumulation-steps", 2, "--max-run-time", "1h")
+    wait_for_lines(tmp_path / "parts", 4, process)
+    process.send_signal(signal.SIGTERM)
+    wait(process)
+    assert 4 <= status(tmp_path / "parts")["step"] <= 12
+    finished = launch(2, *parts, "--tensor-parallel-size", 1)
+    assert finished.code == 0, finished.stderr
+    lines = metrics(tmp_path / "parts")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    for mine, theirs in zip(lines, metrics(tmp_path / "whole"), strict=True):
+        assert mine["stream_hash"] == theirs["stream_hash"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=3e-5)
+
+
+@pytest.mark.slow
+def test_a_finished_run_exports_itself(tmp_path: Path, data: list[str]) -> None:
+    from transformers import AutoTokenizer
+
+    export = tmp_path / "export"
+    flags = [*data, *SHAPE, *SCHEDULE, "--total-steps", 6, "--output-dir", tmp_path / "run"]
+    finished = launch(2, *flags, "--final-model-dir", export)
+    assert finished.code == 0, finished.stderr
+    model = ArgonneModel.from_pretrained(export)
+    saved = torch.load(checkpoint(tmp_path / "run", 6), weights_only=True)["model_state_dict"]
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight.float(), saved[name].to(weight.dtype).float()), name
+    assert len(AutoTokenizer.from_pretrained(export)) <= model.config.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "told"),
+    [
+        (["--checkpoint-path", "nowhere/step_5.pth"], 1, "nowhere/step_5.pth"),
+        (["--data-glob", "nowhere/*.parquet"], 1, "--data-glob"),
+        (["--tokenizer-path", "nowhere"], 1, "--tokenizer-path"),
+        (["--text-column", "body"], 1, "--text-column"),
+    ],
+)
+def test_what_is_not_there_stops_the_run_in_a_line(
+    tmp_path: Path, data: list[str], change: list[str], code: int, told: str
+) -> None:
+    finished = launch(1, *data, *SHAPE, "--output-dir", tmp_path, *change)
+    assert finished.code == code
+    assert len(finished.errors()) == 1 and told in finished.errors()[0], finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert status(tmp_path)["state"] == "failed"

@@ -18,6 +18,7 @@ from parallel import (
     apply_ddp,
     apply_fsdp,
     build_parallel,
+    choose_device,
     compile_blocks,
     default_tp_size,
     forward_context,
@@ -27,7 +28,7 @@ from parallel import (
     recompute_blocks,
     resolve_tp_size,
 )
-from run_errors import ConfigError
+from run_errors import ConfigError, DeviceError
 from tp_shard import shard_tensor_parallel
 
 STEPS, BATCH = 2, 4
@@ -240,3 +241,21 @@ def test_compiled_blocks_have_no_graph_break(mode: str, sequence_parallel: bool)
         assert worst < 1e-5
         assert breaks == 0
         assert graphs >= 1
+
+
+def test_the_gpu_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One visible GPU each is taken whatever the local rank; too few GPUs are named."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, {"RANK": "3"}.get(name, "4"))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    environment = Environment.read()
+    for count, index in ((8, 3), (1, 0)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert choose_device(environment) == torch.device("cuda", index)
+    assert taken == [3, 0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(DeviceError, match=r"local rank 3 has no GPU: 2 are visible"):
+        choose_device(environment)
