@@ -192,6 +192,9 @@ def _requested_checkpoint(
         reader = verify_checkpoint(folder)
         return CheckpointChoice(reader=reader, reason=f"resuming from {folder} (step {reader.step})")
     candidates = find_checkpoints(folder) if folder.is_dir() else []
+    if not candidates and requested is not None and (folder / "pretrained").is_dir():  # a run's --output-dir
+        folder = folder / "pretrained"
+        candidates = find_checkpoints(folder)
     if not candidates and requested is not None:
         raise CheckpointError(f"--checkpoint-path {requested} holds no checkpoint (*_checkpoint_step_N.pth)")
     if not candidates:

@@ -44,7 +44,7 @@ def test_the_newest_step_is_taken_whatever_the_clock_says(output_dir: Path) -> N
 def test_a_damaged_newest_is_passed_over_with_the_reason(output_dir: Path) -> None:
     _damage(checkpoint_path(output_dir / "pretrained", 11))
     checkpoint_path(output_dir / "pretrained", 12).write_bytes(b"")
-    for requested in (None, str(output_dir / "pretrained")):
+    for requested in (None, str(output_dir / "pretrained"), str(output_dir)):
         choice = choose_checkpoint(requested, output_dir)
         assert choice.reader is not None and choice.reader.step == 10
         empty, flipped = choice.warnings
@@ -62,7 +62,7 @@ def test_a_named_damaged_file_is_an_error(output_dir: Path) -> None:
 def test_when_none_loads_it_is_an_error_and_never_step_0(output_dir: Path) -> None:
     for step in (9, 10, 11):
         _damage(checkpoint_path(output_dir / "pretrained", step))
-    for requested in (None, str(output_dir / "pretrained")):
+    for requested in (None, str(output_dir / "pretrained"), str(output_dir)):
         with pytest.raises(CheckpointError, match=r"none of the 3 checkpoints in .* loads"):
             choose_checkpoint(requested, output_dir)
 
