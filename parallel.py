@@ -272,7 +272,7 @@ def _selective_contexts() -> Any:
 def _keep_products(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
     aten = torch.ops.aten
     kept = (aten.mm.default, aten.addmm.default, aten.linear.default)
-    if op in kept or op.namespace == "_c10d_functional":
+    if op in kept or op.namespace in ("_c10d_functional", "mkldnn"):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -32,6 +32,7 @@ from tp_collectives import (
     start_gather_sequence,
     start_scatter_sequence,
 )
+from tp_products import add_matrix_product, linear, matrix_product, times_transposed
 from tp_slices import even_cut, padded_slice_size
 
 
@@ -81,7 +82,8 @@ class _ColumnProducts(torch.autograd.Function):
         ctx.save_for_backward(x, *weights)
         ctx.group, ctx.seq_len, ctx.biased = group, seq_len, biased
         return tuple(
-            F.linear(whole, w, next(biases) if has else None) for w, has in zip(weights, biased, strict=True)
+            times_transposed(whole, w, next(biases) if has else None)
+            for w, has in zip(weights, biased, strict=True)
         )
 
     @staticmethod
@@ -94,9 +96,9 @@ class _ColumnProducts(torch.autograd.Function):
 
         grad_x = reducing = None
         if ctx.needs_input_grad[0]:
-            grad_x = rows[0] @ weights[0]
+            grad_x = matrix_product(rows[0], weights[0])
             for grad, weight in zip(rows[1:], weights[1:], strict=True):
-                grad_x = torch.addmm(grad_x, grad, weight)
+                grad_x = add_matrix_product(grad_x, grad, weight)
             grad_x = grad_x.view(*grads[0].shape[:-1], grad_x.shape[-1])
             reducing = (
                 start_scatter_sequence(grad_x, group)
@@ -108,7 +110,7 @@ class _ColumnProducts(torch.autograd.Function):
         inputs = _rows(whole)
         parameter_needs = ctx.needs_input_grad[4:]
         weight_grads = [
-            grad.t() @ inputs if needed else None
+            matrix_product(grad.t(), inputs) if needed else None
             for grad, needed in zip(rows, parameter_needs[:count], strict=True)
         ]
         bias_grads = [grad.sum(0) for grad, has in zip(rows, ctx.biased, strict=True) if has]
@@ -139,7 +141,7 @@ def column_products(
     cast_weights = operands[1 : 1 + len(weights)]
     cast_biases = operands[1 + len(weights) :]
     if group.size == 1:
-        return tuple(F.linear(operands[0], w, b) for w, b in zip(cast_weights, cast_biases, strict=True))  # type: ignore[arg-type]
+        return tuple(linear(operands[0], w, b) for w, b in zip(cast_weights, cast_biases, strict=True))  # type: ignore[arg-type]
     biased = tuple(bias is not None for bias in cast_biases)
     seq_len = sequence.seq_len if sequence is not None and sequence.enabled else 0
     present = [bias for bias in cast_biases if bias is not None]
@@ -239,7 +241,7 @@ class ColumnParallelLinear(nn.Module):
         if self.enter_region:
             (y,) = column_products(x, [self.matrix], [self.bias], self.group, self.sequence)
         else:
-            y = F.linear(x, self.matrix, self.bias)
+            y = linear(x, self.matrix, self.bias)
         if not self.gather_output:
             return y
         return gather_from_region(y, self.group)[..., : self.out_features]
@@ -319,8 +321,8 @@ class RowParallelLinear(nn.Module):
             missing = self.group.size * self.local_in_features - self.in_features
             x = scatter_to_region(F.pad(x, (0, missing)) if missing else x, self.group)
         if self.group.size == 1:
-            return F.linear(x, self.matrix, self.bias)
-        partial = F.linear(x, self.matrix)
+            return linear(x, self.matrix, self.bias)
+        partial = linear(x, self.matrix)
         # Product and exit are two nodes: recomputation ends once the product's input is back, and spares
         # the collective of a block's last exit.
         if self.sequence is not None and self.sequence.enabled:
