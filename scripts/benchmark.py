@@ -1,0 +1,87 @@
+"""Measure this suite beside its peers, in one run each, and compare the ratios with their targets.
+
+    python scripts/benchmark.py step            # optimizer step against DTensor and against one process
+    python scripts/benchmark.py memory          # parameters, saved activations, loss
+    python scripts/benchmark.py collectives     # calls and bytes against the formula and DTensor's
+    python scripts/benchmark.py data | checkpoint | startup | gpu
+    python scripts/benchmark.py all             # everything but gpu, and the tables of docs/performance.md
+
+Each prints a table with the ratio and its target, and leaves JSON, a markdown table and a chart in
+``--output-dir``. The variants of a timed comparison take turns in each round, and minima are compared, so that
+the ratios hold on a machine that others use too. Exit code 0: measured (also where a target is missed);
+1: could not measure; 2: a wrong flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+for entry in (ROOT / "tests", ROOT):
+    sys.path.insert(0, str(entry))
+
+from run_errors import RunError  # noqa: E402
+
+if TYPE_CHECKING:
+    from benchmark_common import Report
+
+PARTS = {
+    "step": "benchmark_step",
+    "memory": "benchmark_memory",
+    "collectives": "benchmark_collectives",
+    "data": "benchmark_data",
+    "checkpoint": "benchmark_checkpoint",
+    "startup": "benchmark_startup",
+    "gpu": "benchmark_gpu",
+}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Measure this suite beside its peers and compare the ratios with their targets."
+    )
+    parser.add_argument("part", choices=[*PARTS, "all"], help="what to measure; all: everything but gpu")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("benchmarks"), metavar="FOLDER", help="(./benchmarks)"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of each timed comparison (9)")
+    parser.add_argument("--debug", action="store_true", help="tracebacks")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: give at least 1 (7 and more for numbers to keep)")
+    return options
+
+
+def run_part(part: str, rounds: int) -> Report:
+    return importlib.import_module(PARTS[part]).run(rounds)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from benchmark_common import as_text, write
+
+    parts = [part for part in PARTS if part != "gpu"] if options.part == "all" else [options.part]
+    try:
+        for part in parts:
+            report = run_part(part, options.rounds)
+            print(as_text(report), flush=True)
+            print("  -> " + ", ".join(map(str, write(report, options.output_dir))) + "\n", flush=True)
+    except RunError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

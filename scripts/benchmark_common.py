@@ -1,0 +1,214 @@
+"""What the benchmarks share: rows with a ratio and its target, interleaved timing, tables, JSON, charts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROUNDS = 9
+"""Rounds of a timed comparison: the variants run in turn in each, and minima are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One ratio. ``ours`` and ``peer`` are in ``unit``; a count has no spread."""
+
+    name: str
+    ours: float
+    peer: float
+    unit: str
+    target: float | None = None
+    """None: no target, given for information."""
+    at_least: bool = False
+    """The target is a floor rather than a ceiling."""
+    inverse: bool = False
+    """The ratio is peer / ours (a speed-up)."""
+    spread: tuple[float, float] | None = None
+    """Smallest and largest ratio of a single round."""
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        top, bottom = (self.peer, self.ours) if self.inverse else (self.ours, self.peer)
+        return top / bottom if bottom else math.nan
+
+    @property
+    def met(self) -> bool | None:
+        if self.target is None:
+            return None
+        slack = 1e-9
+        return self.ratio >= self.target - slack if self.at_least else self.ratio <= self.target + slack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The outcome of one benchmark."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    remarks: tuple[str, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], float]], rounds: int = ROUNDS, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Run each variant once per round, in turn; a variant returns its own measure (such as seconds)."""
+    values: dict[str, list[float]] = {name: [] for name in variants}
+    for index in range(warm_up + rounds):
+        for name, run in variants.items():
+            value = run()
+            if index >= warm_up:
+                values[name].append(value)
+    return values
+
+
+def timed_row(
+    name: str, ours: Sequence[float], peer: Sequence[float], unit: str = "s", **options: Any
+) -> Row:
+    """Minima compared, with the spread of the rounds' own ratios."""
+    inverse = bool(options.get("inverse", False))
+    ratios = [p / o if inverse else o / p for o, p in zip(ours, peer, strict=True)]
+    return Row(
+        name=name, ours=min(ours), peer=min(peer), unit=unit, spread=(min(ratios), max(ratios)), **options
+    )
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    return {"minimum": min(values), "median": statistics.median(values), "maximum": max(values)}
+
+
+def stopwatch(work: Callable[[], Any]) -> float:
+    """Seconds that ``work`` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def anonymous_bytes() -> int:
+    """This process's anonymous resident memory (RssAnon); mapped pages of a checkpoint are not in it."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon")
+
+
+def number(value: float, unit: str) -> str:
+    """A value in its unit, three significant digits."""
+    if unit == "s":
+        return f"{value * 1e3:.1f} ms" if abs(value) < 1 else f"{value:.2f} s"
+    if unit == "B":
+        return f"{value:,.0f} B" if abs(value) < 1e6 else f"{value / 1e6:,.2f} MB"
+    return f"{value:,.4g}" + (f" {unit}" if unit else "")
+
+
+def table(report: Report) -> list[list[str]]:
+    """Header and rows, as text."""
+    lines = [["what", "ours", "peer", "ratio", "of single rounds", "target", ""]]
+    for row in report.rows:
+        spread = f"{row.spread[0]:.2f} - {row.spread[1]:.2f}" if row.spread else "exact"
+        target = "" if row.target is None else f"{'>=' if row.at_least else '<='} {row.target:g}"
+        met = "" if row.met is None else "met" if row.met else "missed"
+        name = f"{row.name} ({row.note})" if row.note else row.name
+        lines.append(
+            [name, number(row.ours, row.unit), number(row.peer, row.unit), f"{row.ratio:.3f}", spread,
+             target, met]
+        )  # fmt: skip
+    return lines
+
+
+def as_text(report: Report) -> str:
+    """The table for a terminal."""
+    lines = table(report)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rendered = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+                for line in lines]  # fmt: skip
+    rendered.insert(1, "-" * max(map(len, rendered)))
+    return "\n".join([report.title, *rendered, *(f"  {remark}" for remark in report.remarks)])
+
+
+def as_markdown(report: Report) -> str:
+    """The table for docs/performance.md."""
+    header, *body = table(report)
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    lines += ["| " + " | ".join(line) + " |" for line in body]
+    remarks = [f"- {remark}" for remark in report.remarks]
+    return "\n".join([f"### {report.title}", "", *lines, "", *remarks]).rstrip() + "\n"
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import torch
+    import transformers
+
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def write(report: Report, output_dir: Path) -> list[Path]:
+    """JSON, markdown table and chart; returns the files."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    document = {
+        "name": report.name,
+        "title": report.title,
+        "machine": machine(),
+        "rows": [{**asdict(row), "ratio": row.ratio, "met": row.met} for row in report.rows],
+        "remarks": report.remarks,
+        "data": report.data,
+    }
+    paths = [output_dir / f"{report.name}{suffix}" for suffix in (".json", ".md", ".png")]
+    paths[0].write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
+    paths[1].write_text(as_markdown(report), encoding="utf-8")
+    return paths if draw(report, paths[2]) else paths[:2]
+
+
+def draw(report: Report, path: Path) -> bool:
+    """A bar per ratio, the spread of single rounds and the target on it; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in reversed(report.rows) if math.isfinite(row.ratio)]
+    figure, axes = pyplot.subplots(figsize=(10, 1.4 + 0.5 * len(rows)), layout="constrained")
+    colours = {True: "#2a7f62", False: "#b5443a", None: "#7a8793"}
+    for place, row in enumerate(rows):
+        axes.barh(place, row.ratio, height=0.6, color=colours[row.met])
+        if row.spread:
+            axes.plot(row.spread, (place, place), color="black", linewidth=1.2)
+        if row.target is not None:
+            axes.plot((row.target, row.target), (place - 0.4, place + 0.4), color="black", linestyle=":")
+        axes.text(row.ratio, place + 0.32, f" {row.ratio:.3f}", va="bottom", ha="left", fontsize=8)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+    axes.axvline(1.0, color="black", linewidth=0.6)
+    axes.set_xlabel(
+        "ratio (green: target met, red: missed, grey: no target; dotted: target; line: single rounds)"
+    )
+    axes.set_title(report.title, fontsize=10)
+    largest = max((value for row in rows for value in (row.ratio, row.target or 0.0)), default=1.0)
+    axes.set_xlim(0, 1.18 * largest)
+    axes.margins(y=0.08)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True
