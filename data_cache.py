@@ -11,7 +11,9 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,8 +28,8 @@ from data_tokenize import PIECE_CHARACTERS, EncoderPool, EncoderRecipe
 from run_errors import DataError
 
 CACHE_VERSION = 1
-JOURNAL_TOKENS = 1 << 24
-"""Tokens between two journal entries: what an interrupted build has to do again at most."""
+JOURNAL_SECONDS = 5.0
+"""Time between two journal entries: what an interrupted build has to do again at most."""
 TOKEN_BYTES, START_BYTES = 4, 8
 
 
@@ -59,13 +61,34 @@ def open_cache(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be building it: wait for that
+            _lock(lock, folder)
             if not (folder / "meta.json").exists():
                 _Build(folder, shards, recipe, options).run()
-            return _mapped(folder)
+            cache = _mapped(folder)
     except OSError as error:
         reason = f"cannot keep the token cache in {folder}: {error}"
         raise DataError(f"{reason}: free space there, or leave --no-streaming out") from error
+    _refuse_skips(cache.skipped, folder, options)
+    return cache
+
+
+def _lock(lock: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        tqdm.write(f"waiting for another run that makes the token cache {folder}", file=sys.stderr)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _refuse_skips(skipped: Sequence[Mapping[str, Any]], folder: Path, options: SourceOptions) -> None:
+    """What a build with --skip-bad-shards left out is not for a run without it."""
+    if skipped and not options.skip_bad_shards:
+        first = skipped[0]
+        raise DataError(
+            f"the token cache {folder} lacks {len(skipped)} row groups or shards that could not be read (the "
+            f"first in {first['file_name']}: {first['reason']}): repair the shards, remove the folder if they "
+            "are sound, or --skip-bad-shards"
+        )
 
 
 def _mapped(folder: Path) -> TokenCache:
@@ -108,13 +131,30 @@ class _Build:
         self._shards = shards
         self._recipe = recipe
         self._options = options
-        self._place: dict[str, Any] = {"file_index": 0, "row": 0, "tokens": 0, "documents": 0, "skipped": []}
-        self._place["counts"] = Counts()._asdict()
+        self._place = self._vouched()
+
+    def _vouched(self) -> dict[str, Any]:
+        """What the journal says, if the files hold it; otherwise the very beginning."""
         with contextlib.suppress(FileNotFoundError, ValueError):
-            self._place = json.loads((folder / "journal.json").read_text(encoding="utf-8"))
+            place = json.loads((self._folder / "journal.json").read_text(encoding="utf-8"))
+            sizes = {
+                "tokens.bin": place["tokens"] * TOKEN_BYTES,
+                "starts.bin": place["documents"] * START_BYTES,
+            }
+            if all((self._folder / name).stat().st_size >= size for name, size in sizes.items()):
+                return place
+        return {
+            "file_index": 0,
+            "row": 0,
+            "tokens": 0,
+            "documents": 0,
+            "skipped": [],
+            "counts": Counts()._asdict(),
+        }
 
     def run(self) -> None:
         place = self._place
+        _refuse_skips(place["skipped"], self._folder, self._options)
         reader = DocumentReader(
             self._shards,
             self._options.column,
@@ -158,7 +198,7 @@ class _Build:
     ) -> tuple[int, int]:
         """Append every batch; returns (tokens, documents) of the whole cache."""
         total, documents = self._place["tokens"], self._place["documents"]
-        journaled = total
+        journaled = time.monotonic()
         rows_before = [0]
         for shard in self._shards:
             rows_before.append(rows_before[-1] + shard.rows)
@@ -170,10 +210,10 @@ class _Build:
                 if marks:
                     offset, document = marks[-1]
                     bar.update(rows_before[document.file_index] + document.row - bar.n)
-                    if total + offset - journaled >= JOURNAL_TOKENS:
-                        journaled = total + offset
+                    if time.monotonic() - journaled >= JOURNAL_SECONDS:
                         _synchronize(tokens, starts)
-                        self._journal(document, journaled, documents + len(marks) - 1, reader)
+                        self._journal(document, total + offset, documents + len(marks) - 1, reader)
+                        journaled = time.monotonic()
                 total += len(ids)
                 documents += len(marks)
             bar.update(rows_before[-1] - bar.n)

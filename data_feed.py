@@ -81,10 +81,16 @@ class StepFeed:
             QUEUE_DEPTH
         )
         self._stop = threading.Event()
+        self._begun = threading.Event()
         self._failure: RunError | None = None
         self._device = torch.cuda.current_device() if pin_memory else None
         self._thread = threading.Thread(target=self._run, name="data-feed", daemon=True)
         self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the first step's tokens, or the reader's error, are here: `next` then returns at once."""
+        while not self._begun.wait(POLL_SECONDS) and self._thread.is_alive():
+            pass
 
     def next(self) -> StepBatch:
         """The next step's tokens; DataError (the reader's, on every rank) or PeerError if none can come."""
@@ -126,6 +132,7 @@ class StepFeed:
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=POLL_SECONDS)
+                self._begun.set()
                 return
             except queue.Full:
                 continue

@@ -137,6 +137,13 @@ def train(
     opened = data_on_rank_0(config, tokenizer, view, samples_per_step, world)
     for notice in opened.notices if opened is not None else ():
         report.warn(notice)
+    feed = StepFeed(  # the first texts are tokenized while the model is built
+        opened.source if opened is not None else None,
+        samples_per_step=samples_per_step,
+        block_size=training.block_size,
+        group=world.feed_group,
+        pin_memory=device.type == "cuda",
+    )
     trained = build_model(settings, config.parallel, training, parallel)
     first_step = view.step if view is not None else 0
     check_room_on_rank_0(config, trained, first_step, world)
@@ -147,13 +154,6 @@ def train(
     # ------------------------------------------------------------------ loop
     introduce(config, trained, opened, samples_per_step, first_step, chosen, control, report)
     verify_if_asked(config, trained, control, report)
-    feed = StepFeed(
-        opened.source if opened is not None else None,
-        samples_per_step=samples_per_step,
-        block_size=training.block_size,
-        group=world.feed_group,
-        pin_memory=device.type == "cuda",
-    )
     run = Run(
         config=config,
         settings=settings,
@@ -188,9 +188,11 @@ def loop(run: Run) -> bool:
     from training_run import stopwatch
 
     config, control, keeper = run.config, run.control, run.keeper
-    control.begin(run.step)
     if run.step >= config.training.total_steps:
         run.report.info(f"Nothing to train: step {run.step}, --total-steps {config.training.total_steps}")
+    else:
+        run.feed.wait()  # maybe hours for a token cache: until the loop begins, a signal ends the run at once
+    control.begin(run.step)
     stop = False
     while run.step < config.training.total_steps and not stop:
         started = stopwatch()

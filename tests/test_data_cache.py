@@ -158,7 +158,7 @@ def test_an_interrupted_build_goes_on(
     options: SourceOptions, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, garbage: bytes
 ) -> None:
     monkeypatch.setattr(data_stream, "BATCH_CHARACTERS", 500)
-    monkeypatch.setattr(data_cache, "JOURNAL_TOKENS", 300)
+    monkeypatch.setattr(data_cache, "JOURNAL_SECONDS", 0)
     whole = data_cache.encoded_documents
     seen: list[int] = []
 
@@ -185,6 +185,42 @@ def test_an_interrupted_build_goes_on(
     assert len(seen) - begun < begun  # it did not begin anew
     assert np.array_equal(np.concatenate([step.tokens for step in taken]), expected[: 5 * len(taken)])
     assert taken[0].progress.counts.null_rows == 1 and taken[0].progress.counts.documents == 50
+
+
+def test_a_journal_that_promises_more_than_there_is_counts_for_nothing(
+    options: SourceOptions, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_stream, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(data_cache, "JOURNAL_SECONDS", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(data_cache, "_mapped", lambda folder: 1 / 0)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # keep the journal of the finished build
+        with pytest.raises(ZeroDivisionError):
+            steps(open_source(options, tokenizer), 1)
+    (folder,) = (tmp_path / "cache").glob("tokens-*")
+    assert json.loads((folder / "journal.json").read_text())["tokens"] > 1000
+    (folder / "meta.json").unlink()
+    (folder / "tokens.bin").write_bytes(b"")
+    expected = expected_samples(options, tokenizer, 1)
+    assert np.array_equal(steps(open_source(options, tokenizer), 1)[0].tokens, expected[:5])
+
+
+def test_what_a_build_skipped_is_not_for_a_run_that_skips_nothing(
+    options: SourceOptions, tokenizer: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "data" / "000_00001.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table, path, row_group_size=4, compression="none", write_page_checksum=True)
+    content = bytearray(path.read_bytes())
+    content[content.index(table["text"][9].as_py()[:20].encode())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot read .*000_00001\.parquet, row group 2"):
+        steps(open_source(options, tokenizer), 1)
+    skipping = replace(options, skip_bad_shards=True)
+    progress = steps(open_source(skipping, tokenizer), 1)[0].progress
+    assert [(skip["row_group"], skip["rows"]) for skip in progress.skipped] == [(2, 4)]
+    with pytest.raises(DataError, match=r"lacks 1 row groups .*000_00001\.parquet.*--skip-bad-shards"):
+        steps(open_source(options, tokenizer), 1)
 
 
 def test_a_full_disk_is_one_line(

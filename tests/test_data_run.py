@@ -1,0 +1,76 @@
+"""What a whole run does with its data: stopped while it tokenizes the corpus, killed, told what was skipped."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import corpus
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from launch import SHAPE, launch, metrics, start, status, wait
+
+from data_open import open_source
+from data_source import SourceOptions
+from data_tokenize import load_tokenizer
+
+
+def long_corpus(folder: Path, copies: int) -> None:
+    """``copies`` shards of the standard library each; tokenizing one takes seconds."""
+    folder.mkdir()
+    table = pa.table({"text": list(corpus.standard_library_texts())})
+    for index in range(copies):
+        pq.write_table(table, folder / f"{index}.parquet", row_group_size=20)
+
+
+def wait_for(path: Path, pattern: str, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not list(path.glob(pattern)):
+        assert time.monotonic() < deadline, f"no {pattern} in {path}"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_while_the_corpus_is_tokenized_acts_at_once(tmp_path: Path, processes: int) -> None:
+    """Longer than --stall-timeout, stopped within seconds, and the next run goes on with what is there."""
+    long_corpus(tmp_path / "data", 4)
+    tokenizer = corpus.build_tokenizer(tmp_path / "tokenizer")
+    flags: list[Any] = ["--tokenizer-path", tokenizer, "--data-glob", tmp_path / "data", *SHAPE]
+    flags += ["--no-streaming", "--num-proc", 1, "--total-steps", 3, "--seed", 5]
+    flags += ["--output-dir", tmp_path / "out"]
+    process = start(processes, *flags, "--stall-timeout", 3)
+    wait_for(tmp_path / "out" / "cache", "tokens-*/journal.json")
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    stopped = wait(process)
+    assert time.monotonic() - began < 5
+    assert stopped.errors() == [] and status(tmp_path / "out")["state"] == "stopped"
+    if processes == 1:
+        assert stopped.code == 75
+    (folder,) = (tmp_path / "out" / "cache").glob("tokens-*")
+    vouched = json.loads((folder / "journal.json").read_text())["tokens"]
+    assert vouched > 100_000
+    os.truncate(folder / "tokens.bin", 4 * vouched)
+    inode, first = (folder / "tokens.bin").stat().st_ino, np.fromfile(folder / "tokens.bin", np.int32, 1000)
+
+    finished = launch(processes, *flags)
+    assert finished.code == 0, finished.stderr
+    assert (folder / "tokens.bin").stat().st_ino == inode  # gone on with
+    assert np.array_equal(np.fromfile(folder / "tokens.bin", np.int32, 1000), first)
+    options = SourceOptions(
+        data_glob=str(tmp_path / "data"),
+        block_size=64,
+        samples_per_step=2,
+        streaming=False,
+        seed=5,
+        num_proc=1,
+        cache_dir=tmp_path / "cache of its own",
+    )
+    source = open_source(options, load_tokenizer(str(tokenizer))).source
+    lines = metrics(tmp_path / "out")
+    assert [source.next_step().progress.stream_hash for _ in lines] == [line["stream_hash"] for line in lines]
