@@ -72,7 +72,9 @@ def write_converted(
             size = _stream(descriptor, tree, reader, entries, dtype)
             commit(descriptor, temporary, path, size)
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {failure_reason(error, path.parent)}") from error
+        raise CheckpointError(
+            f"{path} could not be written: {failure_reason(error, path.parent, need)}"
+        ) from error
     return size
 
 

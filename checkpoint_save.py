@@ -106,7 +106,7 @@ def save_checkpoint(
             size = _stream(descriptor, tree, entries, slice_map, parameters, adam, peers)
             commit(descriptor, temporary, path, size)
     except OSError as error:
-        message = f"checkpoint {path} could not be written: {failure_reason(error, path.parent)}"
+        message = f"checkpoint {path} could not be written: {failure_reason(error, path.parent, need)}"
         peers.stop(message)
         raise CheckpointError(message) from error
     except CheckpointError as error:
@@ -437,9 +437,11 @@ def commit(descriptor: int, temporary: Path, path: Path, size: int) -> None:
     sync_folder(path.parent)
 
 
-def failure_reason(error: OSError, folder: Path) -> str:
-    """What an OSError of a save means, for the one line."""
+def failure_reason(error: OSError, folder: Path, need: int | None = None) -> str:
+    """What an OSError of a save (of ``need`` bytes, where that is known) means, for the one line."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
-            return f"{folder} is full ({shutil.disk_usage(folder).free:,} bytes free)"
+            free = shutil.disk_usage(folder).free
+            wanted = f"it needs {need:,} bytes and has" if need is not None else "it has"
+            return f"{folder} is full ({wanted} {free:,} free, a quota apart): make room"
     return error.strerror or str(error)

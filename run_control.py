@@ -172,11 +172,10 @@ class RunControl:
         before = self.progress.phase
         self._phase_since = time.monotonic()
         self.progress.mark(name)
-        try:
-            yield
-        finally:
-            self._end_phase(name)
-            self.progress.mark(before)
+        yield
+        # After an error the phase stands, and is named with it.
+        self._end_phase(name)
+        self.progress.mark(before)
 
     def stop_reason(self) -> str:
         """Why the run stops, once the ranks have agreed to."""

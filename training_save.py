@@ -103,6 +103,7 @@ class CheckpointKeeper:
         """The newest checkpoint that this run wrote."""
         self._postponed = False
         self._since = time.monotonic()
+        self._verified: Path | None = None
 
     @property
     def busy(self) -> bool:
@@ -150,9 +151,9 @@ class CheckpointKeeper:
         return path
 
     def close(self, save_again: Callable[[], object]) -> None:
-        """Wait until the last checkpoint has been read back; collective. Where it is not whole, ``save_again``.
+        """Wait until the last checkpoint has been read back; where it is not whole, ``save_again``.
 
-        Raises CheckpointError on all ranks where the disk spoils that one too.
+        Collective. Raises CheckpointError on all ranks where the disk spoils that one too.
         """
         problem = self._wait()
         if problem is None:
@@ -161,6 +162,7 @@ class CheckpointKeeper:
         save_again()
         problem = self._wait()
         if problem is not None:
+            self._tell_verified()
             raise problem
 
     def _wait(self) -> CheckpointError | None:
@@ -172,8 +174,15 @@ class CheckpointKeeper:
         problem = self._verifier.poll()
         if problem is not None:
             self._report.warn(f"{problem}; earlier checkpoints were kept")
+            self._tell_verified()
+
+    def _tell_verified(self) -> None:
+        """The status no longer names a checkpoint that did not verify."""
+        if self._control.status is not None:
+            self._control.status.update(checkpoint=str(self._verified) if self._verified else None)
 
     def _prune(self, verified: Path) -> None:
+        self._verified = verified
         prune(
             self._folder,
             newest_verified=verified,

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "resume_pretrain_tensor.py")
+FAULTY = str(Path(__file__).with_name("faulty_run.py"))
 SHAPE = ["--model-config", "argonne-tiny", "--batch-size", "2", "--block-size", "64"]
 SCHEDULE = ["--learning-rate", "3e-3", "--min-learning-rate", "3e-4", "--warmup-steps", "5"]
 
@@ -35,9 +37,15 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def command(processes: int, *flags: Any, torchrun: tuple[str, ...] = ("--standalone",)) -> list[str]:
-    """Plain python for one process, torchrun for several."""
-    arguments = [SCRIPT, *map(str, flags)]
+def command(
+    processes: int,
+    *flags: Any,
+    torchrun: tuple[str, ...] = ("--standalone",),
+    fault: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Plain python for one process, torchrun for several; ``fault`` as faulty_run.py takes it."""
+    script = [SCRIPT] if fault is None else [FAULTY, json.dumps({"rank": 0, **fault})]
+    arguments = [*script, *map(str, flags)]
     if processes == 1:
         return [sys.executable, *arguments]
     launcher = [sys.executable, "-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
@@ -45,11 +53,14 @@ def command(processes: int, *flags: Any, torchrun: tuple[str, ...] = ("--standal
 
 
 def start(
-    processes: int, *flags: Any, torchrun: tuple[str, ...] = ("--standalone",)
+    processes: int,
+    *flags: Any,
+    torchrun: tuple[str, ...] = ("--standalone",),
+    fault: Mapping[str, Any] | None = None,
 ) -> subprocess.Popen[str]:
     """Start a run in the background."""
     return subprocess.Popen(
-        command(processes, *flags, torchrun=torchrun),
+        command(processes, *flags, torchrun=torchrun, fault=fault),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -68,9 +79,11 @@ def wait(process: subprocess.Popen[str], timeout: float = 180.0) -> Finished:
     return Finished(process.returncode, stdout, stderr)
 
 
-def launch(processes: int, *flags: Any, timeout: float = 180.0) -> Finished:
+def launch(
+    processes: int, *flags: Any, timeout: float = 180.0, fault: Mapping[str, Any] | None = None
+) -> Finished:
     """Run to the end."""
-    return wait(start(processes, *flags), timeout)
+    return wait(start(processes, *flags, fault=fault), timeout)
 
 
 def metrics(output_dir: Path) -> list[dict[str, Any]]:
