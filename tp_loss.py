@@ -76,13 +76,19 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         weight = torch.where(ignored, 0.0, grads[0])
         grad = torch.empty_like(logits)
         grad[:, valid:] = 0
+        in_place = grad.dtype == log_normalizer.dtype
         for chunk in _row_chunks(logits):
-            part = (logits[chunk, :valid].to(log_normalizer.dtype) - log_normalizer[chunk, None]).exp_()
+            part = grad[chunk, :valid] if in_place else logits[chunk, :valid].to(log_normalizer.dtype)
+            torch.sub(logits[chunk, :valid], log_normalizer[chunk, None], out=part).exp_()
             if valid:
                 part.scatter_add_(1, local_target[chunk, None], -mine[chunk, None].to(part.dtype))
-            # An ignored row may hold a non-finite logit that must not reach the gradient as NaN * 0.
-            part.mul_(weight[chunk, None]).masked_fill_(ignored[chunk, None], 0.0)
-            grad[chunk, :valid] = part.to(grad.dtype)
+            part.mul_(weight[chunk, None])
+            # An ignored row may hold a non-finite logit that must not reach the gradient as NaN * 0. To ask
+            # whether there is one costs a GPU more than the pass.
+            if part.device.type != "cpu" or bool(ignored[chunk].any()):
+                part.masked_fill_(ignored[chunk, None], 0.0)
+            if not in_place:
+                grad[chunk, :valid] = part.to(grad.dtype)
         return grad, None, None, None, None, None
 
 
