@@ -170,6 +170,7 @@ GPT2_PLAN = TensorParallelPlan(
         ("split_size", "query_width"),
         ("embed_dim", "query_width"),
     ),
+    sequence_parallel=False,  # it reshapes what its last norm returns by the length of the whole sequence
 )
 
 PLANS: dict[str, TensorParallelPlan] = {

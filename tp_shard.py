@@ -320,7 +320,10 @@ def _attach_entrance(
                 "give input_ids"
             )
         sequence.seq_len = tokens.shape[1]
-        wants_loss = given.get("labels") is not None or given.get("shift_labels") is not None
+        wants_loss = given.get("labels") is not None or (
+            # Transformers' own models take these along with labels only.
+            "shift_labels" in signature.parameters and given.get("shift_labels") is not None
+        )
         head.gather_output = not wants_loss
         # Positions can be picked (logits_to_keep) from the whole sequence only.
         picks = given.get("logits_to_keep", 0)

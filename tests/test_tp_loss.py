@@ -221,7 +221,8 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_full_precision_copies_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """From 16-bit logits: no float32 copy of the slice, and nothing kept but the logits themselves."""
-    monkeypatch.setattr(tp_loss, "_CHUNK_ELEMENTS", 4096)
+    for name in ("_CHUNK_ELEMENTS", "_CPU_CHUNK_ELEMENTS"):
+        monkeypatch.setattr(tp_loss, name, 4096, raising=False)
     group = TPGroup(0, 1)
     logits = torch.randn(256, 1000, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     targets = torch.arange(256)
@@ -246,7 +247,8 @@ def test_full_precision_copies_are_small(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, targets = batch(131, shape=(7, 5))
     whole = on_ranks(2, logits, targets)
-    monkeypatch.setattr(tp_loss, "_CHUNK_ELEMENTS", 200)
+    for name in ("_CHUNK_ELEMENTS", "_CPU_CHUNK_ELEMENTS"):
+        monkeypatch.setattr(tp_loss, name, 200, raising=False)
     parts = on_ranks(2, logits, targets)
     assert torch.equal(whole[0][0], parts[0][0])
     assert torch.equal(gathered(whole, 131), gathered(parts, 131))
