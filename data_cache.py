@@ -86,8 +86,8 @@ def _refuse_skips(skipped: Sequence[Mapping[str, Any]], folder: Path, options: S
         first = skipped[0]
         raise DataError(
             f"the token cache {folder} lacks {len(skipped)} row groups or shards that could not be read (the "
-            f"first in {first['file_name']}: {first['reason']}): repair the shards, remove the folder if they "
-            "are sound, or --skip-bad-shards"
+            f"first in {first['file_name']}: {first['reason']}): repair the shards, remove the folder if "
+            "they are sound, or --skip-bad-shards"
         )
 
 

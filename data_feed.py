@@ -88,7 +88,7 @@ class StepFeed:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the first step's tokens, or the reader's error, are here: `next` then returns at once."""
+        """Wait until the first step's tokens, or the reader's error, are here."""
         while not self._begun.wait(POLL_SECONDS) and self._thread.is_alive():
             pass
 

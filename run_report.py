@@ -171,10 +171,14 @@ class RunReport:
 
     def header(self, facts: RunFacts) -> None:
         """Print what this run is."""
-        self._facts = {"model": facts.model, "parameters": facts.parameters}
+        self._facts |= {"model": facts.model, "parameters": facts.parameters}
         self._facts |= {"tp_size": facts.tp_size, "dp_size": facts.dp_size, "precision": facts.precision}
         for line in header_lines(facts):
             self.info(line)
+
+    def note(self, **facts: Any) -> None:
+        """Further keys of the statistics files."""
+        self._facts |= facts
 
     def info(self, text: str) -> None:
         """Print one line on stdout, above the bar where there is one."""

@@ -64,6 +64,7 @@ class Run:
         """Counters from the checkpoint; where the data begins, from the source."""
         if self.opened is not None:
             self.progress = self.opened.start
+            self.report.note(data_skipped=list(self.progress.skipped))
         if view is None:
             return
         self.step = view.step
@@ -79,9 +80,8 @@ class Run:
         tokens = self.samples_per_step * self.config.training.block_size
         self.tokens_processed += tokens
         self.loss = result.totals.loss
-        self.progress = batch.progress
+        extra = self._data_progress(batch.progress)
         position = self._position()
-        extra: dict[str, Any] = {} if self.progress is None else dict(self.progress.metrics())
         if result.skipped:
             extra["skipped"] = "non-finite loss or gradient"
             self.report.warn(
@@ -108,6 +108,21 @@ class Run:
                 f"loss or gradient was not finite in too many steps in a row, up to step {self.step} "
                 f"(loss {self.loss}): lower --learning-rate, or look at the data with scripts/inspect_data.py"
             )
+
+    def _data_progress(self, progress: DataProgress | None) -> dict[str, Any]:
+        """Go on to the place after this step; its keys for the metrics. What was newly skipped is told."""
+        known = len(self.progress.skipped) if self.progress is not None else 0
+        self.progress = progress
+        if progress is None:
+            return {}
+        extra = dict(progress.metrics())
+        if new := progress.skipped[known:]:
+            extra["data_skipped"] = list(new)
+            self.report.note(data_skipped=list(progress.skipped))
+            for skip in new:
+                what = f"{skip['rows']} rows from row {skip['row']} on of {skip['file_name']}"
+                self.report.warn("data was skipped (--skip-bad-shards):", f"{what}: {skip['reason']}")
+        return extra
 
     def _position(self) -> dict[str, Any]:
         if self.opened is None or self.progress is None:

@@ -1,4 +1,4 @@
-"""What a whole run does with its data: stopped while it tokenizes the corpus, killed, told what was skipped."""
+"""A whole run and its data: stopped while it tokenizes the corpus, what it skipped, what it waited."""
 
 import json
 import os
@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from launch import SHAPE, launch, metrics, start, status, wait
+import torch
+from launch import SHAPE, checkpoint, launch, metrics, start, status, wait
 
 from data_open import open_source
 from data_source import SourceOptions
@@ -25,6 +26,35 @@ def long_corpus(folder: Path, copies: int) -> None:
     table = pa.table({"text": list(corpus.standard_library_texts())})
     for index in range(copies):
         pq.write_table(table, folder / f"{index}.parquet", row_group_size=20)
+
+
+@pytest.mark.parametrize("streaming", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_what_was_skipped_is_recorded_everywhere(tmp_path: Path, streaming: bool) -> None:
+    paths = corpus.write_shards(tmp_path / "data", corpus.short_texts(30, 100), row_group_rows=5)
+    table = pq.read_table(paths[0])
+    pq.write_table(table, paths[0], row_group_size=5, compression="none", write_page_checksum=True)
+    content = bytearray(paths[0].read_bytes())
+    content[content.index(table["text"][7].as_py()[:20].encode())] ^= 1
+    paths[0].write_bytes(content)
+    flags: list[Any] = ["--tokenizer-path", corpus.build_tokenizer(tmp_path / "tokenizer"), *SHAPE]
+    flags += ["--data-glob", tmp_path / "data", "--output-dir", tmp_path / "out", "--total-steps", 6]
+    flags += [] if streaming else ["--no-streaming"]
+    refused = launch(1, *flags)
+    assert refused.code == 1
+    assert len(refused.errors()) == 1 and "000_00000.parquet, row group 1: " in refused.errors()[0]
+
+    finished = launch(1, *flags, "--skip-bad-shards")
+    assert finished.code == 0, finished.stderr
+    assert len([line for line in finished.stderr.splitlines() if "000_00000.parquet" in line]) == 1
+    place = {"epoch": 0, "file_name": "000_00000.parquet", "row_group": 1, "row": 5, "rows": 5}
+    saved = torch.load(checkpoint(tmp_path / "out", 6), weights_only=True)["data_state"]["skipped"]
+    assert [skip.items() >= place.items() for skip in saved] == [True]
+    (final,) = (tmp_path / "out" / "stats").glob("final_*.json")
+    stats = json.loads(final.read_text())
+    assert stats["data_skipped"] == saved and stats["null_rows"] == 0 and stats["documents"] > 5
+    lines = metrics(tmp_path / "out")
+    assert [line["data_skipped"] for line in lines if "data_skipped" in line] == [saved]
+    assert lines[-1]["skipped_row_groups"] == 1
 
 
 def wait_for(path: Path, pattern: str, seconds: float = 60.0) -> None:
