@@ -10,12 +10,13 @@ all-gather or reduce-scatter half of that.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from tp_plan import Style, TensorParallelPlan, build_slice_map, plan_for, stores_transposed, summed_parameters
-from tp_slices import SliceMap
+from tp_slices import SliceMap, padded_slice_size
 
 STATE_BYTES = 16
 """Bytes per parameter at rest: float32 weight, gradient and two Adam moments (ZeRO, Rajbhandari et al. 2020,
@@ -25,6 +26,9 @@ _MASTER_BYTES = 4
 
 Traffic = dict[str, tuple[int, int]]
 """Kind of collective -> (calls, payload bytes)."""
+
+SHARED = "all_reduce of shared heads"
+"""The all-reduce over the ranks that hold copies of the same key/value heads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,8 @@ class ModelOutline:
     head_parameters: int
     """Final norm and head; the head counts as well where it is tied, since a last stage needs it."""
     parameters: int
+    divided: tuple[tuple[int, int], ...]
+    """(output features or vocabulary rows, elements of each) of every parameter that a split divides."""
     plan: TensorParallelPlan
     slice_map: SliceMap
     """At degree 1: names and shapes."""
@@ -94,9 +100,24 @@ class ModelOutline:
             embedding_parameters=slice_map.numel(name for name in outside if name not in end),
             head_parameters=slice_map.numel(end) + tied * vocab_size * hidden_size,
             parameters=slice_map.numel(),
+            divided=tuple(_divided(modules, plan, slice_map)),
             plan=plan,
             slice_map=slice_map,
         )
+
+
+def _divided(
+    modules: Mapping[str, nn.Module], plan: TensorParallelPlan, slice_map: SliceMap
+) -> Iterator[tuple[int, int]]:
+    for name in slice_map.names:
+        module_name, _, leaf = name.rpartition(".")
+        rule = plan.rule_for(module_name)
+        if rule is None or rule.style not in (Style.COLUMN, Style.ROW, Style.VOCABULARY):
+            continue
+        shape = slice_map.shape(name)
+        transposed = leaf == "weight" and stores_transposed(modules[module_name])
+        outputs = shape[1] if transposed else shape[0]
+        yield outputs, math.prod(shape) // outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +137,8 @@ class SplitCost:
     """What the ranks wait for, in words."""
     source: str
     remark: str = field(default="")
+    sharers: int = 1
+    """Ranks that hold copies of the same key/value heads."""
 
     @property
     def state_bytes(self) -> int:
@@ -130,6 +153,7 @@ class SplitCost:
             "all_gather": (self.ranks - 1) / self.ranks,
             "reduce_scatter": (self.ranks - 1) / self.ranks,
             "send": 1.0,
+            SHARED: 2 * (self.sharers - 1) / self.sharers,
         }
         return round(sum(factors[kind] * payload for kind, (_, payload) in self.step.items()))
 
@@ -156,15 +180,15 @@ def readable_bytes(count: float) -> str:
 def activation_bytes(outline: ModelOutline, tokens: int, tp_size: int, *, sequence_parallel: bool) -> int:
     """16-bit activations kept for the backward pass (Korthikanti et al. 2022, section 4, for this block).
 
-    Per token and layer, in elements: residual stream and norm input twice (4 h); then, divided over the
-    ranks, the outputs of all column layers, the attention's output (with the query's width) and the row
-    layers' inputs that are not among them. Sequence parallelism divides the first part too.
+    Per token and layer, in elements: the inputs of both norms and what the norms give (4 h); then, divided
+    over the ranks, the outputs of all column layers and the inputs of the row layers. Once for the model: the
+    final norm's input and the head's (2 h). Sequence parallelism divides what is counted in h too.
     """
     columns = sum(p.out_features for p in outline.projections if p.style is Style.COLUMN)
     rows = sum(p.in_features for p in outline.projections if p.style is Style.ROW)
-    whole = 4 * outline.hidden_size / (tp_size if sequence_parallel else 1)
-    per_layer = whole + (columns + rows) / tp_size
-    return round(2 * tokens * outline.num_layers * per_layer)
+    width = outline.hidden_size / (tp_size if sequence_parallel else 1)
+    per_layer = 4 * width + (columns + rows) / tp_size
+    return round(2 * tokens * (outline.num_layers * per_layer + 2 * width))
 
 
 def _add(*parts: Traffic) -> Traffic:
@@ -201,9 +225,14 @@ def tensor_parallel(
         forward, backward = _sequence_parallel_traffic(outline.plan, layers, plain, padded)
     slice_map = build_slice_map(model, outline.plan, ranks)
     summed = summed_parameters(model, outline.plan, sequence_parallel=sequence_parallel)
-    bucket: Traffic = {}
+    completed: Traffic = {}
     if summed:
-        bucket = {"all_reduce": (1, slice_map.numel(summed) * max(_MASTER_BYTES, element_bytes))}
+        completed["all_reduce"] = (1, slice_map.numel(summed) * max(_MASTER_BYTES, element_bytes))
+    cuts = {name: cut for name in slice_map.names if (cut := slice_map.cut(name)) is not None}
+    copied = [name for name, cut in cuts.items() if cut.sharers > 1]
+    if copied:
+        held = sum(math.prod(slice_map.tp_local_shape(name, 0)) for name in copied)
+        completed[SHARED] = (1, held * max(_MASTER_BYTES, element_bytes))
     local = [
         sum(math.prod(slice_map.tp_local_shape(name, rank)) for name in slice_map.names)
         for rank in range(ranks)
@@ -217,11 +246,12 @@ def tensor_parallel(
             outline, batch * seq_len, ranks, sequence_parallel=sequence_parallel
         ),
         forward=_add(forward, loss),
-        step=_add(forward, backward, loss, bucket),
+        step=_add(forward, backward, loss, completed),
         waits=f"{per_block}, re-gathers overlapped" if sequence_parallel else per_block,
         source="Korthikanti et al. 2022, section 4"
         if sequence_parallel
         else "Shoeybi et al. 2019, section 3",
+        sharers=max((cut.sharers for cut in cuts.values()), default=1),
     )
 
 
@@ -260,18 +290,24 @@ def naive_split(outline: ModelOutline, ranks: int, tokens: int, element_bytes: i
     """
     unit = tokens * element_bytes
     layers, count = outline.num_layers, len(outline.projections)
-    gathered = layers * sum(p.out_features for p in outline.projections) + outline.vocab_size
+
+    def whole(features: int) -> int:
+        """With the padding that a gather carries along."""
+        return ranks * padded_slice_size(features, ranks)
+
+    gathered = layers * sum(whole(p.out_features) for p in outline.projections) + whole(outline.vocab_size)
     reduced = layers * sum(p.in_features for p in outline.projections) + outline.hidden_size
     forward: Traffic = {
         "all_gather": (layers * count + 1, unit * gathered),
         "all_reduce": (1, unit * outline.hidden_size),
     }
-    outputs = sum(p.out_features + p.in_features for p in outline.projections)
+    local = sum(padded_slice_size(outputs, ranks) * each for outputs, each in outline.divided)
+    undivided = outline.parameters - sum(outputs * each for outputs, each in outline.divided)
     return SplitCost(
         name="naive (projections alone)",
         ranks=ranks,
-        parameters_per_rank=math.ceil(outline.parameters / ranks),
-        activation_bytes=2 * tokens * layers * outputs,
+        parameters_per_rank=local + undivided,
+        activation_bytes=activation_bytes(outline, tokens, 1, sequence_parallel=False),
         forward=forward,
         step=_add(forward, {"all_reduce": (layers * count + 1, unit * reduced)}),
         waits=f"{count} a layer each way",
@@ -281,7 +317,12 @@ def naive_split(outline: ModelOutline, ranks: int, tokens: int, element_bytes: i
 
 
 def pipeline(outline: ModelOutline, ranks: int, tokens: int, element_bytes: int) -> SplitCost:
-    """Stages of whole layers; activations and gradients go from stage to stage (Narayanan et al. 2021)."""
+    """Stages of whole layers; activations and gradients go from stage to stage (Narayanan et al. 2021).
+
+    Of the stage that sends most. The batch may be cut into micro-batches: the bytes stay the same, and at
+    most as many micro-batches as there are stages are under way at once. The ends of a tied model exchange
+    the gradients of their copies of the embedding.
+    """
     layers = outline.num_layers
     held = []
     for stage in range(ranks):
@@ -291,16 +332,23 @@ def pipeline(outline: ModelOutline, ranks: int, tokens: int, element_bytes: int)
         parameters += outline.head_parameters * (stage == ranks - 1)
         held.append(parameters)
     message = tokens * outline.hidden_size * element_bytes
+    tied = f"{outline.plan.head}.weight" not in outline.slice_map.names
+    inner, end = 2 * message * (ranks > 2), message
+    copies = tied * outline.vocab_size * outline.hidden_size * _MASTER_BYTES
+    step: Traffic = {"send": (2, inner)}
+    if end + copies > inner:
+        step = {"send": (1 + tied, end + copies)}
+    whole = activation_bytes(outline, tokens, 1, sequence_parallel=False)
     return SplitCost(
         name="pipeline parallel",
         ranks=ranks,
         parameters_per_rank=max(held),
-        activation_bytes=activation_bytes(outline, tokens, 1, sequence_parallel=False),
-        forward={"send": (ranks - 1, (ranks - 1) * message)},
-        step={"send": (2, 2 * message)},
+        activation_bytes=round(whole * math.ceil(layers / ranks) / layers),
+        forward={"send": (1, message)},
+        step=step,
         waits=f"neighbours; idle {ranks - 1} of m + {ranks - 1} slots",
         source="Narayanan et al. 2021, section 2.2 (1F1B)",
-        remark="sends of one inner stage; m micro-batches",
+        remark="m micro-batches; tied ends exchange the embedding's gradient" if tied else "m micro-batches",
     )
 
 

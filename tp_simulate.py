@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tp_collectives import CollectiveCounters, SimulatedTPGroup
+from tp_collectives import CollectiveCounters, SimulatedTPGroup, TPGroup
+from tp_costs import SHARED
 from tp_shard import TensorParallelState, shard_tensor_parallel
 from tp_slices import SliceMap
 from tp_verify import Difference, difference
@@ -72,10 +73,13 @@ def measure(model: nn.Module, ids: Tensor) -> Measured:
     Works on unsharded and sharded models alike; the loss of an unsharded one is torch's own cross entropy.
     """
     state: TensorParallelState | None = getattr(model, "tensor_parallel", None)
+    sharers = None if state is None else state.sharers
     counters = CollectiveCounters() if state is None else state.group.counters
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
     counters.reset()
+    if sharers is not None:
+        sharers.counters.reset()
     if state is None:
         scores = model(input_ids=ids, use_cache=False).logits
         loss = F.cross_entropy(scores[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -91,8 +95,15 @@ def measure(model: nn.Module, ids: Tensor) -> Measured:
         loss=loss.item(),
         gradients=gradients,
         forward=forward,
-        step=counters.totals(),
+        step=counters.totals() | _of_copies(sharers),
     )
+
+
+def _of_copies(sharers: TPGroup | None) -> Traffic:
+    """What completing the gradients of copied key/value heads took."""
+    if sharers is None or not sharers.counters.total_calls:
+        return {}
+    return {SHARED: (sharers.counters.total_calls, sharers.counters.total_bytes)}
 
 
 def measure_simulated(

@@ -15,7 +15,7 @@ from checkpoint_parts import open_any
 from model import ArgonneConfig, ArgonneModel
 from run_errors import CheckpointError, ConfigError
 from run_presets import REFERENCE, load_model_settings
-from tp_plan import HeadCounts, check_degree, degree_fits
+from tp_plan import HeadCounts, check_degree, degree_fits, plan_for
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 """Tiny random models of transformers."""
@@ -142,6 +142,8 @@ def choose_source(
     ``layers`` keeps the first so many layers. Raises ConfigError or CheckpointError.
     """
     if checkpoint is not None:
+        if vocab_size is not None:
+            raise ConfigError("--vocab-size is the checkpoint's own: leave it out with --checkpoint-path")
         return _checkpoint_source(name, checkpoint, layers)
     if name in FAMILIES:
         settings = tiny_settings(name, tp_size, vocab_size=vocab_size or 131, layers=layers or 2)
@@ -150,7 +152,7 @@ def choose_source(
     if vocab_size is not None or "vocab_size" not in settings:
         settings["vocab_size"] = vocab_size or DEFAULT_VOCAB_SIZE
     if layers is not None:
-        settings["num_hidden_layers"] = layers
+        settings["num_hidden_layers"] = min(layers, settings["num_hidden_layers"])
     path = Path(name or "argonne-tiny")
     label = path.resolve().parent.name if path.name == "config.json" else path.name
     return ModelSource(label=label, family="argonne", settings=settings)
@@ -163,7 +165,15 @@ def _checkpoint_source(name: str | None, checkpoint: str, layers: int | None) ->
     if name in FAMILIES:
         raise ConfigError(f"--model {name} has no checkpoints here: leave it out, or --checkpoint-path")
     reader = open_any(path)
-    settings = infer_model_config(reader, load_model_settings(name or REFERENCE))
+    assumed = load_model_settings(name or REFERENCE)
+    try:
+        settings = infer_model_config(reader, assumed)
+    except CheckpointError as error:
+        if name is not None:
+            raise
+        raise CheckpointError(
+            f"{error}: give --model, a preset or config.json with its head counts"
+        ) from error
     if layers is not None:
         settings["num_hidden_layers"] = min(layers, settings["num_hidden_layers"])
     return ModelSource(label=path.name, family="argonne", settings=settings, checkpoint=str(path))
@@ -191,6 +201,15 @@ def check_heads(source: ModelSource, tp_size: int) -> None:
     """Raise ConfigError, naming the degrees that work, where ``tp_size`` does not fit the heads."""
     heads = HeadCounts.from_config(source.build_empty().config)
     check_degree(heads.query_heads, heads.key_value_heads, tp_size)
+
+
+def check_sequence(source: ModelSource, seq_len: int, *, sequence_parallel: bool) -> None:
+    """Raise ConfigError where the model cannot take so many tokens, or slices of a sequence."""
+    if sequence_parallel and not plan_for(source.build_empty()).sequence_parallel:
+        raise ConfigError(f"--sequence-parallel does not work with {source.family}; leave it out")
+    if source.family == "gpt2" and seq_len > source.settings["n_positions"]:
+        most = source.settings["n_positions"]
+        raise ConfigError(f"--seq-len {seq_len}: this model has {most} positions; give at most {most}")
 
 
 def narrowed(source: ModelSource, limit: int) -> ModelSource:

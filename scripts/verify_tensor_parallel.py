@@ -17,11 +17,14 @@ import argparse
 import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from script_parser import OneLineParser
 
 from run_errors import RunError
 
@@ -39,9 +42,7 @@ _COPIES_IN_MEMORY = 5
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Compare a model split over N simulated ranks with the unsharded model."
-    )
+    parser = OneLineParser("Compare a model split over N simulated ranks with the unsharded model.")
     add = parser.add_argument
     add(
         "--model",
@@ -149,8 +150,8 @@ def describe_traffic(traffic: dict[str, tuple[int, int]]) -> str:
     return ", ".join(parts) or "none"
 
 
-def print_collectives(measured: Measured, expected: SplitCost) -> bool:
-    """Counted against the formula; whether they are the same."""
+def print_collectives(measured: Measured, expected: SplitCost, unit: int) -> bool:
+    """Counted against the formula, ``unit`` being the bytes of one activation; whether they are the same."""
     print("\nCollectives of one rank, counted in fp32 (and by formula)")
     same = True
     for label, counted, formula in (
@@ -161,6 +162,7 @@ def print_collectives(measured: Measured, expected: SplitCost) -> bool:
         same = same and equal
         verdict = "as by formula" if equal else f"BY FORMULA {describe_traffic(formula)}"
         print(f"  {label:8} {describe_traffic(counted)}: {verdict}")
+    print(f"  each entrance and exit of a block carries {unit:,} bytes")
     return same
 
 
@@ -181,18 +183,20 @@ def print_splits(title: str, splits: Sequence[SplitCost]) -> None:
     from tp_costs import calls, payload
 
     print(f"\n{title}")
-    head = f"{'weights/rank':>15}{'states':>11}{'forward':>9}{'step':>6}{'payload/step':>15}{'sent/rank':>12}"
-    print(f"  {'':28}{head}")
+    head = f"{'weights/rank':>14}{'states':>10}{'forward':>9}{'step':>6}{'payload/step':>14}{'sent/rank':>11}"
+    print(f"  {'':27}{head}")
     for split in splits:
         print(
-            f"  {split.name:28}{split.parameters_per_rank:>15,}{_size(split.state_bytes):>11}"
-            f"{calls(split.forward):>9}{calls(split.step):>6}{_size(payload(split.step)):>15}"
-            f"{_size(split.sent_bytes):>12}"
+            f"  {split.name:27}{split.parameters_per_rank:>14,}{_size(split.state_bytes):>10}"
+            f"{calls(split.forward):>9}{calls(split.step):>6}{_size(payload(split.step)):>14}"
+            f"{_size(split.sent_bytes):>11}"
         )
-    print("  waits, and where the formula is from:")
+    print("  collectives (or sends) of the forward pass and of the step; what they wait for, and the source:")
     for split in splits:
         remark = f" ({split.remark})" if split.remark else ""
-        print(f"  {split.name:28} {split.waits}{remark}; {split.source}")
+        words = f"{split.waits}{remark}; {split.source}"
+        lines = textwrap.wrap(words, 70)
+        print(f"  {split.name:27}{lines[0]}", *lines[1:], sep=f"\n{'':29}")
 
 
 def _size(count: int) -> str:
@@ -207,7 +211,14 @@ def _size(count: int) -> str:
 
 def choose(options: argparse.Namespace) -> tuple[ModelSource, ModelSource]:
     """The model that is checked and the one that was asked for; refuses what memory cannot hold."""
-    from model_sources import available_memory, check_heads, choose_source, narrowed, parameter_count
+    from model_sources import (
+        available_memory,
+        check_heads,
+        check_sequence,
+        choose_source,
+        narrowed,
+        parameter_count,
+    )
 
     from run_errors import DeviceError
 
@@ -220,6 +231,7 @@ def choose(options: argparse.Namespace) -> tuple[ModelSource, ModelSource]:
     )
     source = asked
     check_heads(asked, options.tensor_parallel_size)
+    check_sequence(asked, options.seq_len, sequence_parallel=options.sequence_parallel)
     size = parameter_count(asked)
     random_argonne = asked.family == "argonne" and asked.checkpoint is None
     if random_argonne and size > options.max_parameters and not options.full_size:
@@ -281,7 +293,9 @@ def verify(options: argparse.Namespace) -> list[str]:
     expected = tensor_parallel(
         ModelOutline.of(empty), empty, size, batch, 4, sequence_parallel=options.sequence_parallel
     )
-    if not print_collectives(ranks["fp32"][0], expected):
+    positions = -(-batch[1] // size) * size if options.sequence_parallel else batch[1]
+    unit = batch[0] * positions * ModelOutline.of(empty).hidden_size * 4
+    if not print_collectives(ranks["fp32"][0], expected, unit):
         problems.append("the collectives counted are not those of the formula")
     print_weights(slice_map, size)
 
