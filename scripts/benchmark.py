@@ -31,6 +31,7 @@ from run_errors import RunError  # noqa: E402
 if TYPE_CHECKING:
     from benchmark_common import Report
 
+DOCUMENT = ROOT / "docs" / "performance.md"
 PARTS = {
     "step": "benchmark_step",
     "memory": "benchmark_memory",
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from benchmark_common import as_text, write
+    from benchmark_common import as_text, fill_tables, write
 
     parts = [part for part in PARTS if part != "gpu"] if options.part == "all" else [options.part]
     try:
@@ -75,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report = run_part(part, options.rounds)
             print(as_text(report), flush=True)
             print("  -> " + ", ".join(map(str, write(report, options.output_dir))) + "\n", flush=True)
+        if options.part == "all":
+            fill_tables(DOCUMENT, options.output_dir, parts)
+            print(f"tables of {DOCUMENT.relative_to(ROOT)} rewritten")
     except RunError as error:
         if options.debug:
             raise

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from run_errors import DataError
+
 ROUNDS = 9
 """Rounds of a timed comparison: the variants run in turn in each, and minima are compared."""
 
@@ -31,12 +33,17 @@ class Row:
     """The target is a floor rather than a ceiling."""
     inverse: bool = False
     """The ratio is peer / ours (a speed-up)."""
+    difference: bool = False
+    """What counts is ours - peer, in ``unit``; target and spread too."""
     spread: tuple[float, float] | None = None
-    """Smallest and largest ratio of a single round."""
+    """Smallest and largest ratio (or difference) of a single round."""
     note: str = ""
 
     @property
     def ratio(self) -> float:
+        """Ours over the peer's (or as ``inverse`` and ``difference`` say): what the target is about."""
+        if self.difference:
+            return self.ours - self.peer
         top, bottom = (self.peer, self.ours) if self.inverse else (self.ours, self.peer)
         return top / bottom if bottom else math.nan
 
@@ -76,10 +83,11 @@ def timed_row(
     name: str, ours: Sequence[float], peer: Sequence[float], unit: str = "s", **options: Any
 ) -> Row:
     """Minima compared, with the spread of the rounds' own ratios."""
-    inverse = bool(options.get("inverse", False))
-    ratios = [p / o if inverse else o / p for o, p in zip(ours, peer, strict=True)]
+    rounds = [
+        Row(name=name, ours=o, peer=p, unit=unit, **options).ratio for o, p in zip(ours, peer, strict=True)
+    ]
     return Row(
-        name=name, ours=min(ours), peer=min(peer), unit=unit, spread=(min(ratios), max(ratios)), **options
+        name=name, ours=min(ours), peer=min(peer), unit=unit, spread=(min(rounds), max(rounds)), **options
     )
 
 
@@ -111,16 +119,22 @@ def number(value: float, unit: str) -> str:
     return f"{value:,.4g}" + (f" {unit}" if unit else "")
 
 
+def _shown(row: Row, value: float, digits: int = 3) -> str:
+    """A ratio, or a difference in its unit."""
+    return f"{value:+.{digits}f} {row.unit}" if row.difference else f"{value:.{digits}f}"
+
+
 def table(report: Report) -> list[list[str]]:
     """Header and rows, as text."""
-    lines = [["what", "ours", "peer", "ratio", "of single rounds", "target", ""]]
+    lines = [["what", "ours", "peer", "ratio", "single rounds", "target", ""]]
     for row in report.rows:
-        spread = f"{row.spread[0]:.2f} - {row.spread[1]:.2f}" if row.spread else "exact"
+        spread = " to ".join(_shown(row, value, 2) for value in row.spread) if row.spread else "exact"
         target = "" if row.target is None else f"{'>=' if row.at_least else '<='} {row.target:g}"
+        target += f" {row.unit}" if target and row.difference else ""
         met = "" if row.met is None else "met" if row.met else "missed"
         name = f"{row.name} ({row.note})" if row.note else row.name
         lines.append(
-            [name, number(row.ours, row.unit), number(row.peer, row.unit), f"{row.ratio:.3f}", spread,
+            [name, number(row.ours, row.unit), number(row.peer, row.unit), _shown(row, row.ratio), spread,
              target, met]
         )  # fmt: skip
     return lines
@@ -143,6 +157,19 @@ def as_markdown(report: Report) -> str:
     lines += ["| " + " | ".join(line) + " |" for line in body]
     remarks = [f"- {remark}" for remark in report.remarks]
     return "\n".join([f"### {report.title}", "", *lines, "", *remarks]).rstrip() + "\n"
+
+
+def fill_tables(document: Path, output_dir: Path, parts: Sequence[str]) -> None:
+    """Put the tables in ``output_dir`` between the document's markers, ``<!-- step: begin -->`` and so on."""
+    text = document.read_text(encoding="utf-8")
+    for part in parts:
+        begin, end = f"<!-- {part}: begin -->\n", f"<!-- {part}: end -->"
+        before, found, rest = text.partition(begin)
+        _, also_found, after = rest.partition(end)
+        if not found or not also_found:
+            raise DataError(f"{document} has no markers {begin.strip()} and {end}: put them back")
+        text = before + begin + (output_dir / f"{part}.md").read_text(encoding="utf-8") + end + after
+    document.write_text(text, encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
@@ -199,7 +226,7 @@ def draw(report: Report, path: Path) -> bool:
             axes.plot(row.spread, (place, place), color="black", linewidth=1.2)
         if row.target is not None:
             axes.plot((row.target, row.target), (place - 0.4, place + 0.4), color="black", linestyle=":")
-        axes.text(row.ratio, place + 0.32, f" {row.ratio:.3f}", va="bottom", ha="left", fontsize=8)
+        axes.text(row.ratio, place, f" {_shown(row, row.ratio)}", va="center", ha="left", fontsize=8)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
     axes.axvline(1.0, color="black", linewidth=0.6)
     axes.set_xlabel(
