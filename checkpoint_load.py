@@ -17,6 +17,9 @@ from checkpoint_save import clip_rows, row_chunks
 from run_errors import CheckpointError, PeerError
 from tp_slices import Rectangle, SliceMap
 
+LOAD_CHUNK_BYTES = 4 << 20
+"""Small, for it is what a rank holds beyond its slices."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointView:
@@ -203,7 +206,7 @@ def _read_chunks(
 ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
     """Chunks of a rank's boxes: where in the local tensor they go, and the values read."""
     source = reader.source(name, key)
-    for first, last in row_chunks(source.shape):
+    for first, last in row_chunks(source.shape, LOAD_CHUNK_BYTES):
         for box, low, high in clip_rows(boxes, first, last):
             values = read_rectangle(source, (low, *box.start[1:]), (high - low, *box.size[1:]))
             yield _target(box, low, high), values
@@ -233,7 +236,7 @@ def _serve(
 def _receive_chunks(
     shape: Shape, boxes: Sequence[Rectangle], group: dist.ProcessGroup | None
 ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
-    for first, last in row_chunks(shape):
+    for first, last in row_chunks(shape, LOAD_CHUNK_BYTES):
         for box, low, high in clip_rows(boxes, first, last):
             values = torch.empty((high - low, *box.size[1:]), dtype=torch.float32)
             try:

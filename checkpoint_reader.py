@@ -26,7 +26,7 @@ from run_errors import CheckpointError
 
 Shape = tuple[int, ...]
 
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 4 << 20
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.\x80\x02M\xe9\x03."
 _CARRIER: dict[int, np.dtype] = {width: np.dtype(f"u{width}") for width in (1, 2, 4, 8)}
 

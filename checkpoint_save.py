@@ -226,9 +226,9 @@ def check_finite(chunk: torch.Tensor, entry: TensorEntry) -> None:
         raise CheckpointError(f"{what} holds NaN or infinite values, which are never saved")
 
 
-def row_chunks(shape: Sequence[int], width: int = 4) -> list[tuple[int, int]]:
-    """First and last row of each chunk of a tensor of this shape, about CHUNK_BYTES at ``width`` bytes."""
-    rows = max(1, CHUNK_BYTES // max(1, math.prod(shape[1:]) * width))
+def row_chunks(shape: Sequence[int], chunk_bytes: int | None = None) -> list[tuple[int, int]]:
+    """First and last row of each chunk of a float32 tensor of this shape, about CHUNK_BYTES each."""
+    rows = max(1, (chunk_bytes or CHUNK_BYTES) // max(1, math.prod(shape[1:]) * 4))
     return [(first, min(first + rows, shape[0])) for first in range(0, shape[0], rows)]
 
 
