@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -112,7 +114,7 @@ def read_footer(path: Path, column: str) -> Footer:
         if sum(group_rows) > 0 and nulls == sum(group_rows):
             raise ShardError(f"column {column!r} holds only nulls")
         return Footer(group_rows=group_rows, digest=tail_digest(path))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, SystemError) as error:  # SystemError: a name that is no text
         raise ShardError(one_line(error)) from error
 
 
@@ -146,8 +148,7 @@ def to_texts(array: Any) -> TextBatch:
 def _to_texts_one_by_one(array: Any) -> TextBatch:
     texts: list[str | LongText | None] = []
     replaced = set()
-    for index, value in enumerate(array):
-        buffer = value.as_buffer() if value.is_valid else None
+    for index, buffer in enumerate(_row_buffers(array)):
         if buffer is None:
             texts.append(None)
         elif buffer.size > LONG_BYTES:
@@ -156,12 +157,47 @@ def _to_texts_one_by_one(array: Any) -> TextBatch:
             if not long_text.is_valid():
                 replaced.add(index)
         else:
+            text = buffer.to_pybytes()
             try:
-                texts.append(value.as_py())
+                texts.append(text.decode())
             except UnicodeDecodeError:
                 replaced.add(index)
-                texts.append(buffer.to_pybytes().decode("utf-8", errors="replace"))
+                texts.append(text.decode(errors="replace"))
     return TextBatch(texts, frozenset(replaced))
+
+
+def _row_buffers(array: Any) -> Iterator[Any]:
+    """The bytes of each row, None for null, without a copy (a pyarrow scalar would be one)."""
+    import pyarrow as pa
+
+    if pa.types.is_string_view(array.type):
+        array = array.view(pa.binary_view()).cast(pa.large_binary())
+    wide = array.type in (pa.large_string(), pa.large_binary())
+    _, offsets, content = array.buffers()
+    bounds = np.frombuffer(offsets, np.int64 if wide else np.int32)[array.offset :]
+    for index, is_valid in enumerate(array.is_valid()):
+        start, end = int(bounds[index]), int(bounds[index + 1])
+        yield content.slice(start, end - start) if is_valid.as_py() else None
+
+
+def check_offsets(array: Any) -> None:
+    """Raise ArrowInvalid or ShardError where rows would reach out of their buffers (mapped as they are)."""
+    import pyarrow as pa
+    import pyarrow.compute as compute
+
+    if isinstance(array, pa.DictionaryArray):
+        array.indices.validate(full=True)
+        bounds = compute.min_max(array.indices)
+        low, high = bounds["min"].as_py(), bounds["max"].as_py()
+        if low is not None and not 0 <= low <= high < len(array.dictionary):
+            raise ShardError(f"a dictionary index outside 0 to {len(array.dictionary) - 1}")
+        array = array.dictionary
+    as_bytes = {
+        pa.string(): pa.binary(),
+        pa.large_string(): pa.large_binary(),
+        pa.string_view(): pa.binary_view(),
+    }
+    array.view(as_bytes[array.type]).validate(full=True)  # as bytes: bad UTF-8 is replaced later
 
 
 class ParquetReader:
@@ -225,6 +261,7 @@ class ArrowReader:
         self._path = path
         self._column = column
         self._source = pa.memory_map(str(path), "r")
+        self._size = self._source.size()
         self._is_file = self._source.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
         self._restart()
         check_text_column(self._reader.schema, column)
@@ -275,6 +312,9 @@ class ArrowReader:
 
     def batches(self, group: int) -> Iterator[TextBatch]:
         array = self._batch(group).column(self._column)
+        check_offsets(array)
         batch_rows = rows_per_batch(len(array), array.nbytes)
         for start in range(0, len(array), batch_rows):
+            if self._path.stat().st_size < self._size:  # what is mapped and no longer there kills the process
+                raise ShardError("it was cut while it was read")
             yield to_texts(array.slice(start, batch_rows))

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_formats import Footer, ShardError, read_footer
+from data_formats import Footer, ShardError, read_footer, tail_digest
 from run_errors import DataError
 
 DEFAULT_TEXT_COLUMN = "text"
@@ -51,6 +51,14 @@ class Shard:
     def group_of(self, row: int) -> int:
         """The row group that holds ``row`` (the number of row groups where it lies past the end)."""
         return bisect_right(self.first_rows, row) - 1 if row < self.rows else len(self.group_rows)
+
+
+def is_unchanged(shard: Shard) -> bool:
+    """Whether the file is still the one that was checked; OSError where it cannot be read."""
+    status = shard.path.stat()
+    if (status.st_size, status.st_mtime_ns) == (shard.size, shard.mtime_ns):
+        return True
+    return status.st_size == shard.size and tail_digest(shard.path) == shard.digest  # only touched
 
 
 def natural_key(path: str | Path) -> tuple[Any, ...]:
@@ -141,6 +149,19 @@ def _refuse_bad_shards(shards: Sequence[Shard], column: str, skip_bad_shards: bo
         raise DataError(f"the {len(shards)} shards from {shards[0].path} on hold no row (--data-glob)")
 
 
+def _index_entries(shards: Any) -> dict[str, Any]:
+    """The entries [size, mtime, digest, rows of each row group] by path, {} where they are anything else."""
+    if not isinstance(shards, dict):
+        return {}
+    return {
+        path: entry
+        for path, entry in shards.items()
+        if isinstance(entry, list)
+        and [type(value) for value in entry] == [int, int, str, list]
+        and all(isinstance(rows, int) for rows in entry[3])
+    }
+
+
 class _FooterIndex:
     """Footers remembered between runs; a missing, foreign or broken index is simply rebuilt."""
 
@@ -159,7 +180,7 @@ class _FooterIndex:
                 and content.get("version") == INDEX_VERSION
                 and content.get("column") == column
             ):
-                self._known = content["shards"]
+                self._known = _index_entries(content.get("shards"))
 
     def footer(self, path: Path) -> tuple[int, int, Footer, str]:
         """(size, mtime_ns, footer, fault) of one shard."""

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_formats import ArrowReader, LongText, ParquetReader, ShardError, TextBatch, one_line, open_shard
-from data_shards import Shard
+from data_shards import Shard, is_unchanged
 from data_tokenize import EncoderPool, text_pieces
 from run_errors import DataError
 
@@ -151,7 +151,7 @@ class DocumentReader:
             return
         try:
             reader = open_shard(shard.path, self.text_column)
-            if reader.group_rows != shard.group_rows or shard.path.stat().st_size != shard.size:
+            if reader.group_rows != shard.group_rows or not is_unchanged(shard):
                 raise ShardError("it was rewritten since the run started")
         except (ShardError, pa.ArrowException, OSError) as error:
             self._record(epoch, shard, None, first_row, one_line(error), error)

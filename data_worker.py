@@ -76,7 +76,9 @@ class EncoderProcess:
             _send(self._process.stdin, (texts, last))
             answer = _receive(self._process.stdout)
         except (EOFError, BrokenPipeError, ValueError) as error:  # ValueError: closed by close()
-            code = self._process.poll()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1.0)
+            code = self._process.returncode
             raise DataError(f"a tokenizing process ended (exit status {code}): lower --num-proc") from error
         if isinstance(answer, str):
             raise DataError(f"a tokenizing process failed: {answer}")

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -356,6 +358,82 @@ def test_a_shard_that_goes_bad_in_the_middle(tmp_path: Path, tokenizer: Any, dam
         source.close()
 
 
+def test_a_touched_shard_goes_on_and_a_rewritten_one_of_the_same_size_does_not(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    paths = [write_column(tmp_path / f"{i}.parquet", [f"row {i}{j}" for j in range(9)]) for i in range(2)]
+    options = options_for(tmp_path)
+    source = open_source(options, tokenizer).source
+    os.utime(paths[1], ns=(1, 1))
+    while source.next_step().progress.position.epoch == 0:
+        pass
+    source.close()
+    source, size = open_source(options, tokenizer).source, paths[1].stat().st_size
+    write_column(paths[1], [f"wor {1}{j}" for j in range(9)])
+    assert paths[1].stat().st_size == size
+    with pytest.raises(DataError, match=r"1\.parquet: it was rewritten since the run started"):
+        while source.next_step().progress.position.epoch == 0:
+            pass
+    source.close()
+
+
+@pytest.mark.parametrize("type_", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_a_damaged_arrow_file_is_an_error_and_kills_nothing(
+    tmp_path: Path, type_: pa.DataType, kind: str
+) -> None:
+    """Flipped bits all over an Arrow file, whose buffers are used as they are mapped."""
+    texts = [f"text number {number}, longer than twelve bytes" for number in range(8)]
+    table, path = pa.table({"text": pa.array(texts, type_)}), tmp_path / "a.arrow"
+    with (pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file)(str(path), table.schema) as sink:
+        sink.write_table(table, max_chunksize=4)
+    whole = path.read_bytes()
+    script = READ_DAMAGED.format(root=str(Path(__file__).resolve().parent.parent), path=str(path))
+    for seed in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(seed), str(len(whole))], capture_output=True, text=True
+        )
+        assert done.returncode == 0, (seed, done.stderr[-2000:])
+        assert int(done.stdout) > 20
+        path.write_bytes(whole)
+
+
+READ_DAMAGED = """
+import random, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+import pyarrow as pa
+from data_formats import ShardError, open_shard, read_footer
+
+path, rng, errors = Path({path!r}), random.Random(int(sys.argv[1])), 0
+whole = path.read_bytes()
+for _ in range(200):
+    place = rng.randrange(len(whole))
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << rng.randrange(8))]) + whole[place + 1 :])
+    try:
+        groups = len(read_footer(path, "text").group_rows)
+        with open_shard(path, "text") as reader:
+            for group in range(groups):
+                for _ in reader.batches(group):
+                    pass
+    except (ShardError, pa.ArrowException, OSError):
+        errors += 1
+print(errors)
+"""
+
+
+def test_an_arrow_file_that_is_cut_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    table, path = pa.table({"text": ["some text"] * 5000}), tmp_path / "a.arrow"
+    with pa.ipc.new_file(str(path), table.schema) as sink:
+        sink.write_table(table)
+    with open_shard(path, "text") as reader:
+        batches = reader.batches(0)
+        next(batches)
+        os.truncate(path, 100)
+        with pytest.raises(data_formats.ShardError, match="cut while it was read"):
+            next(batches)
+
+
 def test_bad_shards_from_the_start_keep_their_place(tmp_path: Path, tokenizer: Any) -> None:
     paths = corpus.write_shards(tmp_path, corpus.short_texts(9, 50), shards=3)
     paths[1].write_bytes(b"PAR1")
@@ -475,10 +553,19 @@ def test_footers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert calls[3:] == [paths[1]]
     with pytest.raises(DataError, match="no column 'id2'"):  # another column is another question
         open_corpus(str(tmp_path), "id2", cache_dir=tmp_path / "cache")
-    (tmp_path / "cache" / "shard_index.json").write_text("{broken")
-    assert [s.digest for s in open_corpus(str(tmp_path), cache_dir=tmp_path / "cache")] == [
-        s.digest for s in first
-    ]
+    for broken in [
+        "{broken",
+        "[]",
+        '{"version": 1, "column": "text"}',
+        index_with([1, 2, "x", ["3"]], paths),
+    ]:
+        (tmp_path / "cache" / "shard_index.json").write_text(broken)
+        again = open_corpus(str(tmp_path), cache_dir=tmp_path / "cache")
+        assert [shard.digest for shard in again] == [shard.digest for shard in first]
+
+
+def index_with(entry: list[Any], paths: list[Path]) -> str:
+    return json.dumps({"version": 1, "column": "text", "shards": {str(path): entry for path in paths}})
 
 
 def test_a_resume_reads_nothing_before_its_row_group(
