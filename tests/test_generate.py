@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from model import ArgonneConfig, ArgonneModel
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "vocab_size": 301, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "intermediate_size": 90, "max_position_embeddings": 64,
 }  # fmt: skip
@@ -51,7 +51,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     ids = torch.tensor([tokenizer(PROMPT, add_special_tokens=False)["input_ids"]])
     eos = tokenizer.eos_token_id
     out = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=eos, pad_token_id=eos)
-    return folder, tokenizer.decode(out[0], skip_special_tokens=True)
+    text: str = tokenizer.decode(out[0], skip_special_tokens=True)  # type: ignore[assignment]
+    return folder, text
 
 
 def arguments(folder: Path, source: str) -> list[str]:
