@@ -2,9 +2,9 @@
 
 Llama-like: RMSNorm, rotary embedding, grouped-query attention, SwiGLU, tied or untied head. The file is
 self-contained (torch and transformers only; an export copies it for ``trust_remote_code``) and knows
-nothing of distribution. What tensor parallelism replaces are modules and the small methods ``qkv`` and
-``gate_up``; everything that depends on the sequence length is taken from ``input_ids``, because with
-sequence parallelism the embedding returns a slice of the sequence.
+nothing of distribution. What tensor parallelism replaces are modules and the small methods ``qkv``,
+``gate_up`` and ``down``; everything that depends on the sequence length is taken from ``input_ids``,
+because with sequence parallelism the embedding returns a slice of the sequence.
 
 Precision: the residual stream is in the compute dtype (the autocast dtype, cast once after the embedding);
 norms, softmax, rotation and cross entropy run in float32, or in float64 in a float64 model.
@@ -374,8 +374,12 @@ class ArgonneMLP(nn.Module):
         """The two projections, (batch, seq_len, intermediate_size) each: a block's one entrance."""
         return self.gate_proj(hidden_states), self.up_proj(hidden_states)
 
+    def down(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``silu(gate) * up`` through the last projection: a block's one exit."""
+        return self.down_proj(_SwiGLUFunction.apply(gate, up))
+
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(_SwiGLUFunction.apply(*self.gate_up(hidden_states)))
+        return self.down(*self.gate_up(hidden_states))
 
 
 class ArgonneBlock(nn.Module):

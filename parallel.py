@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from run_errors import ConfigError, DeviceError, PeerError, RunError
+from tp_gated import GatedExit
 from tp_plan import check_degree, degree_fits
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -253,6 +254,10 @@ def recompute_blocks(blocks: Iterable[nn.Module], mode: str) -> None:
     if mode == "selective":
         options["context_fn"] = _selective_contexts
     for block in blocks:
+        for module in block.modules():
+            for method in vars(module).values():
+                if isinstance(method, GatedExit):
+                    method.keep_product = True
         block.forward = _recomputed(block.forward, options)
 
 
@@ -288,7 +293,10 @@ def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], parallel: Parallel
     assert parallel.mesh is not None
     policy = MixedPrecisionPolicy()
     if dtype is not torch.float32:
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        # What enters a block is in the compute dtype already, but for the rotary tables, which stay float32.
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     for block in blocks:
         fully_shard(block, mesh=parallel.mesh["dp"], mp_policy=policy)
     fully_shard(model, mesh=parallel.mesh["dp"], mp_policy=policy)

@@ -54,7 +54,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def _in_compute_dtype(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def in_compute_dtype(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The operands as autocast would hand them to a matrix product (casts are outside our Functions)."""
     dtype = autocast_dtype(first)
     if dtype is None:
@@ -137,7 +137,7 @@ def column_products(
     Returns:
         (batch, seq_len, local_out_features_i) each.
     """
-    operands = _in_compute_dtype(x, *weights, *biases)
+    operands = in_compute_dtype(x, *weights, *biases)
     cast_weights = operands[1 : 1 + len(weights)]
     cast_biases = operands[1 + len(weights) :]
     if group.size == 1:
@@ -322,9 +322,12 @@ class RowParallelLinear(nn.Module):
             x = scatter_to_region(F.pad(x, (0, missing)) if missing else x, self.group)
         if self.group.size == 1:
             return linear(x, self.matrix, self.bias)
-        partial = linear(x, self.matrix)
         # Product and exit are two nodes: recomputation ends once the product's input is back, and spares
         # the collective of a block's last exit.
+        return self.leave(linear(x, self.matrix))
+
+    def leave(self, partial: Tensor) -> Tensor:
+        """Sum this rank's product, which may be overwritten, over the group and add the bias."""
         if self.sequence is not None and self.sequence.enabled:
             y = reduce_scatter_sequence(partial, self.group)
         else:

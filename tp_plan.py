@@ -77,6 +77,8 @@ class TensorParallelPlan:
     head: str
     seams: tuple[Seam, ...] = ()
     """Empty: the entrance is a hook on the attention and MLP modules instead."""
+    gated_exit: Seam | None = None
+    """The method that takes gate and up to the MLP's output, silu(gate) * up through its one member."""
     head_attributes: tuple[tuple[str, str], ...] = ()
     """(attribute of the attention module, quantity) pairs; quantities are those of `local_head_counts`."""
     embedding_splits_sequence: bool = False
@@ -121,6 +123,7 @@ ARGONNE_PLAN = TensorParallelPlan(
         Seam(pattern="blocks.*.attn", method="qkv", members=("q_proj", "k_proj", "v_proj")),
         Seam(pattern="blocks.*.mlp", method="gate_up", members=("gate_proj", "up_proj")),
     ),
+    gated_exit=Seam(pattern="blocks.*.mlp", method="down", members=("down_proj",)),
     head_attributes=(
         ("num_heads", "query_heads"),
         ("num_kv_heads", "key_value_heads"),

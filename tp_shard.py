@@ -32,6 +32,7 @@ from tp_collectives import (
     scatter_to_region,
     split_sequence,
 )
+from tp_gated import GatedExit
 from tp_layers import (
     ColumnGroup,
     ColumnParallelLinear,
@@ -230,7 +231,12 @@ def _rewrite_head_counts(model: nn.Module, plan: TensorParallelPlan, tp_size: in
 def _open_regions(
     model: nn.Module, plan: TensorParallelPlan, group: TPGroup, sequence: SequenceState
 ) -> None:
-    """Put the one entrance of each attention and MLP block in place."""
+    """Put the one entrance of each attention and MLP block in place, and the gated exits."""
+    if plan.gated_exit is not None:
+        for module in _matching(model, plan.gated_exit.pattern):
+            layer = getattr(module, plan.gated_exit.members[0])
+            plain = getattr(module, plan.gated_exit.method)
+            setattr(module, plan.gated_exit.method, GatedExit(layer, plain))
     if group.size == 1:
         return
     for seam in plan.seams:
