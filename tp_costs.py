@@ -181,11 +181,14 @@ def activation_bytes(outline: ModelOutline, tokens: int, tp_size: int, *, sequen
     """16-bit activations kept for the backward pass (Korthikanti et al. 2022, section 4, for this block).
 
     Per token and layer, in elements: the inputs of both norms and what the norms give (4 h); then, divided
-    over the ranks, the outputs of all column layers and the inputs of the row layers. Once for the model: the
-    final norm's input and the head's (2 h). Sequence parallelism divides what is counted in h too.
+    over the ranks, the outputs of all column layers and the inputs of the row layers, but for those that the
+    backward pass makes again (``tp_gated``). Once for the model: the final norm's input and the head's (2 h).
+    Sequence parallelism divides what is counted in h too.
     """
     columns = sum(p.out_features for p in outline.projections if p.style is Style.COLUMN)
-    rows = sum(p.in_features for p in outline.projections if p.style is Style.ROW)
+    remade = () if outline.plan.gated_exit is None else outline.plan.gated_exit.members
+    kept = (p for p in outline.projections if p.style is Style.ROW and p.name not in remade)
+    rows = sum(p.in_features for p in kept)
     width = outline.hidden_size / (tp_size if sequence_parallel else 1)
     per_layer = 4 * width + (columns + rows) / tp_size
     return round(2 * tokens * (outline.num_layers * per_layer + 2 * width))

@@ -141,7 +141,12 @@ def kept(size: int, layers: int, length: int, *, sequence_parallel: bool, **chan
         shard_tensor_parallel(model, group, sequence_parallel=sequence_parallel)
         for model, group in zip(models, groups, strict=True)
     ]
-    return simulate(groups, lambda group: saved_bytes(lambda: loss_of(split[group.rank], tokens), split))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # ranks are threads already
+    try:
+        return simulate(groups, lambda group: saved_bytes(lambda: loss_of(split[group.rank], tokens), split))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def layer_bytes(size: int, length: int, *, sequence_parallel: bool, key_value_heads: int = 4) -> int:
