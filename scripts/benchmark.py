@@ -7,8 +7,8 @@
     python scripts/benchmark.py all             # everything but gpu, and the tables of docs/performance.md
 
 Each prints a table with the ratio and its target, and leaves JSON, a markdown table and a chart in
-``--output-dir``. The variants of a timed comparison take turns in each round, and minima are compared, so that
-the ratios hold on a machine that others use too. Exit code 0: measured (also where a target is missed);
+``--output-dir``. The variants of a timed comparison take turns in each round, and minima are compared, so
+that the ratios hold on a machine that others use too. Exit code 0: measured (also where a target is missed);
 1: could not measure; 2: a wrong flag.
 """
 

@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps for the backward pass, counted exactly: every storage once, parameters left out."""
+"""Bytes that autograd keeps for the backward pass, exactly: every storage once, parameters left out."""
 
 from __future__ import annotations
 

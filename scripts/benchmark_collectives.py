@@ -14,6 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
 
 from model import ArgonneConfig, ArgonneModel
+from parallel import local_gradients
 from tp_costs import ModelOutline, SplitCost, tensor_parallel
 
 RANKS = 2
@@ -27,9 +28,7 @@ def _ours(parallel: Any, sequence_parallel: bool) -> Counts:
     state, tokens = trained.tensor_parallel, SHAPE.tokens().long()
     state.group.counters.reset()
     trained.model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:]).loss.backward()
-    state.sum_partial_gradients(
-        {n: p.grad for n, p in trained.model.named_parameters() if p.grad is not None}
-    )
+    state.sum_partial_gradients(local_gradients(trained.model))
     counters = state.group.counters
     return {kind: (count, counters.bytes[kind]) for kind, count in counters.calls.items() if count}
 
@@ -103,8 +102,8 @@ def run(rounds: int = ROUNDS) -> Report:
         title="Collectives on the tensor-parallel group, one micro-batch, tp 2, counted",
         rows=tuple(rows_of(counted)),
         remarks=(
-            f"Hidden {SHAPE.hidden_size}, {SHAPE.layers} layers, {SHAPE.batch * SHAPE.seq_len} tokens, float32. "
-            "Payload is counted on the unsharded side; DTensor's calls are those its CommDebugMode sees.",
+            f"Hidden {SHAPE.hidden_size}, {SHAPE.layers} layers, {SHAPE.batch * SHAPE.seq_len} tokens, "
+            "float32. Payload is counted on the unsharded side; DTensor's calls are those its CommDebugMode sees.",
             "Outside the group a step adds one all-reduce of four numbers and the hand-out of the tokens.",
         ),
         data=counted,

@@ -105,9 +105,8 @@ def run(rounds: int = ROUNDS) -> Report:
         rows=(*(parameter_row(size) for size in (2, 4, 8)), *rows),
         remarks=(
             "Activations: bytes of the storages autograd keeps, each once, parameters left out, float32, "
-            "hidden 512, 512 tokens; the difference of 4 and 2 layers, so that embedding, head and loss cancel.",
-            "Formula: 4 h tokens whole (or divided with sequence parallelism), and the widths of all products' "
-            "outputs and of the row layers' inputs divided (Korthikanti et al. 2022).",
+            "hidden 512, 512 tokens; the difference of 4 and 2 layers: embedding, head and loss cancel.",
+            "Formula: tp_costs.activation_bytes (Korthikanti et al. 2022, section 4, for this block).",
         ),
         data=data,
     )

@@ -1,4 +1,4 @@
-"""The same model twice: this suite's training step, and transformers' Llama with PyTorch's tensor parallelism.
+"""The same model twice: this suite's step, and transformers' Llama with PyTorch's tensor parallelism.
 
 The peer is written as its documentation advises (torch.distributed.tensor.parallel, torchtitan's plan): one
 input layout per attention and MLP block, so that q/k/v and gate/up share one reduction, vocabulary-parallel
