@@ -37,6 +37,8 @@ class Footer:
 
     group_rows: tuple[int, ...]
     """Rows of each row group."""
+    null_rows: int = 0
+    """Rows without a text by the footer's statistics (0 where there are none)."""
     digest: str
     """Hash of the file's last 64 KiB, which hold a parquet file's row-group offsets and statistics."""
 
@@ -111,9 +113,7 @@ def read_footer(path: Path, column: str) -> Footer:
             raise ShardError("0 bytes")
         with open_shard(path, column) as reader:
             group_rows, nulls = reader.group_rows, reader.null_rows()
-        if sum(group_rows) > 0 and nulls == sum(group_rows):
-            raise ShardError(f"column {column!r} holds only nulls")
-        return Footer(group_rows=group_rows, digest=tail_digest(path))
+        return Footer(group_rows=group_rows, null_rows=nulls, digest=tail_digest(path))
     except (pa.ArrowException, OSError, SystemError) as error:  # SystemError: a name that is no text
         raise ShardError(one_line(error)) from error
 

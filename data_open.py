@@ -84,6 +84,9 @@ def open_source(
         cache_dir=options.cache_dir,
     )
     notices = [f"skipping the bad shard {shard.path}: {shard.fault}" for shard in shards if shard.fault]
+    empty = [shard.name for shard in shards if 0 < shard.rows == shard.null_rows]
+    if empty:
+        notices.append(f"without any text in {options.column!r} (--text-column): {', '.join(empty)}")
     identity = source_identity(options, tokenizer)
     progress = DataProgress(position=_start(shards, options))
     if saved_state is not None:

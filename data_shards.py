@@ -21,7 +21,7 @@ from run_errors import DataError
 
 DEFAULT_TEXT_COLUMN = "text"
 FOOTER_THREADS = 16
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 SHARD_SUFFIXES = (".parquet", ".arrow")
 
 
@@ -36,6 +36,8 @@ class Shard:
     mtime_ns: int
     digest: str
     group_rows: tuple[int, ...]
+    null_rows: int = 0
+    """Rows without a text by the footer's statistics (0 where there are none)."""
     fault: str = ""
     """Why a bad shard is skipped (then it counts as a shard without rows)."""
 
@@ -123,6 +125,7 @@ def open_corpus(
             mtime_ns=mtime_ns,
             digest=footer.digest,
             group_rows=footer.group_rows,
+            null_rows=footer.null_rows,
             fault=fault,
         )
         for path, name, (size, mtime_ns, footer, fault) in zip(
@@ -150,14 +153,14 @@ def _refuse_bad_shards(shards: Sequence[Shard], column: str, skip_bad_shards: bo
 
 
 def _index_entries(shards: Any) -> dict[str, Any]:
-    """The entries [size, mtime, digest, rows of each row group] by path, {} where they are anything else."""
+    """Entries [size, mtime, digest, rows of each row group, null rows] by path, without all that are none."""
     if not isinstance(shards, dict):
         return {}
     return {
         path: entry
         for path, entry in shards.items()
         if isinstance(entry, list)
-        and [type(value) for value in entry] == [int, int, str, list]
+        and [type(value) for value in entry] == [int, int, str, list, int]
         and all(isinstance(rows, int) for rows in entry[3])
     }
 
@@ -192,12 +195,14 @@ class _FooterIndex:
         known = self._known.get(key)
         if known is not None and known[:2] == [status.st_size, status.st_mtime_ns]:
             self._entries[key] = known
-            return status.st_size, status.st_mtime_ns, Footer(group_rows=tuple(known[3]), digest=known[2]), ""
+            footer = Footer(digest=known[2], group_rows=tuple(known[3]), null_rows=known[4])
+            return status.st_size, status.st_mtime_ns, footer, ""
         try:
             footer = read_footer(path, self._column)
         except ShardError as error:
             return status.st_size, status.st_mtime_ns, Footer(group_rows=(), digest=""), str(error)
-        self._entries[key] = [status.st_size, status.st_mtime_ns, footer.digest, list(footer.group_rows)]
+        kept = [footer.digest, list(footer.group_rows), footer.null_rows]
+        self._entries[key] = [status.st_size, status.st_mtime_ns, *kept]
         return status.st_size, status.st_mtime_ns, footer, ""
 
     def save(self) -> None:

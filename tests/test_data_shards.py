@@ -101,13 +101,12 @@ def test_every_bad_shard_is_named_at_once(tmp_path: Path) -> None:
     write_column(tmp_path / "s_4.parquet", ["body"], name="content")
     write_column(tmp_path / "s_5.parquet", [1, 2])
     write_column(tmp_path / "s_6.parquet", [["a"], ["b"]])
-    write_column(tmp_path / "s_7.parquet", [None, None], pa.string())
-    write_column(tmp_path / "s_8.parquet", [None], pa.null())
-    write_column(tmp_path / "s_9.parquet", [b"bytes"])
+    write_column(tmp_path / "s_7.parquet", [None], pa.null())
+    write_column(tmp_path / "s_8.parquet", [b"bytes"])
     with pytest.raises(DataError) as caught:
         open_corpus(f"{tmp_path}/*.parquet")
     message = str(caught.value)
-    assert "\n" not in message and "9 of 10 shards" in message and "s_0.parquet" not in message
+    assert "\n" not in message and "8 of 9 shards" in message and "s_0.parquet" not in message
     for part in [
         "s_1.parquet: 0 bytes",
         "s_2.parquet: ",
@@ -116,13 +115,26 @@ def test_every_bad_shard_is_named_at_once(tmp_path: Path) -> None:
         "s_5.parquet: column 'text' is int64",
         "s_6.parquet: column 'text' is list<",
         "s_7.parquet: column 'text' holds only nulls",
-        "s_8.parquet: column 'text' holds only nulls",
-        "s_9.parquet: column 'text' is binary",
+        "s_8.parquet: column 'text' is binary",
         "--skip-bad-shards",
     ]:
         assert part in message, part
     shards = open_corpus(f"{tmp_path}/*.parquet", skip_bad_shards=True)
-    assert [bool(shard.fault) for shard in shards] == [False] + [True] * 9
+    assert [bool(shard.fault) for shard in shards] == [False] + [True] * 8
+
+
+def test_a_shard_of_nulls_is_passed_over_with_a_warning(tmp_path: Path, tokenizer: Any) -> None:
+    write_column(tmp_path / "a.parquet", ["some text"] * 5)
+    write_column(tmp_path / "b.parquet", [None, None], pa.string())
+    options = options_for(tmp_path, cache_dir=tmp_path / "cache")
+    for _ in range(2):  # from the footers, then from the index
+        source = open_source(options, tokenizer)
+        assert source.notices == ("without any text in 'text' (--text-column): b.parquet",)
+        step = source.source.next_step()
+        while step.progress.position.epoch == 0:
+            step = source.source.next_step()
+        source.source.close()
+        assert step.progress.counts.null_rows == 2 and step.progress.skipped == ()
 
 
 def test_a_missing_column_names_the_flag(tmp_path: Path) -> None:
@@ -565,7 +577,7 @@ def test_footers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def index_with(entry: list[Any], paths: list[Path]) -> str:
-    return json.dumps({"version": 1, "column": "text", "shards": {str(path): entry for path in paths}})
+    return json.dumps({"version": 2, "column": "text", "shards": {str(path): entry for path in paths}})
 
 
 def test_a_resume_reads_nothing_before_its_row_group(
