@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from run_errors import ConfigError
 from tp_costs import SplitCost, all_splits, readable_bytes
-from tp_plan import HeadCounts, Style, TensorParallelPlan, build_slice_map, plan_for
+from tp_plan import HeadCounts, Style, TensorParallelPlan, build_slice_map, plan_for, stores_transposed
 from tp_slices import SliceMap
 
 
@@ -24,6 +25,8 @@ class Weight:
     local_shape: tuple[int, ...]
     dimension: int
     """The dimension that is cut, of the weight as it is stored."""
+    is_copied: bool
+    """Whether several ranks hold the same key/value heads."""
 
     @property
     def cut_of(self) -> str:
@@ -32,7 +35,8 @@ class Weight:
 
     @property
     def is_padded(self) -> bool:
-        return self.shape[self.dimension] % self.local_shape[self.dimension] != 0
+        """Whether the last ranks' slices are filled up with zeros."""
+        return not self.is_copied and self.shape[self.dimension] % self.local_shape[self.dimension] != 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,25 @@ class Layout:
         """What a block's entrance does forward and backward."""
         if self.tp_size == 1:
             return "identity", "identity"
-        return ("all-gather", "reduce-scatter") if self.sequence_parallel else ("identity", "all-reduce")
+        if not self.sequence_parallel:
+            return "identity", "all-reduce"
+        return "all-gather", "reduce-scatter, re-gather" if self.plan.seams else "reduce-scatter"
+
+    @property
+    def head_entrance(self) -> tuple[str, str]:
+        """What happens before the head, which always gathers its input again under sequence parallelism."""
+        if self.tp_size > 1 and self.sequence_parallel:
+            return "all-gather", "reduce-scatter, re-gather"
+        return self.entrance
+
+    @property
+    def block_traffic(self) -> tuple[str, str]:
+        """Collectives of one block, forward and backward."""
+        if self.tp_size == 1:
+            return "nothing", "nothing"
+        if not self.sequence_parallel:
+            return "2 all-reduces", "2 all-reduces"
+        return "2 gathers, 2 scatters", f"{4 if self.plan.seams else 2} gathers, 2 scatters"
 
     @property
     def exit(self) -> tuple[str, str]:
@@ -125,7 +147,7 @@ def _weights(model: nn.Module, plan: TensorParallelPlan, slice_map: SliceMap) ->
             continue
         cut = slice_map.cut(name)
         column = rule.style is not Style.ROW
-        transposed = type(model.get_submodule(module_name)).__name__ == "Conv1D"
+        transposed = stores_transposed(model.get_submodule(module_name))
         weights.append(
             Weight(
                 name=name,
@@ -134,6 +156,7 @@ def _weights(model: nn.Module, plan: TensorParallelPlan, slice_map: SliceMap) ->
                 shape=slice_map.shape(name),
                 local_shape=slice_map.tp_local_shape(name, 0),
                 dimension=cut.dimension if cut else int(column == transposed),
+                is_copied=cut is not None and cut.sharers > 1,
             )
         )
     return weights
@@ -151,6 +174,8 @@ def lay_out(
 ) -> Layout:
     """Work out the layout of a model (meta tensors). Raises ConfigError where the degree does not fit."""
     plan = plan_for(model)
+    if sequence_parallel and not plan.sequence_parallel:
+        raise ConfigError(f"--sp does not work with {type(model).__name__}; leave it out")
     slice_map = build_slice_map(model, plan, tp_size)
     weights = _weights(model, plan, slice_map)
     block = [weight for weight in weights if weight.name.startswith(f"{plan.first_block}.")]

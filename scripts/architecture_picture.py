@@ -14,7 +14,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from tp_costs import calls, readable_bytes
 
-_WIDTH, _HEIGHT = 170.0, 125.5
+_WIDTH, _HEIGHT = 170.0, 128.5
 """Units of a tenth of an inch."""
 _INK, _FAINT, _PAPER = "#1f2430", "#6b7280", "#ffffff"
 _WHOLE, _LOCAL, _EDGE = "#eef0f3", "#fff7e0", "#9aa1ac"
@@ -107,19 +107,22 @@ def _stack(canvas: Canvas, layout: Layout, x: float, top: float, width: float) -
     canvas.text(x, top, "The stack", 12, align="left", bold=True)
     if layout.tp_size > 1:
         words = "collectives: forward / backward"
-        canvas.text(x + width, top, words, 8, align="right", color=_COLLECTIVE)
+        canvas.text(x + width, top, words, 8.5, align="right", color=_COLLECTIVE)
     local = layout.embedding.local_shape[0]
     head = "the embedding's slice" if layout.tied else f"{local:,} rows a rank"
     norm = "whole; own positions" if layout.sequence_parallel else "whole on every rank"
-    blocks = [("block 0", "shown on the right"), ("...", ""), (f"block {layout.num_layers - 1}", "")]
+    forward, backward = layout.block_traffic
+    each = "" if layout.tp_size == 1 else f"each block: {forward} / {backward}"
+    blocks = [("block 0", "shown on the right"), ("...", each), (f"block {layout.num_layers - 1}", "")]
     if layout.num_layers < 3:
-        blocks = [(f"block {index}", "") for index in range(layout.num_layers)]
+        blocks = [("block 0", "shown on the right"), ("block 1", each)][: layout.num_layers]
+    padded = ", padded" if layout.embedding.is_padded else ""
     steps: list[tuple[str, str, str, str]] = [
         ("tokens", "the same on every rank", _PAPER, ""),
-        (layout.embedding.short, f"{local:,} of {layout.vocab_size:,} rows a rank", _LOCAL,
+        (layout.embedding.short, f"{local:,} of {layout.vocab_size:,} rows a rank{padded}", _LOCAL,
          _collective(layout.embedding_exit)),
         *((name, remark, _LOCAL, "") for name, remark in blocks),
-        (layout.final_norm.rpartition(".")[2], norm, _WHOLE, _collective(layout.entrance)),
+        (layout.final_norm.rpartition(".")[2], norm, _WHOLE, _collective(layout.head_entrance)),
         (layout.plan.head, head, _LOCAL, ""),
         ("loss", "on vocabulary slices", _LOCAL, ""),
     ]  # fmt: skip
@@ -130,7 +133,8 @@ def _stack(canvas: Canvas, layout: Layout, x: float, top: float, width: float) -
         middle = y + height / 2
         canvas.text(x + width / 2, middle + (1.1 * bool(remark)), name, 10, width=width - 2)
         if remark:
-            canvas.text(x + width / 2, middle - 1.3, remark, 7.5, width=width - 2, color=_FAINT)
+            color = _COLLECTIVE if remark == each else _FAINT
+            canvas.text(x + width / 2, middle - 1.3, remark, 8.5, width=width - 2, color=color)
         if index < len(steps) - 1:
             canvas.arrow((x + width / 2, y), (x + width / 2, y - gap))
             if after:
@@ -138,7 +142,7 @@ def _stack(canvas: Canvas, layout: Layout, x: float, top: float, width: float) -
                     x + width / 2 + 1,
                     y - gap / 2,
                     after,
-                    7.5,
+                    8.5,
                     align="left",
                     color=_COLLECTIVE,
                     width=width / 2 + 1,
@@ -146,7 +150,7 @@ def _stack(canvas: Canvas, layout: Layout, x: float, top: float, width: float) -
         y -= height + gap
     if layout.tp_size > 1:
         canvas.text(
-            x + width / 2, y + gap + 1, "2 small all-reduces, logits never gathered", 7.5,
+            x + width / 2, y + gap + 1, "2 small all-reduces, logits never gathered", 8.5,
             width=width + 2, color=_COLLECTIVE,
         )  # fmt: skip
 
@@ -177,10 +181,10 @@ def _weight(canvas: Canvas, layout: Layout, weight: Weight, x: float, y: float, 
     canvas.frame(x, y, width, height)
     shape = " x ".join(map(str, weight.shape))
     local = " x ".join(map(str, weight.local_shape))
-    padded = ", padded" if weight.is_padded else ""
+    kept = ", padded" if weight.is_padded else ", copies" if weight.is_copied else ""
     canvas.text(x + width / 2, y + height + 3.1, weight.short, 9.5, bold=True, width=width + 3)
-    canvas.text(x + width / 2, y + height + 1.2, shape, 7.5, width=width + 3, color=_FAINT)
-    canvas.text(x + width / 2, y - 1.5, f"{local} a rank{padded}", 7.5, width=width + 3)
+    canvas.text(x + width / 2, y + height + 1.2, shape, 8.5, width=width + 3, color=_FAINT)
+    canvas.text(x + width / 2, y - 1.5, f"{local} a rank{kept}", 8.5, width=width + 3.2)
 
 
 def _gate(canvas: Canvas, name: str, pair: tuple[str, str], x: float, y: float, width: float) -> None:
@@ -204,7 +208,7 @@ def _half(canvas: Canvas, layout: Layout, half: Half, x: float, top: float, widt
     left, flow, inner = x + 1, x + 5, width - 5
     middle = flow + inner / 2
     canvas.text(
-        x + 0.2, top - 3.4, f"residual stream {layout.stream} on a rank", 8, align="left", color=_FAINT
+        x + 0.2, top - 3.4, f"residual stream {layout.stream} on a rank", 8.5, align="left", color=_FAINT
     )
     y = top - 6
     start = y
@@ -213,7 +217,7 @@ def _half(canvas: Canvas, layout: Layout, half: Half, x: float, top: float, widt
     y -= 6.6
     canvas.box(middle - 14, y, 28, 4.4, _WHOLE)
     norm = "a slice of the positions" if layout.sequence_parallel and layout.tp_size > 1 else "all positions"
-    canvas.text(middle, y + 2.2, f"{half.norm}: whole weight, {norm}", 8.5, width=27)
+    canvas.text(middle, y + 2.2, f"{half.norm}: whole weight, {norm}", 8.5, width=27.4)
     canvas.arrow((middle, y), (middle, y - 2.2))
     y -= 6.4
     _gate(canvas, "entrance", layout.entrance, flow, y, inner)
@@ -279,11 +283,14 @@ def _table(canvas: Canvas, layout: Layout, x: float, top: float) -> None:
     note = (
         "states: fp32 weight, gradient and Adam, 16 bytes a parameter; activations: 16 bit, none recomputed"
     )
-    canvas.text(x, y - 3, note, 8, align="left", color=_FAINT)
-    replicas = layout.replicas()
-    if replicas is not None:
-        for line, words in enumerate(textwrap.wrap(replicas, 150)):
-            canvas.text(x, y - 5.8 - 2.3 * line, words, 9, align="left")
+    canvas.text(x, y - 3, note, 8.5, align="left", color=_FAINT)
+    _replicas(canvas, layout, x, y - 5.8)
+
+
+def _replicas(canvas: Canvas, layout: Layout, x: float, y: float) -> None:
+    """What data parallelism adds."""
+    for line, words in enumerate(textwrap.wrap(layout.replicas() or "", 170)):
+        canvas.text(x, y - 2.3 * line, words, 9, align="left")
 
 
 def _legend(canvas: Canvas, layout: Layout, right: float, y: float) -> None:
@@ -300,13 +307,22 @@ def _legend(canvas: Canvas, layout: Layout, right: float, y: float) -> None:
 def draw(layout: Layout, path: Path) -> None:
     """Write the picture; the suffix, .svg or .png, decides the format."""
     matplotlib.rcParams["svg.fonttype"] = "path"
+    paint(layout).figure.savefig(path, dpi=130, facecolor=_PAPER)
+
+
+def paint(layout: Layout) -> Canvas:
+    """The whole picture."""
     canvas = Canvas()
-    canvas.text(5, _HEIGHT - 4.5, layout.title, 17, align="left", bold=True, width=118)
+    canvas.text(5, _HEIGHT - 4.5, layout.title, 17, align="left", bold=True, width=100)
     canvas.text(5, _HEIGHT - 8, layout.subtitle, 10, align="left", color=_FAINT, width=_WIDTH - 10)
     _legend(canvas, layout, _WIDTH - 5, _HEIGHT - 4.5)
     top = _HEIGHT - 13
     _stack(canvas, layout, 5, top, 34)
     _half(canvas, layout, layout.halves[0], 50, top, 56)
     _half(canvas, layout, layout.halves[1], 112, top, 53)
-    _table(canvas, layout, 5, 28)
-    canvas.figure.savefig(path, dpi=130, facecolor=_PAPER)
+    if layout.tp_size > 1:
+        _table(canvas, layout, 5, 28)
+    else:
+        canvas.text(5, 28, "One rank holds the whole model: nothing is divided", 12, align="left", bold=True)
+        _replicas(canvas, layout, 5, 25)
+    return canvas

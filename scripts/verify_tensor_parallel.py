@@ -110,7 +110,11 @@ def measure_processes(
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = (size, folder, source, seed, ids, sequence_parallel)
-        multiprocessing.spawn(_rank_main, args=arguments, nprocs=size)
+        try:
+            multiprocessing.spawn(_rank_main, args=arguments, nprocs=size)
+        except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+            last = str(error).strip().splitlines()[-1]
+            raise RunError(f"--processes: rank {error.error_index} failed ({last}); try without") from error
         results: dict[str, list[Measured]] = {}
         for name in TOLERANCES:
             kept = [torch.load(Path(folder) / f"{name}_{rank}.pt", weights_only=True) for rank in range(size)]
@@ -377,7 +381,10 @@ def compare_both(simulated: dict[str, list[Measured]], real: dict[str, list[Meas
             for key in here.gradients
         ]
         worst = max(compared, key=lambda one: one.relative)
-        counts = all(here.step == there.step for here, there in zip(simulated[name], real[name], strict=True))
+        counts = all(
+            (here.forward, here.step) == (there.forward, there.step)
+            for here, there in zip(simulated[name], real[name], strict=True)
+        )
         print(
             f"  {name}: max diff {max(one.maximum for one in compared):.2e}, relative {worst.relative:.2e}; ",
             end="",

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from script_parser import OneLineParser
+
 from run_errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from architecture_layout import Half, Layout, Weight
 
-_WIDTH = 66
-"""Where the remarks beside the flow begin."""
 _RANKS_LISTED = 12
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Show a model as it lies on the ranks, as text and picture.")
+    parser = OneLineParser("Show a model as it lies on the ranks, as text and picture.")
     add = parser.add_argument
     add(
         "--model",
@@ -72,79 +72,72 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Text
+# Text, at most 80 columns wide
 
 
 def stack_lines(layout: Layout) -> list[str]:
     """The whole model in short, with its collectives."""
-    local = layout.embedding.local_shape[0]
+    local = f"{layout.embedding.local_shape[0]:,}"
+    whole = "whole, own positions" if _divides_positions(layout) else "whole on every rank"
+    loss = ("2 small all-reduces", "nothing") if layout.tp_size > 1 else ("nothing", "nothing")
     rows = [
-        ("tokens", "(batch, seq_len), the same on every rank", ("", "")),
-        ("embedding", f"{local:,} of {layout.vocab_size:,} vocabulary rows a rank", layout.embedding_exit),
+        ("", "", ("forward", "backward")),
+        ("tokens", "the same on every rank", ("", "")),
+        ("embedding", f"{local} of {layout.vocab_size:,} rows each", layout.embedding_exit),
+        (f"{layout.num_layers} blocks", "one is shown below; each", layout.block_traffic),
+        ("final norm", whole, ("", "")),
+        ("head", "the embedding's slice" if layout.tied else f"{local} rows each", layout.head_entrance),
+        ("loss", "on slices, nothing gathered", loss),
     ]
-    rows += [
-        (f"{layout.num_layers} blocks", "one is shown below", _both(layout)),
-        ("final norm", "whole on every rank" + _positions(layout), ("", "")),
-        (
-            "head",
-            "the embedding's slice" if layout.tied else f"{local:,} vocabulary rows a rank",
-            layout.entrance,
-        ),
-        ("loss", "on vocabulary slices: logits are never gathered", _loss(layout)),
-    ]
-    lines = [f"{'The stack':14}{'':{_WIDTH - 14}}{'forward':24}backward"]
+    lines = []
     for index, (name, where, (forward, backward)) in enumerate(rows):
-        arrow = "  " if index == 0 else "v "
-        lines.append(f"  {arrow}{name:12}{where:{_WIDTH - 16}}{forward:24}{backward}".rstrip())
-    return lines
+        arrow = "v" if index > 1 else " "
+        last, *more = textwrap.wrap(backward, 16, break_on_hyphens=False) or [""]
+        lines.append(f"{arrow} {name:11}{where:28}{forward:22} {last}".rstrip())
+        lines += [f"{'':64}{rest}" for rest in more]
+    return ["The stack" + lines[0][9:], *lines[1:]]
 
 
-def _both(layout: Layout) -> tuple[str, str]:
-    """Collectives of one block, forward and backward."""
-    if layout.tp_size == 1:
-        return "nothing", "nothing"
-    per_half = "2 gathers, 2 scatters" if layout.sequence_parallel else "2 x all-reduce"
-    return f"each {per_half}", f"each {per_half}"
-
-
-def _loss(layout: Layout) -> tuple[str, str]:
-    return ("2 small all-reduces", "nothing") if layout.tp_size > 1 else ("nothing", "nothing")
-
-
-def _positions(layout: Layout) -> str:
-    return ", on its own positions" if layout.sequence_parallel and layout.tp_size > 1 else ""
+def _divides_positions(layout: Layout) -> bool:
+    return layout.sequence_parallel and layout.tp_size > 1
 
 
 def half_lines(layout: Layout, half: Half) -> list[str]:
     """One half of a block as a flow from top to bottom."""
 
     def names(weights: Sequence[Weight]) -> str:
-        return "   ".join(weight.short for weight in weights)
+        return "  ".join(weight.short for weight in weights)
 
     def shapes(weights: Sequence[Weight]) -> str:
-        return ", ".join(str(weight.local_shape) for weight in weights)
+        return " ".join(f"({weight.local_shape[0]},{weight.local_shape[1]})" for weight in weights)
 
+    entrance, leaving = layout.entrance, layout.exit
+    between, _, rest = half.between.partition(":")
+    what, _, counts = between.partition(" on ")
     steps = [
-        (half.norm, f"whole on every rank{_positions(layout)}"),
-        ("[ entrance ]", f"forward: {layout.entrance[0]}; backward: {layout.entrance[1]}"),
-        (names(half.columns), f"column: {shapes(half.columns)} a rank"),
-        (half.between.split(":")[0], "no communication"),
-        (names(half.rows), f"row: {shapes(half.rows)} a rank, partial sums"),
-        ("[ exit ]", f"forward: {layout.exit[0]}; backward: {layout.exit[1]}"),
+        (half.norm, "whole on every rank" + (", own positions" if _divides_positions(layout) else "")),
+        ("[ entrance ]", f"forward {entrance[0]}, backward {entrance[1]}"),
+        (names(half.columns), f"column: {shapes(half.columns)} each"),
+        (what, f"{counts or rest.strip() or 'elementwise'}, nothing sent"),
+        (names(half.rows), f"row: {shapes(half.rows)} each, partial sums"),
+        ("[ exit ]", f"forward {leaving[0]}, backward {leaving[1]}"),
     ]
-    lines = ["  |", "  +------------------------."]
+    lines = ["  |", "  +---------------."]
     for name, remark in steps:
-        lines.append(f"  |{name:^49}{'':{_WIDTH - 52}}{remark}".rstrip())
-        lines.append(f"  |{'|':^49}".rstrip())
-    lines[-1] = "  (+) <--------------------'"
+        first, *more = textwrap.wrap(remark, 46, break_on_hyphens=False)
+        lines.append(f"  |{name:^29} {first}")
+        lines += [f"  |{'|':^29} {rest}" for rest in more] or [f"  |{'|':^29}".rstrip()]
+    if not lines[-1].endswith("|"):
+        lines.append(f"  |{'|':^29}".rstrip())
+    lines[-1] = "  (+)<------------'"
     return lines
 
 
-def slice_lines(layout: Layout) -> list[str]:
-    """Which part of each weight of a block every rank holds."""
+def slice_lines(layout: Layout, half: Half) -> list[str]:
+    """Which part of each weight of one half of a block every rank holds."""
     from architecture_layout import holders
 
-    weights = [weight for half in layout.halves for weight in (*half.columns, *half.rows)]
+    weights = (*half.columns, *half.rows)
     columns = []
     for weight in weights:
         held: dict[int, list[str]] = {rank: [] for rank in range(layout.tp_size)}
@@ -155,10 +148,9 @@ def slice_lines(layout: Layout) -> list[str]:
         columns.append(cells + ["+".join(held[rank]) or "padding" for rank in range(layout.tp_size)])
     labels = ["", "cut by", "unsharded", "on a rank"] + [f"rank {rank}" for rank in range(layout.tp_size)]
     widths = [max(map(len, column)) + 2 for column in columns]
-    order = "in x out" if weights[0].dimension == 1 else "out x in"
-    lines = [
-        f"Slices of one block's weights (stored as {order}; a column layer's bias goes with its outputs)"
-    ]
+    order = "inputs x outputs" if weights[0].dimension == 1 else "outputs x inputs"
+    lines = [f"Slices of the {half.title}'s weights ({order}; a column layer's bias goes with its outputs)"]
+    lines = textwrap.wrap(lines[0], 80)
     shown = list(range(len(labels)))
     if layout.tp_size > _RANKS_LISTED:
         shown = [*range(4 + 4), len(labels) - 1]
@@ -169,6 +161,8 @@ def slice_lines(layout: Layout) -> list[str]:
         lines.append(f"  {labels[row]:10}" + "".join(cells))
     if any("*" in cell for column in columns for cell in column):
         lines.append("  * a copy of key/value heads that another rank owns; their gradients are summed")
+    if any(weight.is_padded for weight in weights):
+        lines.append("  slices are of equal size; the last ones are filled up with zeros")
     return lines
 
 
@@ -180,33 +174,38 @@ def cost_lines(layout: Layout) -> list[str]:
     """Tensor, pipeline and data parallelism of this model on as many ranks."""
     from tp_costs import calls, readable_bytes
 
+    replicas = textwrap.wrap(layout.replicas() or "", 78, initial_indent="  ", subsequent_indent="  ")
+    if layout.tp_size == 1:
+        return ["One rank holds the whole model: nothing is divided", *replicas]
     batch = f"{layout.batch[0]} x {layout.batch[1]} tokens"
-    head = f"{'weights':>16}{'states':>10}{'activations':>13}{'sent':>10}{'collectives':>13}   waits for"
-    lines = [
-        f"Ways to put this model on {layout.tp_size} ranks: per rank, a step of {batch}",
-        f"  {'':28}{head}",
-    ]
+    head = f"{'weights':>13}{'states':>10}{'activations':>12}{'sent':>9}{'calls':>6}"
+    lines = [f"Ways to put this model on {layout.tp_size} ranks: each rank, a step of {batch}"]
+    lines.append(f"  {'':27}{head}")
     for split in layout.splits:
         lines.append(
-            f"  {split.name:28}{split.parameters_per_rank:>16,}{readable_bytes(split.state_bytes):>10}"
-            f"{readable_bytes(split.activation_bytes):>13}{readable_bytes(split.sent_bytes):>10}"
-            f"{calls(split.step):>13}   {split.waits}"
+            f"  {split.name:27}{split.parameters_per_rank:>13,}{readable_bytes(split.state_bytes):>10}"
+            f"{readable_bytes(split.activation_bytes):>12}{readable_bytes(split.sent_bytes):>9}"
+            f"{calls(split.step):>6}"
         )
-    lines.append(
-        "  states: fp32 weight, gradient, Adam (16 bytes a parameter); activations: 16 bit, none recomputed"
-    )
-    replicas = layout.replicas()
-    return lines if replicas is None else [*lines, *(f"  {line}" for line in textwrap.wrap(replicas, 108))]
+    lines.append("  and the ranks wait for")
+    lines += [f"  {split.name:27} {split.waits}" for split in layout.splits]
+    lines.append("  states: fp32 weight, gradient and Adam (16 bytes a parameter); activations:")
+    lines.append("  16 bit, none recomputed; calls: collectives, or a pipeline's sends")
+    return [*lines, *replicas]
 
 
 def text(layout: Layout) -> str:
     """Everything for a terminal."""
-    lines = [layout.title, f"  {layout.subtitle}", "", *stack_lines(layout), ""]
+    lines = textwrap.wrap(layout.title, 80)
+    lines += textwrap.wrap(layout.subtitle, 78, initial_indent="  ", subsequent_indent="  ")
+    lines += ["", *stack_lines(layout), ""]
     lines += [f"One block; residual stream {layout.stream} on a rank"]
     for half in layout.halves:
         lines += half_lines(layout, half)
-    lines += ["  |", "  v", "", *slice_lines(layout), "", *cost_lines(layout)]
-    return "\n".join(lines)
+    lines += ["  |", "  v"]
+    for half in layout.halves:
+        lines += ["", *slice_lines(layout, half)]
+    return "\n".join([*lines, "", *cost_lines(layout)])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -246,8 +245,13 @@ def show(options: argparse.Namespace) -> None:
         raise ConfigError(f"--output needs matplotlib ({error}): pip install matplotlib") from error
     for output in options.output:
         path = Path(output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw(layout, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw(layout, path)
+        except OSError as error:
+            raise RunError(
+                f"--output {path} cannot be written ({error.strerror}): give another name"
+            ) from error
         print(f"\nwrote {path}")
 
 

@@ -102,7 +102,7 @@ def test_the_naive_split_is_counted_as_by_formula(size: int) -> None:
 def test_activations_are_what_autograd_keeps(size: int, sequence_parallel: bool) -> None:
     settings = {**PRESETS["argonne-tiny"], "vocab_size": 64, "hidden_size": 512, "intermediate_size": 1408}
     model = ArgonneModel(ArgonneConfig(**settings))
-    model.to(torch.bfloat16)  # type: ignore[call-arg]
+    model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
     tokens = random_tokens(64, batch=2, length=65)
     groups = SimulatedTPGroup.create(size)
     models = [
