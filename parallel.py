@@ -51,6 +51,8 @@ class Environment:
     """host:port of the rendezvous."""
     run_id: str | None
     """torchrun's run id; None without torchrun."""
+    attempt: int = 0
+    """How often torchrun has started the workers again."""
 
     @classmethod
     def read(cls, local_rank_flag: int | None = None) -> Environment:
@@ -74,6 +76,7 @@ class Environment:
             local_world_size=int(local_world_size) if local_world_size else 1 if world_size == 1 else None,
             master=f"{environ.get('MASTER_ADDR', 'localhost')}:{environ.get('MASTER_PORT', '29500')}",
             run_id=environ.get("TORCHELASTIC_RUN_ID"),
+            attempt=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
         )
 
 
@@ -162,8 +165,13 @@ def connect(environment: Environment, device: torch.device, *, timeout: timedelt
 def _init_process_group(environment: Environment, device: torch.device, timeout: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
+        # torchrun's store outlives a restart, with the addresses of the processes before: an attempt that
+        # read those would find nobody there, so each has keys of its own.
+        rendezvous = dist.distributed_c10d.rendezvous
+        shared, _, _ = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
         dist.init_process_group(
             backend,
+            store=dist.PrefixStore(f"attempt_{environment.attempt}", shared),
             rank=environment.rank,
             world_size=environment.world_size,
             timeout=timeout,

@@ -208,7 +208,7 @@ class RunControl:
         note = Note(state="failed", text=str(error), final=is_final(error))
         speaks = not isinstance(error, _ToldError) and self._speaks_for(error, note)
         if speaks and self.status is None:
-            mark_failed(self.output_dir, self.launch, str(error))
+            mark_failed(self.output_dir, self.launch, str(error), self.progress.step)
         self._end(note)
         return error.exit_code, f"error: {error}" if speaks else None
 
@@ -398,7 +398,7 @@ class RunControl:
         self._dump_stacks()
         self.peers.kill(verdict.ranks if verdict.silent else ())
         if speaks and 0 in verdict.ranks:
-            mark_failed(self.output_dir, self.launch, verdict.text)
+            mark_failed(self.output_dir, self.launch, verdict.text, self.progress.step)
         line = f"error: {verdict.text}" if speaks else None
         self._leave(EXIT_FAILURE, line, Note(state="failed", text=verdict.text))
 
@@ -411,7 +411,7 @@ class RunControl:
         note = Note(state="failed", text=str(error))
         speaks = self._speaks_for(error, note)
         if speaks and self.status is None:
-            mark_failed(self.output_dir, self.launch, str(error))
+            mark_failed(self.output_dir, self.launch, str(error), self.progress.step)
         self._leave(error.exit_code, f"error: {error}" if speaks else None, note)
 
     def _leave(self, code: int, line: str | None, note: Note) -> NoReturn:

@@ -172,14 +172,18 @@ class RunStatus:
             self._warn(f"{self._path} cannot be written ({error.strerror}): the run goes on without it")
 
 
-def mark_failed(output_dir: Path, launch: Launch, reason: str) -> None:
-    """Say in the status of a run whose rank 0 died that it failed; for a surviving rank of the same run."""
+def mark_failed(output_dir: Path, launch: Launch, reason: str, step: int) -> None:
+    """Say in the status of a run whose rank 0 died that it failed; for a surviving rank of the same run.
+
+    ``step``: as far as that rank has come.
+    """
     path = output_dir / "stats" / "run_status.json"
     status = read_json(path)
     if status is None or status.get("state") != "running" or status.get("run_id") != launch.run_id:
         return
     try:
-        write_json(path, {**status, "state": "failed", "reason": reason, "heartbeat": now()})
+        step = max(step, int(status.get("step") or 0))
+        write_json(path, {**status, "state": "failed", "reason": reason, "step": step, "heartbeat": now()})
     except OSError:
         pass  # the heartbeat in the file grows old, which tells the same
 

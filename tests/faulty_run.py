@@ -5,7 +5,7 @@
 The fault is ``{"kind": ..., "rank": ..., ...}`` and happens on that rank only:
 
 - ``kill``: SIGKILL at the ``operation``-th file operation inside a save, a write being half done.
-- ``full``: writes into files with ``where`` in their path fail after ``bytes`` bytes, as on a full disk.
+- ``full``: writes to files with ``where`` in their path fail after ``bytes`` bytes, with ``error`` (ENOSPC).
 - ``nan``: the loss is NaN in steps ``first`` to ``last``; ``gradient`` instead spoils one gradient.
 - ``perturb``: one element of ``name`` changes before step ``step``.
 - ``spoil``: a bit of every checkpoint flips on its way to the disk (``times`` times).
@@ -75,7 +75,8 @@ def full(fault: Fault) -> None:
             return write(descriptor, data)
         written[0] += len(data)
         if written[0] > fault["bytes"]:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            number = getattr(errno, fault.get("error", "ENOSPC"))
+            raise OSError(number, os.strerror(number))
         return write(descriptor, data)
 
     os.write = limited
