@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from script_parser import OneLineParser
 
 from run_errors import ConfigError, DataError, RunError
 
@@ -33,12 +36,22 @@ if TYPE_CHECKING:
 SAMPLED_SHARDS = 16
 SAMPLED_ROWS = 32
 LISTED_SHARDS = 20
+AT_LEAST = {
+    "step": 0,
+    "characters": 0,
+    "samples": 1,
+    "block_size": 1,
+    "batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "data_parallel_size": 1,
+    "global_batch_size": 1,
+    "num_proc": 1,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(__doc__ or "")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--data-glob", default="../data/CC-MAIN-2025-26/*.parquet", help="the shards (%(default)s)"
     )
@@ -47,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text-column", help="column of the text (text)")
     parser.add_argument("--step", type=int, help="print the text of this optimizer step, counted from 0")
     parser.add_argument("--at", metavar="FILE:ROW[:TOKEN]", help="print the samples from this position on")
-    parser.add_argument("--checkpoint-path", type=Path, help="begin where this checkpoint stands")
+    parser.add_argument(
+        "--checkpoint-path", type=Path, help="begin where this checkpoint stands (of a folder, its newest)"
+    )
     parser.add_argument(
         "--metrics", type=Path, help="stats/training_metrics.jsonl of the run that did the --step"
     )
@@ -66,6 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache-dir", type=Path, help="the run's cache folder")
     parser.add_argument("--num-proc", type=int, default=8)
     parser.add_argument("--skip-bad-shards", action="store_true")
+    parser.add_argument(
+        "--allow-data-change", action="store_true", help="look even if the data is not the checkpoint's"
+    )
     parser.add_argument("--all", action="store_true", help="list every shard")
     return parser
 
@@ -97,11 +115,12 @@ def check_options(options: argparse.Namespace) -> None:
         raise ConfigError("--at excludes --step and --checkpoint-path: give one of them")
     if options.metrics is not None and (options.step is None or options.checkpoint_path is not None):
         raise ConfigError("--metrics goes with --step and without --checkpoint-path")
-    for flag in ("block_size", "batch_size", "gradient_accumulation_steps", "data_parallel_size", "num_proc"):
-        if getattr(options, flag) < 1:
-            raise ConfigError(f"--{flag.replace('_', '-')} {getattr(options, flag)} must be at least 1")
-    if options.step is not None and options.step < 0:
-        raise ConfigError(f"--step {options.step} must be at least 0")
+    if options.at is not None and options.no_streaming:
+        raise ConfigError("--at names a place in the shards, which --no-streaming shuffles: give --step")
+    for flag, least in AT_LEAST.items():
+        value = getattr(options, flag)
+        if value is not None and value < least:
+            raise ConfigError(f"--{flag.replace('_', '-')} {value} must be at least {least}")
 
 
 # the corpus
@@ -224,6 +243,8 @@ def show_step(options: argparse.Namespace) -> None:
     for notice in source.notices:
         print(f"warning: {notice}", file=sys.stderr)
     try:
+        if options.at is not None:
+            check_row(source)
         print_step(source, tokenizer, step, first, options)
     finally:
         source.source.close()
@@ -244,6 +265,7 @@ def source_options(options: argparse.Namespace, state: dict[str, Any] | None) ->
         num_proc=options.num_proc,
         trust_remote_code=options.trust_remote_code,
         skip_bad_shards=options.skip_bad_shards,
+        allow_data_change=options.allow_data_change,
         cache_dir=options.cache_dir,
     )
     if state is not None:
@@ -256,15 +278,12 @@ def source_options(options: argparse.Namespace, state: dict[str, Any] | None) ->
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The entries of a checkpoint that are not tensors; its weights stay on disk."""
-    import pickle
+    from checkpoint_parts import open_any
+    from checkpointing import find_checkpoints
 
-    import torch
-
-    try:
-        return torch.load(path, map_location="meta", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot read the checkpoint {path} (--checkpoint-path): {reason}") from error
+    found = find_checkpoints(path) if path.is_dir() else []
+    reader = open_any(found[0][1] if found else path)
+    return {**reader.metadata, "global_step": reader.step}
 
 
 def metrics_position(path: Path, step: int) -> dict[str, Any]:
@@ -280,10 +299,23 @@ def metrics_position(path: Path, step: int) -> dict[str, Any]:
     raise DataError(f"{path} has no place of the data for step {step} (--metrics): leave --metrics out")
 
 
+def check_row(source: OpenedSource) -> None:
+    place = source.start.position
+    rows = source.shards[place.file_index].rows
+    if place.row >= rows:
+        raise ConfigError(f"--at names row {place.row}, {place.file_name} has {rows} (from 0)")
+
+
 def parse_position(options: argparse.Namespace) -> dict[str, Any]:
+    from data_shards import find_shards, shard_names
+
     parts = options.at.rsplit(":", 2) if options.at.count(":") > 1 else [*options.at.rsplit(":", 1), "0"]
     if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
         raise ConfigError(f"--at {options.at!r} is not FILE:ROW or FILE:ROW:TOKEN")
+    names = shard_names(find_shards(options.data_glob))
+    if parts[0] not in names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ConfigError(f"--at {options.at!r}: --data-glob gives no shard {parts[0]!r}, but {shown}")
     return {"file_name": parts[0], "row": int(parts[1]), "token_offset": int(parts[2]), "epoch": 0}
 
 

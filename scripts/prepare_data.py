@@ -16,6 +16,7 @@ import argparse
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,18 +24,23 @@ from pathlib import Path
 from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from script_parser import OneLineParser
 
 from run_errors import ConfigError, DataError, RunError
 
 MIB = 1 << 20
-PACKED = (".gz", ".bz2", ".zst", ".lz4", ".br")
+CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".br": "brotli"}
+PACKED = tuple(CODECS)
+SURROGATES = re.compile("[\ud800-\udfff]")
+"""What stands for bytes that are not UTF-8, and has no UTF-8 of its own."""
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(__doc__ or "")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "inputs", nargs="+", help="text or JSON-lines files, or folders (`datasets` or of files)"
     )
@@ -69,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"error: {error}: free space or give another --output-dir", file=sys.stderr)
+        reason = f"cannot write {options.output_dir}: {error.strerror or error}"
+        print(f"error: {reason}: free space or give another --output-dir", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted: nothing was written; run it again", file=sys.stderr)
@@ -105,14 +112,15 @@ def prepare(options: argparse.Namespace) -> None:
             total = sum(path.stat().st_size for path in files)
             with tqdm(total=total, desc="Writing", unit="B", unit_scale=True, disable=None) as bar:
                 for path in files:
-                    for text in file_texts(path, options, writer):
+                    for text in file_texts(path, options, writer, bar):
                         writer.add(text)
-                    bar.update(path.stat().st_size)
         writer.finish()
         replace_folder(partial, options.output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     counted = f"; lines without text skipped: {writer.skipped:,}" if writer.skipped else ""
+    if writer.replaced:
+        counted += f"; documents with bytes that are not UTF-8, replaced by U+FFFD: {writer.replaced:,}"
     size = f"{writer.total_bytes:,} bytes of text"
     print(f"{writer.documents:,} documents, {size} in {writer.shards} shards{counted}")
     print(f"train on them with --data-glob '{options.output_dir}/*.parquet'")
@@ -159,30 +167,63 @@ def dataset_texts(folder: Path, options: argparse.Namespace) -> Any:
     if options.text_field not in loaded.column_names:
         columns = ", ".join(loaded.column_names)
         raise DataError(f"{folder} has no column {options.text_field!r}: --text-field takes one of {columns}")
+    kind = str(getattr(loaded.features[options.text_field], "dtype", "not text"))
+    if kind not in ("string", "large_string", "string_view"):
+        raise DataError(f"{folder}: the column {options.text_field!r} is {kind}, not text: give --text-field")
     return loaded[options.text_field]
 
 
-def file_texts(path: Path, options: argparse.Namespace, writer: ShardWriter) -> Iterator[str | None]:
-    """The documents of one file, unpacked on the way."""
+def file_texts(
+    path: Path, options: argparse.Namespace, writer: ShardWriter, bar: Any
+) -> Iterator[str | None]:
+    """The documents of one file, unpacked on the way; ``bar`` counts the bytes read."""
     import pyarrow as pa
 
     name = path.name.lower()
     packed = name.endswith(PACKED)
     inner = Path(name).stem if packed else name
     is_json = options.format == "jsonl" or (options.format == "auto" and inner.endswith(JSON_SUFFIXES))
+    begun = bar.n
     try:
-        source = pa.input_stream(str(path), compression="detect" if packed else None)
-        with io.TextIOWrapper(io.BufferedReader(source, MIB), encoding="utf-8", errors="replace") as lines:
-            if is_json:
-                yield from json_texts(path, lines, options, writer)
-            elif options.document == "file":
-                yield lines.read()
-            elif options.document == "line":
-                yield from (line.rstrip("\r\n") for line in lines)
-            else:
-                yield from paragraphs(lines)
+        with open(path, "rb") as raw:
+            refuse_columns(path, raw.read(6))
+            raw.seek(0)
+            unpacked = (
+                pa.CompressedInputStream(pa.PythonFile(raw), CODECS[Path(name).suffix]) if packed else raw
+            )
+            with io.TextIOWrapper(
+                io.BufferedReader(unpacked, MIB), encoding="utf-8", errors="surrogateescape"
+            ) as lines:
+                for text in split_texts(path, lines, is_json, options, writer):
+                    bar.update(begun + raw.tell() - bar.n)
+                    yield text
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    bar.update(begun + path.stat().st_size - bar.n)
+
+
+def refuse_columns(path: Path, magic: bytes) -> None:
+    if magic.startswith((b"PAR1", b"ARROW1")):
+        raise DataError(f"{path} is a parquet or Arrow file: train on it as it is, with --data-glob")
+
+
+def split_texts(
+    path: Path, lines: TextIO, is_json: bool, options: argparse.Namespace, writer: ShardWriter
+) -> Iterator[str | None]:
+    """The documents in an open file."""
+    if is_json:
+        yield from json_texts(path, lines, options, writer)
+        return
+    if options.document == "file":
+        texts: Iterator[str] = iter([lines.read()])
+    elif options.document == "line":
+        texts = (line.rstrip("\r\n") for line in lines)
+    else:
+        texts = paragraphs(lines)
+    for text in texts:
+        if "\0" in text:
+            raise DataError(f"{path} is not a text file (it has zero bytes): leave it out")
+        yield text
 
 
 def json_texts(
@@ -192,18 +233,27 @@ def json_texts(
         if not line.strip():
             continue
         try:
-            text = json.loads(line)[options.text_field]
-            if text is not None and not isinstance(text, str):
-                raise TypeError(f"{options.text_field!r} is {type(text).__name__}, not text")
-        except (ValueError, KeyError, TypeError) as error:
+            yield json_text(line, options.text_field)
+        except (ValueError, TypeError) as error:
             if not options.skip_bad_lines:
-                reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
-                raise DataError(
-                    f"{path}, line {number}: {reason}: --text-field or --skip-bad-lines"
-                ) from error
+                raise DataError(f"{path}, line {number}: {error}, or --skip-bad-lines") from error
             writer.skipped += 1
-            continue
-        yield text
+
+
+def json_text(line: str, field: str) -> str | None:
+    """The text in one line; ValueError or TypeError with the remedy where there is none."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{error}: one JSON object a line is wanted") from error
+    if not isinstance(record, dict):
+        raise TypeError(f"a {type(record).__name__}: one JSON object a line is wanted")
+    if field not in record:
+        raise ValueError(f"no field {field!r}: --text-field takes one of {', '.join(record) or 'none'}")
+    text = record[field]
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"{field!r} is {type(text).__name__}, not text: give another --text-field")
+    return text
 
 
 def paragraphs(lines: TextIO) -> Iterator[str]:
@@ -229,12 +279,14 @@ class ShardWriter:
         self._rows: list[bytes] = []
         self._rows_bytes = self._written_bytes = 0
         self._file: Any = None
-        self.documents = self.total_bytes = self.shards = self.skipped = 0
+        self.documents = self.total_bytes = self.shards = self.skipped = self.replaced = 0
 
     def add(self, text: str | None) -> None:
         if not text:
             return
-        row = text.encode("utf-8", errors="replace")  # a lone surrogate has no UTF-8
+        clean = SURROGATES.sub("\ufffd", text)
+        self.replaced += clean != text
+        row = clean.encode()
         self._rows.append(row)
         self._rows_bytes += len(row)
         self.documents += 1

@@ -6,16 +6,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import corpus
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tqdm
 
 from data_open import open_source
 from data_shards import open_corpus
 from data_source import SourceOptions
 from data_tokenize import load_tokenizer
+from model import ArgonneConfig, ArgonneModel
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -86,7 +90,7 @@ def test_json_lines(tmp_path: Path, codec: str | None) -> None:
     with pa.output_stream(str(path), compression=codec) as file:
         file.write(lines)
     assert prepare([str(path), "--output-dir", str(tmp_path / "out"), "--text-field", "content"]) == 0
-    assert written(tmp_path / "out") == [*texts[:-1], "ü?\u2028 line"]
+    assert written(tmp_path / "out") == [*texts[:-1], "ü\ufffd\u2028 line"]
 
 
 def test_lines_and_paragraphs(tmp_path: Path) -> None:
@@ -119,8 +123,70 @@ def test_a_datasets_folder(tmp_path: Path) -> None:
     assert written(tmp_path / "out") == [f"row {i}" for i in range(7)]
 
 
+def test_bytes_that_are_not_utf8_are_replaced_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_bytes("one\ncaf\xe9\nschön\n".encode().replace(b"\xc3\xa9", b"\xe9"))
+    arguments = [str(tmp_path / "a.txt"), "--output-dir", str(tmp_path / "out"), "--document", "line"]
+    assert prepare(arguments) == 0
+    assert written(tmp_path / "out") == ["one", "caf\ufffd", "schön"]
+    assert "not UTF-8, replaced by U+FFFD: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("codec", [None, "zstd"])
+def test_the_bar_moves_within_a_file(
+    tmp_path: Path, codec: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, moved = np.random.default_rng(0), []
+    lines = "".join(json.dumps({"text": rng.bytes(3000).hex()}) + "\n" for _ in range(2000))
+    path = tmp_path / ("a.jsonl.zst" if codec else "a.jsonl")
+    with pa.output_stream(str(path), compression=codec) as file:
+        file.write(lines.encode())
+
+    class Bar(tqdm.tqdm):
+        def update(self, n: float = 1) -> None:
+            self.n += n
+            moved.append(self.n)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    assert prepare([str(path), "--output-dir", str(tmp_path / "out")]) == 0
+    assert moved == sorted(moved) and moved[-1] == path.stat().st_size
+    assert any(0.3 < place / moved[-1] < 0.7 for place in moved)
+
+
+def test_an_interrupt_leaves_nothing_half_done(tmp_path: Path) -> None:
+    import signal
+    import time
+
+    lines = json.dumps({"text": "some words " * 300}) + "\n"
+    (tmp_path / "a.jsonl").write_text(lines * 60_000)
+    script = str(SCRIPTS / "prepare_data.py")
+    process = subprocess.Popen(
+        [sys.executable, script, str(tmp_path / "a.jsonl"), "--output-dir", str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.glob("out.partial/*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "error: interrupted: nothing was written; run it again"
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
 def test_mistakes_are_one_line_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import datasets
+
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+    (tmp_path / "list.json").write_text('[{"text": "a"}]')
+    (tmp_path / "pretty.json").write_text('{\n "text": "a"\n}')
+    (tmp_path / "b.jsonl").write_text('{"body": "a"}')
+    (tmp_path / "x.txt").write_bytes(b"ELF\0\1\2")
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "x.parquet")
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"text": [1, 2]}).save_to_disk(tmp_path / "saved")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     (tmp_path / "cut.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfdnonsense")
@@ -129,6 +195,12 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path: Path, capsys: pytest.
             [str(tmp_path / "a.jsonl"), "--output-dir", str(tmp_path / "out")],
             "a.jsonl, line 2: 'text' is int",
         ),
+        ([str(tmp_path / "list.json"), "--output-dir", str(tmp_path / "out")], "one JSON object a line"),
+        ([str(tmp_path / "pretty.json"), "--output-dir", str(tmp_path / "out")], "one JSON object a line"),
+        ([str(tmp_path / "b.jsonl"), "--output-dir", str(tmp_path / "out")], "takes one of body"),
+        ([str(tmp_path / "x.parquet"), "--output-dir", str(tmp_path / "out")], "train on it as it is"),
+        ([str(tmp_path / "x.txt"), "--output-dir", str(tmp_path / "out")], "x.txt is not a text file"),
+        ([str(tmp_path / "saved"), "--output-dir", str(tmp_path / "out")], "'text' is int64, not text"),
         ([str(tmp_path / "nowhere"), "--output-dir", str(tmp_path / "out")], "no file or folder"),
         ([str(tmp_path / "a.jsonl"), "--output-dir", str(tmp_path / "full")], "is not empty (--output-dir)"),
         ([str(tmp_path / "cut.jsonl.zst"), "--output-dir", str(tmp_path / "out")], "cut.jsonl.zst"),
@@ -176,11 +248,18 @@ def test_the_text_of_a_step_and_of_a_position(
     place = f"{position.file_name}:{position.row}:{position.token_offset}"
     assert inspect([*common, "--batch-size", "3", "--at", place]) == 0
     by_position = capsys.readouterr().out
+    shape: dict[str, Any] = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    weights = ArgonneModel(ArgonneConfig(vocab_size=16, intermediate_size=8, **shape)).state_dict()
     saved = {
         "data_position": source.position_dict(steps[2].progress),
         "data_state": source.state_dict(steps[2].progress),
     }
-    torch.save({**saved, "global_step": 3, "model_state_dict": {"w": torch.ones(3)}}, tmp_path / "ck.pth")
+    torch.save({**saved, "global_step": 3, "model_state_dict": weights}, tmp_path / "ck.pth")
     assert inspect([*common, "--checkpoint-path", str(tmp_path / "ck.pth"), "--step", "5"]) == 0
     by_checkpoint = capsys.readouterr().out
     lines = [
@@ -216,12 +295,14 @@ def test_inspect_mistakes(small: tuple[str, str], tmp_path: Path, capsys: pytest
         (["--data-glob", small[0], "--step", "1"], "--tokenizer-path", 2),
         (["--data-glob", str(tmp_path / "*.parquet")], "no shard matches", 1),
         (["--data-glob", small[0], *tokenizer, "--at", "x.parquet"], "FILE:ROW", 2),
-        (["--data-glob", small[0], *tokenizer, "--at", "x.parquet:0"], "shard 'x.parquet'", 1),
-        (
-            ["--data-glob", small[0], *tokenizer, "--checkpoint-path", str(tmp_path / "ck.pth")],
-            "cannot read",
-            1,
-        ),
+        (["--data-glob", small[0], *tokenizer, "--at", "x.parquet:0"], "no shard 'x.parquet', but 000_", 2),
+        (["--data-glob", small[0], *tokenizer, "--at", "000_00001.parquet:20"], "has 20 (from 0)", 2),
+        (["--data-glob", small[0], *tokenizer, "--at", "000_00001.parquet:2", "--no-streaming"], "--step", 2),
+        (["--data-glob", small[0], *tokenizer, "--step", "0", "--samples", "-1"], "--samples -1 must", 2),
+        (["--data-glob", small[0], *tokenizer, "--step", "0", "--characters", "-1"], "--characters -1", 2),
+        (["--data-glob", small[0], *tokenizer, "--global-batch-size", "0"], "--global-batch-size 0", 2),
+        (["--data-glob", small[0], *tokenizer, "--checkpoint-path", str(tmp_path / "ck.pth")], "ck.pth", 1),
+        (["--data-glob", small[0], *tokenizer, "--checkpoint-path", str(tmp_path)], str(tmp_path), 1),
     ]:
         assert inspect(arguments) == code
         error = capsys.readouterr().err
