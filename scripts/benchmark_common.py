@@ -102,14 +102,6 @@ def stopwatch(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def anonymous_bytes() -> int:
-    """This process's anonymous resident memory (RssAnon); mapped pages of a checkpoint are not in it."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon")
-
-
 def number(value: float, unit: str) -> str:
     """A value in its unit, three significant digits."""
     if unit == "s":
