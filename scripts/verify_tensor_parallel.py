@@ -14,6 +14,7 @@ collectives are counted. ``--processes`` does it again with N processes over glo
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import tempfile
@@ -264,6 +265,7 @@ def verify(options: argparse.Namespace) -> list[str]:
 
     size = options.tensor_parallel_size
     source, asked = choose(options)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))  # the ranks are threads too
     empty = source.build_empty()
     vocab_size = ModelOutline.of(empty).vocab_size
     ids = torch.randint(

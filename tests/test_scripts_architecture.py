@@ -171,7 +171,7 @@ def test_pictures_hold_their_text(preset: str, tp_size: int, options: dict[str, 
     boxes = [(words, words.get_window_extent(renderer)) for words in canvas.axes.texts if words.get_text()]
     assert len(boxes) > 40
     for words, box in boxes:
-        assert words.get_fontsize() >= 6.5, words.get_text()
+        assert float(words.get_fontsize()) >= 6.5, words.get_text()
         assert 0 <= box.x0 and box.x1 <= width and 0 <= box.y0 and box.y1 <= height, words.get_text()
     for index, (words, box) in enumerate(boxes):
         for other, other_box in boxes[index + 1 :]:
