@@ -294,6 +294,25 @@ def test_a_stop_before_the_first_step_is_not_restarted(tmp_path: Path, data: lis
 
 
 @pytest.mark.slow
+def test_a_rank_that_dies_before_the_first_step_is_started_again(tmp_path: Path, data: list[str]) -> None:
+    process = start(2, *data, "--output-dir", tmp_path, torchrun=RESTARTS)
+    while not (tmp_path / "stats" / "run_status.json").exists():
+        time.sleep(0.01)
+    rank_0 = status(tmp_path)["pid"]
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (rank_1,) = [
+        int(pid)
+        for pid in children
+        if int(pid) != rank_0 and b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()
+    ]
+    os.kill(rank_1, signal.SIGKILL)
+    finished = wait(process)
+    assert finished.code == 0 and "rank 1 died" in the_error(finished), finished.stderr
+    stand = status(tmp_path)
+    assert (stand["state"], stand["step"], stand["restart_count"]) == ("finished", STEPS, 1)
+
+
+@pytest.mark.slow
 def test_a_changed_copy_is_noticed(tmp_path: Path, data: list[str]) -> None:
     fault = {"kind": "perturb", "rank": 1, "step": 6, "name": "blocks.1.input_norm.weight"}
     flags = [*data, "--output-dir", tmp_path, "--replica-check-interval", 5]
