@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,3 +167,34 @@ def test_the_hash_does_not_depend_on_the_grouping() -> None:
     for start in range(0, 12, 3):
         stepwise = chain_hash(stepwise, tokens[start : start + 3])
     assert whole == stepwise != chain_hash("0" * 32, tokens[::-1])
+
+
+def test_the_hash_is_the_documented_one() -> None:
+    document = (Path(__file__).resolve().parent.parent / "docs" / "data.md").read_text()
+    names: dict[str, Any] = {}
+    exec(document.split("```python\n")[1].split("```")[0], names)
+    tokens = np.random.default_rng(1).integers(0, 2**31 - 1, (5, 7)).astype(np.int32)
+    by_hand = "0" * 32
+    for sample in tokens.tolist():
+        by_hand = names["next_hash"](by_hand, sample)
+    assert by_hand == chain_hash("0" * 32, tokens)
+
+
+def test_waiting_for_the_first_step() -> None:
+    """`wait` returns with the first tokens, or with the error that `next` then raises."""
+
+    class SlowSource(CountingSource):
+        def next_step(self) -> SourceStep:
+            if self.step == 0:
+                time.sleep(0.5)
+            return super().next_step()
+
+    with StepFeed(SlowSource(), samples_per_step=G, block_size=B) as feed:
+        start = time.monotonic()
+        feed.wait()
+        assert 0.3 < time.monotonic() - start
+        assert feed.next().wait_seconds < 0.2
+    with StepFeed(CountingSource(0, DataError("end")), samples_per_step=G, block_size=B) as feed:
+        feed.wait()
+        with pytest.raises(DataError, match="end"):
+            feed.next()

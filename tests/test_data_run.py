@@ -104,3 +104,17 @@ def test_a_signal_while_the_corpus_is_tokenized_acts_at_once(tmp_path: Path, pro
     source = open_source(options, load_tokenizer(str(tokenizer))).source
     lines = metrics(tmp_path / "out")
     assert [source.next_step().progress.stream_hash for _ in lines] == [line["stream_hash"] for line in lines]
+
+
+@pytest.mark.slow
+def test_a_step_hardly_waits_for_its_tokens(tmp_path: Path) -> None:
+    """Tokenizing is far faster than this model; the first texts were tokenized while it was built."""
+    long_corpus(tmp_path / "data", 1)
+    flags: list[Any] = ["--tokenizer-path", corpus.build_tokenizer(tmp_path / "tokenizer")]
+    flags += ["--data-glob", tmp_path / "data", "--output-dir", tmp_path / "out", "--total-steps", 60]
+    flags += ["--model-config", "argonne-tiny", "--batch-size", 4, "--block-size", 256, "--num-proc", 1]
+    assert launch(1, *flags).code == 0
+    lines = metrics(tmp_path / "out")
+    assert lines[0]["data_wait_seconds"] < 0.1
+    waited = sum(line["data_wait_seconds"] for line in lines)
+    assert waited < 0.01 * sum(line["step_seconds"] for line in lines)
