@@ -12,27 +12,39 @@ from launch import launch, metrics
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "two_nodes_on_one_machine.sh"
-FLAGS = ["--total-steps", "12", "--warmup-steps", "2", "--checkpoint-interval", "6"]
+FLAGS = ["--total-steps", "40", "--warmup-steps", "5", "--checkpoint-interval", "15"]
 
 
 @pytest.mark.parametrize("network", ["namespaces", "loopback"])
 def test_two_nodes_train_like_one_process(tmp_path: Path, network: str) -> None:
     done = subprocess.run(
-        ["bash", str(SCRIPT), "--network", network, "--work-dir", str(tmp_path), "--", *FLAGS],
+        [
+            "bash",
+            str(SCRIPT),
+            "--network",
+            network,
+            "--work-dir",
+            str(tmp_path),
+            "--stop-step",
+            "4",
+            "--",
+            *FLAGS,
+        ],
         env={**os.environ, "ARGONNE_PYTHON": sys.executable},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=270,
     )
     if "needs root and the ip command" in done.stderr:
         pytest.skip("no right to make network namespaces here")
     assert done.returncode == 0, done.stderr
     assert "The second node has: nothing\n" in done.stdout
+    assert "Start: resuming from run/pretrained/" in done.stdout
     first = tmp_path / "two_nodes_1" / "first" / "run"
     status = json.loads((first / "stats" / "run_status.json").read_text())
-    assert (status["state"], status["step"]) == ("finished", 12)
+    assert (status["state"], status["step"]) == ("finished", 40)
     lines = metrics(first)
-    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["step"] for line in lines] == list(range(1, 41))
 
     alone = tmp_path / "alone"
     finished = launch(
