@@ -140,10 +140,12 @@ def reader_of_file(file: TensorFile) -> CheckpointReader:
     names = parameter_names(model, tied)
     shapes = [model[name].shape for name in names]
     adam, note, groups = adam_of(file, tree.get("optimizer_state_dict"), names, shapes)
+    metadata = plain_metadata(tree)
+    check_metadata(metadata)
     return CheckpointReader(
         path=file.path,
         kind=kind,
-        metadata=plain_metadata(tree),
+        metadata=metadata,
         tied=tied,
         model=model,
         adam=adam,
@@ -194,6 +196,23 @@ def plain_metadata(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """CheckpointError where a value cannot be what its key says."""
+    for key in ("global_step", "tokens_processed"):
+        value = metadata.get(key, 0)
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise CheckpointError(f"its {key} is {value!r}, not a count"[:200])
+    if not isinstance(metadata.get("loss") or 0.0, int | float):
+        raise CheckpointError(f"its loss is {metadata['loss']!r}, not a number"[:200])
+    for key in ("data_position", "data_state", "scheduler_state_dict", "model_config", "loss_scaler"):
+        if not isinstance(metadata.get(key) or {}, dict):
+            raise CheckpointError(f"its {key} is {metadata[key]!r}, not a dictionary"[:200])
+    for key, value in (metadata.get("model_config") or {}).items():
+        kind = _CONFIG_KINDS.get(key)
+        if kind is not None and value is not None and not (type(value) in kind and 0 <= value < 2**40):
+            raise CheckpointError(f"{key} of its model_config is {value!r}"[:200])
+
+
 def _kind(file: TensorFile, tree: Mapping[str, Any]) -> str:
     version = tree.get(FORMAT_KEY)
     if version is None:
@@ -241,7 +260,14 @@ def adam_of(
     """Adam state by parameter name, why it is missing, and the parameter groups' options."""
     if not isinstance(state_dict, dict) or not isinstance(state_dict.get("state"), dict):
         return {}, "the checkpoint has no optimizer state", []
-    groups = [dict(group) for group in state_dict.get("param_groups", ()) if isinstance(group, dict)]
+    listed = state_dict.get("param_groups", ())
+    if not isinstance(listed, list | tuple):
+        raise CheckpointError("its optimizer has no list of parameter groups")
+    groups = [dict(group) for group in listed if isinstance(group, dict)]
+    for group in groups:
+        indices = group.get("params", [])
+        if not isinstance(indices, list | tuple) or any(type(index) is not int for index in indices):
+            raise CheckpointError("a parameter group of its optimizer does not list numbers")
     options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     state = state_dict["state"]
     if not state:
@@ -313,6 +339,9 @@ def infer_shape(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     (output rows of q_proj and k_proj), attention_bias and mlp_bias. Raises CheckpointError naming a weight
     that is missing or a layer that is not there.
     """
+    for name, shape in shapes.items():
+        if len(shape) != (1 if "norm" in name or name.endswith(".bias") else 2) or 0 in shape:
+            raise CheckpointError(f"{name} has the impossible shape {shape}")
     layers = sorted({int(match.group(1)) for name in shapes if (match := _LAYER.match(name))})
     if not layers or EMBEDDING not in shapes:
         raise CheckpointError("its weights are not those of an Argonne model (embed_tokens, blocks.0 ...)")
@@ -391,20 +420,13 @@ def infer_model_config(reader: CheckpointReader, heads: Mapping[str, Any]) -> di
     return config
 
 
-_COMPARED = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "vocab_size",
-    "tie_word_embeddings",
-    "attention_bias",
-    "mlp_bias",
-    "rope_theta",
-    "rms_norm_eps",
-)
+_CONFIG_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), (int,)),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size"), (int,)),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), (bool,)),
+    **dict.fromkeys(("rope_theta", "rms_norm_eps"), (int, float)),
+}
+_COMPARED = tuple(_CONFIG_KINDS)
 
 
 def check_model_config(

@@ -168,7 +168,10 @@ def load_slices(
                 assert view.reader is not None
                 _serve(view.reader, name, key, slice_map, view.blind_ranks, control_group)
         if with_adam:
-            adam[name]["step"].fill_(view.adam_steps[name])
+            steps = view.adam_steps[name]
+            if problem is None and not 0 <= steps < math.inf:
+                problem = CheckpointError(f"checkpoint {view.path}: Adam's step count of {name} is {steps}")
+            adam[name]["step"].fill_(steps)
     agree_on_error(problem, control_group)
     warnings = view.warnings
     if adam and not with_adam:

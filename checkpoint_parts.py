@@ -27,6 +27,7 @@ from checkpoint_layout import (
     HEAD,
     CheckpointReader,
     adam_of,
+    check_metadata,
     infer_shape,
     model_tensors,
     parameter_names,
@@ -140,6 +141,8 @@ def _part_by_keys(file: TensorFile) -> Part | None:
 
 
 def _part_of(file: TensorFile) -> Part:
+    if not isinstance(file.tree, dict):
+        raise CheckpointError(f"{file.path.name} is not a training checkpoint")
     by_keys, by_name = _part_by_keys(file), part_name(file.path.name)
     if by_keys is None and by_name is None:
         raise CheckpointError(f"{file.path.name} does not say which part of the model it is")
@@ -177,7 +180,7 @@ def _join(path: Path, parts: Sequence[Part]) -> CheckpointReader:
         wrong = missing or [index for index in indices if index >= count]
         word = "missing" if missing else "one too many"
         raise CheckpointError(f"{kind} {', '.join(map(str, wrong))} of {count} is {word}")
-    steps = {part.file.tree.get("global_step") for part in parts}
+    steps = {repr(part.file.tree.get("global_step")) for part in parts}
     if len(steps) > 1:
         told = ", ".join(f"{part.label} step {part.file.tree.get('global_step')}" for part in parts)
         raise CheckpointError(f"its parts are of different steps: {told}")
@@ -198,6 +201,7 @@ def _reader(
     digest = hashlib.sha256("".join(part.file.identity for part in parts).encode())
     dropped = {key for keys in (*_STAGE_KEYS, *_RANK_KEYS) for key in keys} | {"layer_range"}
     metadata = plain_metadata(parts[0].file.tree)
+    check_metadata(metadata)
     return CheckpointReader(
         path=path,
         kind=kind,
@@ -279,6 +283,8 @@ def _numbered(part: Part, weights: Mapping[str, FileTensor]) -> dict[str, FileTe
     ):
         raise CheckpointError(f"layer_range of {part.label} is {declared!r}, not (first, last + 1)"[:200])
     first, last = declared
+    if not 0 <= first < last <= first + len(layers):
+        raise CheckpointError(f"{part.label} says layers {first}-{last - 1} and holds others: {layers[:8]}")
     if layers == list(range(first, last)):
         return dict(weights)
     if layers != list(range(last - first)):

@@ -37,15 +37,23 @@ class KeyStore(Protocol):
     def check(self, keys: list[str]) -> bool: ...
 
 
+class Collectives(Protocol):
+    """What a counter of the collectives that this rank issued tells."""
+
+    last: str
+
+    @property
+    def total_calls(self) -> int: ...
+
+
 class Progress:
     """Where the training loop stands; written by the loop, read by the watching threads."""
 
-    def __init__(self, activity: Callable[[], int] | None = None) -> None:
-        """``activity``: grows as long as work is done, such as the count of collectives issued."""
+    def __init__(self) -> None:
         self.step = 0
         self.phase = "start"
+        self.collectives: Collectives | None = None
         self._marks = 0
-        self.activity = activity
 
     def mark(self, phase: str, step: int | None = None) -> None:
         """The loop enters a phase, or has come further in it."""
@@ -56,8 +64,15 @@ class Progress:
 
     @property
     def work(self) -> int:
-        """Grows with every mark and every activity."""
-        return self._marks + (self.activity() if self.activity is not None else 0)
+        """Grows with every mark and every collective."""
+        return self._marks + (self.collectives.total_calls if self.collectives is not None else 0)
+
+    @property
+    def collective(self) -> str:
+        """The last collective issued, such as ``all_reduce (number 152)``."""
+        if self.collectives is None or not self.collectives.total_calls:
+            return ""
+        return f"{self.collectives.last} (number {self.collectives.total_calls})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +83,7 @@ class Beat:
     step: int
     phase: str
     work: int
+    collective: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,11 +151,12 @@ class StallJudge:
 
     def _verdict(self, ranks: list[int], beats: Mapping[int, Beat], *, silent: bool, text: str) -> Verdict:
         first = beats[ranks[0]]
+        after = f", after {first.collective}" if first.collective else ""
         return Verdict(
             ranks=tuple(sorted(ranks)),
             silent=silent,
             text=f"{rank_list(ranks)} {text} for {self.timeout:.0f} s (--stall-timeout), last seen in step "
-            f"{first.step}, {first.phase}: look at that process or its host, then resume",
+            f"{first.step}, {first.phase}{after}: look at that process or its host, then resume",
         )
 
 
@@ -286,7 +303,13 @@ class Peers:
     def _look(self) -> tuple[Verdict | None, bool]:
         self._number += 1
         progress = self._progress
-        beat = Beat(number=self._number, step=progress.step, phase=progress.phase, work=progress.work)
+        beat = Beat(
+            number=self._number,
+            step=progress.step,
+            phase=progress.phase,
+            work=progress.work,
+            collective=progress.collective,
+        )
         self._store.set(self._key("beat", self._rank), json.dumps(dataclasses.asdict(beat)))
         for rank in range(self._world_size):
             if rank not in self._places and (place := self._read("place", rank)) is not None:

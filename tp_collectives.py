@@ -36,8 +36,11 @@ class CollectiveCounters:
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.last = ""
+        """Kind of the last one."""
 
     def add(self, kind: str, payload_bytes: int) -> None:
+        self.last = kind
         self.calls[kind] += 1
         self.bytes[kind] += payload_bytes
 

@@ -131,6 +131,7 @@ def introduce(
     report: RunReport,
 ) -> None:
     """Open the metrics at the run's first step and print the header."""
+    control.progress.collectives = trained.tensor_parallel.group.counters
     parallel, training = trained.parallel, config.training
     device = device_name(parallel.device)
     precision = str(trained.dtype).removeprefix("torch.")
