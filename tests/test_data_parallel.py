@@ -218,7 +218,9 @@ def curve_rank(
             share += loss.detach() / world_size
         gradients = local_gradients(model)
         model.tensor_parallel.sum_partial_gradients(gradients)
-        result = totals.reduce(gradients, loss_share=share, stop=False)
+        with Reductions() as reductions:
+            result = totals.reduce(gradients, loss_share=share, stop=False)
+        assert len(reductions.dtypes) == 1, "norm, loss and stop travel together"
         scale_gradients(gradients, grad_norm=result.grad_norm, max_norm=CLIP, scale=1.0)
         optimizer.step()
         losses.append(result.loss)

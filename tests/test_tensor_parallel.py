@@ -248,6 +248,75 @@ def test_frozen_parameters_stay_frozen() -> None:
         assert model.get_parameter("blocks.0.attn.v_proj.weight").requires_grad
 
 
+@pytest.mark.parametrize(
+    ("heads", "key_value", "size"), [(6, 2, 6), pytest.param(24, 8, 24, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_more_ranks_than_key_value_heads(
+    heads: int, key_value: int, size: int, sequence_parallel: bool
+) -> None:
+    """Each rank holds its group's head; gradients agree, and those of copies are equal to the bit."""
+    changes: dict[str, Any] = {
+        "num_attention_heads": heads, "num_key_value_heads": key_value, "attention_bias": True
+    }  # fmt: skip
+    tokens = random_tokens()
+    loss, gradients, _ = reference(torch.float64, tokens, **changes)
+    copies = [small_model(torch.float64, **changes) for _ in range(size)]
+
+    def work(group: SimulatedTPGroup) -> tuple[float, Grads, Grads]:
+        model = TensorParallelModel(copies[group.rank], group, sequence_parallel=sequence_parallel)
+        attention: Any = model.model.get_submodule("blocks.1.attn")
+        assert (attention.num_heads, attention.num_kv_heads, attention.num_key_value_groups) == (1, 1, 1)
+        own = loss_of(model, tokens)
+        own.backward()
+        model.sum_partial_gradients()
+        local = {n: p.grad for n, p in model.model.named_parameters() if p.grad is not None}
+        return float(own.detach()), gather_state_dict(model.model, gradients=True), local
+
+    results = simulate(SimulatedTPGroup.create(size), work)
+    sharers = size // key_value
+    for rank, (sharded_loss, sharded, local) in enumerate(results):
+        assert sharded_loss == pytest.approx(loss, rel=1e-12)
+        for name, expected in gradients.items():
+            assert relative_error(sharded[name], expected) < 1e-10, name
+        owner = results[rank - rank % sharers][2]
+        for name, grad in local.items():
+            if "k_proj" in name or "v_proj" in name:
+                assert torch.equal(grad, owner[name]), name
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_autocast_stays_near_fp32(sequence_parallel: bool) -> None:
+    """bf16 at one replica; the residual stream crosses the ranks in 16 bits, the loss in float32."""
+    tokens = random_tokens()
+    loss, gradients, _ = reference(torch.float32, tokens)
+    copies = [small_model(torch.float32) for _ in range(2)]
+
+    def work(group: SimulatedTPGroup) -> tuple[float, Grads, dict[str, int]]:
+        model = TensorParallelModel(copies[group.rank], group, sequence_parallel=sequence_parallel)
+        group.counters.reset()
+        with torch.autocast("cpu", torch.bfloat16):
+            own = loss_of(model, tokens)
+        own.backward()
+        payload = dict(group.counters.bytes)
+        model.sum_partial_gradients()
+        assert own.dtype is torch.float32
+        return float(own.detach()), gather_state_dict(model.model, gradients=True), payload
+
+    batch, layers = tokens.shape[0], 2
+    each_way = 2 * layers + 1
+    for sharded_loss, sharded, payload in simulate(SimulatedTPGroup.create(2), work):
+        assert sharded_loss == pytest.approx(loss, rel=1e-2)
+        assert all(grad.dtype is torch.float32 for grad in sharded.values())
+        assert all(relative_error(sharded[name], grad) < 0.05 for name, grad in gradients.items())
+        if sequence_parallel:
+            activation = batch * 14 * 50 * 2  # 13 positions, padded
+            assert payload["reduce_scatter"] == 2 * each_way * activation
+            assert payload["all_gather"] == 3 * each_way * activation
+        else:
+            assert payload["all_reduce"] == 2 * each_way * batch * 13 * 50 * 2 + 3 * 4 * batch * 13
+
+
 def missing_backward_rank(rank: int, world_size: int) -> float:
     """A split whose entrance forgets its backward reduction: the loss agrees, the gradients must not."""
     model = TensorParallelModel(small_model(torch.float64))
