@@ -52,6 +52,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--output-dir", type=Path, default=Path("benchmarks"), metavar="FOLDER", help="(./benchmarks)"
     )
     parser.add_argument("--rounds", type=int, default=9, help="rounds of each timed comparison (9)")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="of gpu (cuda); cpu tests the benchmark"
+    )
     parser.add_argument("--debug", action="store_true", help="tracebacks")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
@@ -59,8 +62,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def run_part(part: str, rounds: int) -> Report:
-    return importlib.import_module(PARTS[part]).run(rounds)
+def run_part(part: str, rounds: int, device: str) -> Report:
+    module = importlib.import_module(PARTS[part])
+    return module.run(rounds, device) if part == "gpu" else module.run(rounds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = [part for part in PARTS if part != "gpu"] if options.part == "all" else [options.part]
     try:
         for part in parts:
-            report = run_part(part, options.rounds)
+            report = run_part(part, options.rounds, options.device)
             print(as_text(report), flush=True)
             print("  -> " + ", ".join(map(str, write(report, options.output_dir))) + "\n", flush=True)
         if options.part == "all":

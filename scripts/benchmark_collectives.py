@@ -103,7 +103,7 @@ def run(rounds: int = ROUNDS) -> Report:
         rows=tuple(rows_of(counted)),
         remarks=(
             f"Hidden {SHAPE.hidden_size}, {SHAPE.layers} layers, {SHAPE.batch * SHAPE.seq_len} tokens, "
-            "float32. Payload is that of the unsharded side; DTensor's calls are those its CommDebugMode sees.",
+            "float32. Payload is that of the unsharded side; DTensor's calls as its CommDebugMode sees them.",
             "Outside the group a step adds one all-reduce of four numbers and the hand-out of the tokens.",
         ),
         data=counted,

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -210,23 +211,26 @@ def draw(report: Report, path: Path) -> bool:
     from matplotlib import pyplot
 
     rows = [row for row in reversed(report.rows) if math.isfinite(row.ratio)]
-    figure, axes = pyplot.subplots(figsize=(10, 1.4 + 0.5 * len(rows)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 1.6 + 0.55 * len(rows)), layout="constrained")
     colours = {True: "#2a7f62", False: "#b5443a", None: "#7a8793"}
     for place, row in enumerate(rows):
         axes.barh(place, row.ratio, height=0.6, color=colours[row.met])
-        if row.spread:
+        if row.spread:  # cut at the axis where a disturbed round lies far out
             axes.plot(row.spread, (place, place), color="black", linewidth=1.2)
         if row.target is not None:
             axes.plot((row.target, row.target), (place - 0.4, place + 0.4), color="black", linestyle=":")
         axes.text(row.ratio, place, f" {_shown(row, row.ratio)}", va="center", ha="left", fontsize=8)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+    names = [textwrap.fill(row.name, 44) for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=0.6)
     axes.set_xlabel(
-        "ratio (green: target met, red: missed, grey: no target; dotted: target; line: single rounds)"
+        "ratio or seconds; green: target met, red: missed, grey: no target; dotted: target; line: rounds",
+        fontsize=8,
     )
     axes.set_title(report.title, fontsize=10)
     largest = max((value for row in rows for value in (row.ratio, row.target or 0.0)), default=1.0)
-    axes.set_xlim(0, 1.18 * largest)
+    smallest = min((row.ratio for row in rows), default=0.0)
+    axes.set_xlim(min(0.0, 1.18 * smallest), 1.18 * largest)
     axes.margins(y=0.08)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -216,7 +216,7 @@ def run(rounds: int = ROUNDS) -> Report:
         title=f"The token stream: {texts:,} documents, {tokens / 1e6:.1f} million tokens",
         rows=tuple(rows_of(measured)),
         remarks=(
-            f"Byte-level BPE of {VOCABULARY} ids with Qwen's splitting rule, on half of the standard library. "
+            f"Byte-level BPE of {VOCABULARY} ids with Qwen's splitting rule, on half the standard library. "
             "The bare tokenizer has its texts in memory and throws the ids away; the pipeline reads parquet, "
             "cuts samples, hashes them and keeps the place.",
             "On two threads the bare tokenizer runs one batch per thread, which is faster than its own "

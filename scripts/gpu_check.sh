@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU: the tests marked gpu, then benchmark.py gpu (half an hour on one H100).
+#
+#   bash scripts/gpu_check.sh [pytest arguments, such as -k resume]
+#
+# PYTHON names the interpreter (python). Exit code 1 without a GPU.
+set -euo pipefail
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+python=${PYTHON:-$root/.venv/bin/python}
+[ -x "$python" ] || python=${PYTHON:-python}
+
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "error: no GPU: torch sees none on this machine (nvidia-smi; is this torch built for CUDA?)" >&2
+    exit 1
+fi
+"$python" -c 'import torch
+for i in range(torch.cuda.device_count()):
+    p = torch.cuda.get_device_properties(i)
+    print(f"GPU {i}: {p.name}, {p.total_memory / 2**30:.0f} GiB, torch {torch.__version__}")'
+
+status=0
+"$python" -m pytest --gpu -m gpu tests/test_gpu.py "$@" || status=$?
+"$python" scripts/benchmark.py gpu || status=$?
+exit "$status"
