@@ -39,6 +39,13 @@ class FolderStore:
         return all(self._path(key).exists() for key in keys)
 
 
+class Counted:
+    """Collectives that a rank issued, as far as anyone asks."""
+
+    last = "all_reduce"
+    total_calls = 0
+
+
 def agree(store: FolderStore, name: str, rank: int, world_size: int, flag: int) -> int:
     """A pretended all-reduce: the sum of the flags, once all ranks have come."""
     store.set(f"{name}/{rank}", str(flag))
@@ -55,9 +62,12 @@ def train(options: dict[str, Any], control: RunControl, store: FolderStore) -> i
     if options.get("start_seconds"):
         store.set(f"starting/{rank}", "")
         time.sleep(options["start_seconds"])
+    counted = Counted()
+    control.progress.collectives = counted
     control.begin(0)
     for step in range(1, options.get("steps", 400) + 1):
         time.sleep(options.get("step_seconds", 0.02))
+        counted.total_calls += 1
         if options.get("fail_at") == [rank, step]:
             raise DataError("shard.parquet is unreadable: remove it")
         if options.get("hang_at") == [rank, step]:

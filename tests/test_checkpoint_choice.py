@@ -12,7 +12,9 @@ from checkpointing import (
     BackgroundVerifier,
     checkpoint_path,
     choose_checkpoint,
+    later_checkpoints,
     prune,
+    require_room,
     require_safe_torch,
 )
 from run_errors import CheckpointError, DeviceError
@@ -65,6 +67,34 @@ def test_when_none_loads_it_is_an_error_and_never_step_0(output_dir: Path) -> No
     for requested in (None, str(output_dir / "pretrained"), str(output_dir)):
         with pytest.raises(CheckpointError, match=r"none of the 3 checkpoints in .* loads"):
             choose_checkpoint(requested, output_dir)
+
+
+def test_a_restart_goes_on_from_the_newest_that_its_launch_wrote(output_dir: Path) -> None:
+    folder = output_dir / "pretrained"
+    for first in ({"requested": "NONE"}, {"requested": str(checkpoint_path(folder, 9))}):
+        choice = choose_checkpoint(
+            first["requested"], output_dir, written_before=checkpoint_path(folder, 10)
+        )  # 11 is another run's
+        assert choice.reader is not None and choice.reader.step == 10
+    _damage(checkpoint_path(folder, 10))
+    choice = choose_checkpoint(
+        None, output_dir, force_from_scratch=True, written_before=checkpoint_path(folder, 10)
+    )
+    assert choice.reader is not None and choice.reader.step == 9 and "step_10.pth" in choice.warnings[0]
+    elsewhere = choose_checkpoint("NONE", output_dir, written_before=output_dir / "other" / "x.pth")
+    assert elsewhere.reader is None
+
+
+def test_checkpoints_ahead_of_the_start_are_warned_of(output_dir: Path, tmp_path: Path) -> None:
+    folder = output_dir / "pretrained"
+    assert later_checkpoints(folder, 11) is None and later_checkpoints(tmp_path / "none", 0) is None
+    assert "up to step 11, and this run starts at step 9" in str(later_checkpoints(folder, 9))
+
+
+def test_the_disk_must_have_room(tmp_path: Path) -> None:
+    require_room(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"bytes free for 4 checkpoints \(those kept and one more\)"):
+        require_room(tmp_path, 1 << 62, 4)
 
 
 def test_from_scratch_only_when_nothing_is_there_or_asked(output_dir: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from run_control import RunControl, enable_flight_recorder
-from run_status import Launch, OutputLock
+from run_errors import DeviceError
+from run_status import Launch, OutputLock, prepare_output_dir
 
 WORKER = Path(__file__).with_name("run_control_worker.py")
 Start = Callable[..., list[subprocess.Popen[str]]]
@@ -199,6 +200,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(start: Start, tmp_path: Path)
     assert [code for code, _ in outcomes] == [1, 1, 1]
     errors = "".join(errors for _, errors in outcomes)
     assert errors.count("error: ") == 1 and "made no progress" in errors and "last seen in step 3" in errors
+    assert "after all_reduce (number 4)" in errors
     assert (
         "time.sleep(1000)" in (WORKER.read_text())
         and "in train" in (tmp_path / "stats/stack_rank_2.txt").read_text()
@@ -270,6 +272,44 @@ def test_a_restart_after_a_clean_stop_or_a_lasting_error_ends_at_once(start: Sta
     assert again.communicate(timeout=10)[0] == "already ended\n"
 
 
+def test_a_name_used_again_by_a_later_launch_is_not_taken_for_an_attempt_of_it(
+    start: Start, tmp_path: Path
+) -> None:
+    ended(start(1, environ=elastic(most=3, run_id="argonne"), fail_at=[0, 1], attempt=9))
+    path = tmp_path / "stats" / "run_status.json"
+    old = {**json.loads(path.read_text()), "heartbeat": "2020-01-01T00:00:00+0000"}
+    path.write_text(json.dumps(old))
+    (again,) = start(1, environ=elastic(restart=1, most=3, run_id="argonne"), steps=1)
+    assert again.communicate(timeout=10)[0] == "claimed\n"
+
+
+def test_the_status_of_a_restart_keeps_its_launchs_checkpoint(tmp_path: Path) -> None:
+    written = {"state": "failed", "checkpoint": "out/pretrained/c.pth", "run_id": "one"}
+    (tmp_path / "stats").mkdir()
+    path = tmp_path / "stats" / "run_status.json"
+    path.write_text(json.dumps({**written, "heartbeat": time.strftime("%Y-%m-%dT%H:%M:%S%z")}))
+    launch = Launch.read(elastic(restart=1, most=3))
+    control = RunControl(tmp_path, rank=0, world_size=1, launch=launch, warn=print)
+    control.claim()
+    assert control.written_before == Path("out/pretrained/c.pth")
+    assert status_of(tmp_path)["checkpoint"] == "out/pretrained/c.pth"
+    control.finish("finished")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DeviceError, match=r"--output-dir .*file/run.* cannot be made or written \(Not a dir"):
+        prepare_output_dir(tmp_path / "file" / "run")
+
+
+def test_a_rank_stopped_before_the_first_step_takes_the_others_along(start: Start, tmp_path: Path) -> None:
+    ranks = start(2, environ=elastic(most=1), start_seconds=60)
+    wait_for(lambda: (tmp_path / "store_0" / "starting_1").exists())
+    ranks[1].send_signal(signal.SIGTERM)
+    assert ended(ranks, 60.0) == [(0, ""), (0, "")]  # no failure, which torchrun would answer by a restart
+    assert status_of(tmp_path)["state"] == "stopped" and status_of(tmp_path)["final"]
+
+
 def test_a_killed_attempt_is_taken_over_by_the_restart(start: Start, tmp_path: Path) -> None:
     (first,) = start(1, environ=elastic(most=3))
     wait_for_step(tmp_path, 3)
@@ -279,7 +319,7 @@ def test_a_killed_attempt_is_taken_over_by_the_restart(start: Start, tmp_path: P
 
 
 def test_a_second_run_in_one_folder_is_refused_and_names_the_first(start: Start, tmp_path: Path) -> None:
-    (first,) = start(1)
+    (first,) = start(1, steps=5000)
     wait_for_step(tmp_path, 3)
     (second,) = start(1, attempt=5)
     ((code, errors),) = ended([second])

@@ -169,6 +169,7 @@ def test_a_rank_stopped_for_ever_is_named(tmp_path: Path, data: list[str], victi
     all_gone(pids, 1.0)
     (line,) = finished.errors()
     assert finished.code == 1 and f"rank {victim} gave no sign of life for 5 s" in line and "step" in line
+    assert "(number " in line  # of its last collective
     assert status(tmp_path)["state"] == "failed"
 
 

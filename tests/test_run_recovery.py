@@ -237,6 +237,16 @@ def test_all_ranks_killed_at_random_instants_until_the_run_is_done(
     assert_same_end(tmp_path, unbroken)
 
 
+@pytest.mark.slow
+def test_a_rank_that_dies_in_a_save_is_named(tmp_path: Path, data: list[str]) -> None:
+    fault = {"kind": "signal", "rank": 1, "number": "SIGKILL", "phase": "save"}
+    began = time.monotonic()
+    finished = launch(2, *data, "--output-dir", tmp_path, fault=fault)
+    assert time.monotonic() - began < 60.0
+    assert finished.code == 1 and "rank 1 died after step 4 (save)" in the_error(finished)
+    assert status(tmp_path)["state"] == "failed" and list((tmp_path / "pretrained").glob("*.pth")) == []
+
+
 # ---------------------------------------------------------------------------------------------------
 # Two ranks: signals in each phase, restarts, disagreement
 
