@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from benchmark_common import ROUNDS, Report, Row, interleaved, summary, timed_row
 from benchmark_models import SHAPES, alone, our_model, our_step, peer_model, peer_step, split_over, split_peer
 from distributed import run_ranks
+
+import tp_products
 
 RANKS = 2
 TARGETS = {"h512": 0.75, "h768": 0.80}
@@ -27,6 +30,19 @@ def _threads(step: Callable[[], float], count: int) -> Callable[[], float]:
     return run
 
 
+def _torch_products(step: Callable[[], float]) -> Callable[[], float]:
+    """The same step with torch's own matrix products instead of oneDNN's."""
+
+    def run() -> float:
+        before, tp_products.LEAST_FLOPS = tp_products.LEAST_FLOPS, sys.maxsize
+        try:
+            return step()
+        finally:
+            tp_products.LEAST_FLOPS = before
+
+    return run
+
+
 def step_rank(rank: int, world_size: int, name: str, rounds: int) -> dict[str, Any]:
     """Seconds and CPU seconds of each variant in each round, on this rank, and the first losses."""
     shape = SHAPES[name]
@@ -36,6 +52,7 @@ def step_rank(rank: int, world_size: int, name: str, rounds: int) -> dict[str, A
     mesh = parallel.mesh["tp"]
     steps: dict[str, Callable[[], float] | None] = {
         "ours tp2": our_step(ours, shape),
+        "ours tp2, torch's products": _torch_products(our_step(ours, shape)),
         "dtensor tp2": peer_step(split_peer(peer_model(shape, ours), mesh), shape),
         "dtensor tp2 naive": peer_step(split_peer(peer_model(shape, ours), mesh, naive=True), shape),
     }
@@ -43,6 +60,7 @@ def step_rank(rank: int, world_size: int, name: str, rounds: int) -> dict[str, A
     one = our_step(our_model(shape, alone()), shape) if rank == 0 else None
     peer = peer_step(llama, shape) if rank == 0 else None
     steps["ours 1 thread"] = one
+    steps["ours 1 thread, torch's products"] = None if one is None else _torch_products(one)
     steps["ours 2 threads"] = None if one is None else _threads(one, 2)
     steps["llama 1 thread"] = peer
     steps["llama 2 threads"] = None if peer is None else _threads(peer, 2)
@@ -92,18 +110,15 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 def rows_of(name: str, seconds: dict[str, list[float]], cpu: dict[str, list[float]]) -> list[Row]:
     ours, one = seconds["ours tp2"], seconds["ours 1 thread"]
+    plain, plain_one = seconds["ours tp2, torch's products"], seconds["ours 1 thread, torch's products"]
+    speed_up: dict[str, Any] = {"inverse": True, "at_least": True}
     return [
         timed_row(f"{name}: tp 2 / DTensor tp 2", ours, seconds["dtensor tp2"], target=TARGETS[name]),
+        timed_row(f"{name}: tp 2 / DTensor tp 2, torch's own products", plain, seconds["dtensor tp2"]),
         timed_row(f"{name}: tp 2 / DTensor tp 2, CPU seconds", cpu["ours tp2"], cpu["dtensor tp2"]),
         timed_row(f"{name}: tp 2 / naive DTensor tp 2", ours, seconds["dtensor tp2 naive"]),
-        timed_row(
-            f"{name}: speed-up of tp 2 over 1 process, 1 thread",
-            ours,
-            one,
-            inverse=True,
-            at_least=True,
-            target=1.75,
-        ),
+        timed_row(f"{name}: speed-up of tp 2 over 1 process, 1 thread", ours, one, target=1.75, **speed_up),
+        timed_row(f"{name}: the same speed-up, torch's own products", plain, plain_one, **speed_up),
         timed_row(f"{name}: tp 2 / 1 process, 2 threads", ours, seconds["ours 2 threads"], target=1.15),
         timed_row(f"{name}: 1 process, ours / Llama, 1 thread", one, seconds["llama 1 thread"]),
         timed_row(

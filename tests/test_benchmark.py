@@ -21,8 +21,8 @@ from run_errors import DataError, DeviceError  # noqa: E402
 
 
 def test_minima_are_compared_and_rounds_give_the_spread() -> None:
-    row = timed_row("a", [2.0, 3.0], [4.0, 3.0], target=0.5)
-    assert row.ratio == 0.5 and row.spread == (0.5, 1.0) and row.met
+    row = timed_row("a", [2.0, 3.0], [4.0, 5.0], target=0.5)
+    assert row.ratio == 0.5 and row.spread == (0.5, 0.6) and row.met
     row = timed_row("b", [2.0, 3.0], [3.0, 6.0], inverse=True, at_least=True, target=1.75)
     assert row.ratio == 1.5 and row.spread == (1.5, 2.0) and row.met is False
     row = timed_row("c", [1.5, 1.2], [1.0, 1.1], difference=True, target=0.25)
