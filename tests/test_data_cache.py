@@ -118,6 +118,17 @@ def test_what_makes_the_place_meaningless_is_refused(options: SourceOptions, tok
             resume(source, progress, replace(options, **change), tokenizer)  # type: ignore[arg-type]
 
 
+def test_an_appended_shard_stops_the_shuffled_order(
+    options: SourceOptions, tokenizer: Any, tmp_path: Path
+) -> None:
+    source = open_source(options, tokenizer)
+    progress = steps(source, 1)[0].progress
+    shard = tmp_path / "data" / "000_00001.parquet"
+    (tmp_path / "data" / "000_00009.parquet").write_bytes(shard.read_bytes())
+    with pytest.raises(DataError, match=r"added at the end.*4 shards now: .*--allow-data-change"):
+        resume(source, progress, options, tokenizer)
+
+
 def builds(options: SourceOptions) -> list[str]:
     assert options.cache_dir is not None
     return sorted(path.name for path in options.cache_dir.glob("tokens-*"))
@@ -185,6 +196,8 @@ def test_an_interrupted_build_goes_on(
     assert len(seen) - begun < begun  # it did not begin anew
     assert np.array_equal(np.concatenate([step.tokens for step in taken]), expected[: 5 * len(taken)])
     assert taken[0].progress.counts.null_rows == 1 and taken[0].progress.counts.documents == 50
+    lengths = [len(ids) for ids in documents(options, tokenizer)]
+    assert np.fromfile(folder / "starts.bin", np.int64).tolist() == [0, *np.cumsum(lengths)[:-1].tolist()]
 
 
 def test_a_journal_that_promises_more_than_there_is_counts_for_nothing(
