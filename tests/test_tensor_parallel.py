@@ -1,6 +1,7 @@
 """The split model is the same model: outputs, loss, every gradient, ten AdamW steps, and its collectives."""
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -12,8 +13,15 @@ from models import loss_of, random_tokens, relative_error, small_model
 from torch import Tensor
 
 from run_errors import ConfigError
-from tp_shard import SimulatedTPGroup, TensorParallelModel, gather_state_dict, shard_tensor_parallel
+from tp_shard import (
+    SimulatedTPGroup,
+    TensorParallelModel,
+    fitting_degrees,
+    gather_state_dict,
+    shard_tensor_parallel,
+)
 from tp_simulate import simulate
+from tp_verify import difference
 
 Grads = dict[str, Tensor]
 
@@ -141,10 +149,10 @@ def test_weights_after_ten_adamw_steps(size: int, sequence_parallel: bool) -> No
 
 
 def run_simulated(
-    size: int, dtype: torch.dtype, tokens: Tensor, sequence_parallel: bool
+    size: int, dtype: torch.dtype, tokens: Tensor, sequence_parallel: bool, **changes: Any
 ) -> list[tuple[float, Grads]]:
     """The same check with threads of one process in place of ranks."""
-    copies = [small_model(dtype) for _ in range(size)]
+    copies = [small_model(dtype, **changes) for _ in range(size)]
 
     def work(group: SimulatedTPGroup) -> tuple[float, Grads]:
         model = TensorParallelModel(copies[group.rank], group, sequence_parallel=sequence_parallel)
@@ -315,6 +323,51 @@ def test_autocast_stays_near_fp32(sequence_parallel: bool) -> None:
             assert payload["all_gather"] == 3 * each_way * activation
         else:
             assert payload["all_reduce"] == 2 * each_way * batch * 13 * 50 * 2 + 3 * 4 * batch * 13
+
+
+def random_case(generator: random.Random) -> tuple[int, bool, dict[str, Any], Tensor]:
+    """A degree, sequence parallelism or not, a shape that allows the degree, and a batch."""
+    key_value = generator.choice([1, 2, 3, 4])
+    query = key_value * generator.choice([1, 2, 3])
+    size = generator.choice([degree for degree in fitting_degrees(query, key_value) if degree > 1] or [1])
+    vocab = generator.randint(2, 70)
+    changes = {
+        "vocab_size": vocab,
+        "hidden_size": generator.randint(4, 40),
+        "num_hidden_layers": generator.choice([1, 2]),
+        "num_attention_heads": query,
+        "num_key_value_heads": key_value,
+        "head_dim": 2 * generator.randint(1, 5),
+        "intermediate_size": generator.randint(1, 50),
+        "attention_bias": generator.random() < 0.5,
+        "mlp_bias": generator.random() < 0.5,
+        "tie_word_embeddings": generator.random() < 0.5,
+        "attn_implementation": generator.choice(["sdpa", "eager"]),
+    }
+    tokens = random_tokens(
+        vocab, generator.randint(1, 3), generator.randint(3, 20), seed=generator.randrange(1 << 30)
+    )
+    return size, generator.random() < 0.5, changes, tokens
+
+
+@pytest.mark.parametrize(
+    ("seed", "rounds"), [(3, 8), pytest.param(None, 150, marks=(pytest.mark.slow, pytest.mark.timeout(900)))]
+)
+def test_random_shapes(seed: int | None, rounds: int) -> None:
+    """Any shape, degree and length: loss and every gradient."""
+    seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+    print(f"seed {seed}")
+    generator = random.Random(seed)
+    for _ in range(rounds):
+        size, sequence_parallel, changes, tokens = random_case(generator)
+        print(size, sequence_parallel, changes, tuple(tokens.shape))
+        loss, gradients, _ = reference(torch.float64, tokens, **changes)
+        total = torch.cat([grad.flatten() for grad in gradients.values()]).norm().item()
+        results = run_simulated(size, torch.float64, tokens, sequence_parallel, **changes)
+        for sharded_loss, sharded in results:
+            assert sharded_loss == pytest.approx(loss, rel=1e-12)
+            for name, grad in gradients.items():
+                assert difference(name, sharded[name], grad, total).relative < 1e-9, name
 
 
 def missing_backward_rank(rank: int, world_size: int) -> float:
