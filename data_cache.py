@@ -24,7 +24,8 @@ from tqdm import tqdm
 from data_shards import Shard
 from data_source import DataProgress, SourceOptions, SourceStep, chain_hash
 from data_stream import Counts, DataPosition, Document, DocumentReader, EncodedBatch, encoded_documents
-from data_tokenize import PIECE_CHARACTERS, EncoderPool, EncoderRecipe
+from data_tokenize import PIECE_CHARACTERS, EncoderRecipe
+from data_worker import EncoderPool
 from run_errors import DataError
 
 CACHE_VERSION = 1

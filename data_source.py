@@ -20,7 +20,8 @@ from data_stream import (
     WindowSampler,
     encoded_documents,
 )
-from data_tokenize import EncoderPool, EncoderRecipe
+from data_tokenize import EncoderRecipe
+from data_worker import EncoderPool
 
 NO_HASH = "0" * 32
 """The stream hash before the first sample."""

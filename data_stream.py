@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from data_formats import ArrowReader, LongText, ParquetReader, ShardError, TextBatch, one_line, open_shard
 from data_shards import Shard, is_unchanged
-from data_tokenize import EncoderPool, text_pieces
+from data_tokenize import text_pieces
+from data_worker import EncoderPool
 from run_errors import DataError
 
 BATCH_CHARACTERS = 1 << 18

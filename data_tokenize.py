@@ -1,4 +1,4 @@
-"""Texts to token ids: load and identify the tokenizer, encode batches of texts in threads or processes.
+"""Texts to token ids: load and identify the tokenizer, cut texts into pieces, encode batches.
 
 The ids are exactly those of ``tokenizer(text, add_special_tokens=False)["input_ids"]``, the tokenizer's EOS
 after each document, as flat int32 arrays.
@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import queue
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,13 +18,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_formats import LongText
-from data_worker import EncoderProcess
 from run_errors import DataError
 
 PIECE_CHARACTERS = 1 << 20
 """A longer text is tokenized in pieces of at most this many characters."""
-PROCESSES_FROM = 4
-"""With this many workers and more, tokenizing moves from threads to processes of its own."""
 PROBES = (
     "Long long time ago, there were 1,234 dragons.\n\n\tThey didn't\u00a0sleep  \r\n",
     "naïve Ångström \u0041\u030a \u4f60\u597d \u0645\u0631\u062d\u0628\u0627 \U0001f600 \ufb01 \u200d",
@@ -184,52 +179,3 @@ def restored_encoder(content: dict[str, Any]) -> Encoder:
     backend = Tokenizer.from_str(content["json"])
     backend.encode_special_tokens = content["encode_special_tokens"]
     return FastEncoder(backend, content["eos"])
-
-
-def usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class EncoderPool:
-    """Encodes batches in the background: threads around the Rust tokenizer, or processes of their own.
-
-    ``workers`` is the number wanted; it is cut to the CPUs this process may use. From PROCESSES_FROM on
-    (or with ``processes=True``) each is a process, so that no Python work of theirs holds up the trainer.
-    """
-
-    def __init__(self, recipe: EncoderRecipe, workers: int, processes: bool | None = None) -> None:
-        # Each worker encodes whole batches alone: one batch spread over many threads scales badly.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self.workers = max(1, min(workers, usable_cpus()) if processes is None else workers)
-        self.uses_processes = self.workers >= PROCESSES_FROM if processes is None else processes
-        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="tokenize")
-        self._all: list[EncoderProcess] = []
-        self._idle: queue.SimpleQueue[Encoder] = queue.SimpleQueue()
-        if self.uses_processes:
-            content = recipe.for_process()
-            self._all = [EncoderProcess(content) for _ in range(self.workers)]
-            for process in self._all:
-                self._idle.put(process)
-        else:
-            encoder = recipe.build()
-            if isinstance(encoder, PlainEncoder):  # Python, of which only one thread can run
-                self.workers = 1
-            for _ in range(self.workers):
-                self._idle.put(encoder)
-
-    def submit(self, texts: Sequence[str], last: Sequence[bool]) -> Future[tuple[np.ndarray, np.ndarray]]:
-        return self._threads.submit(self._encode, texts, last)
-
-    def _encode(self, texts: Sequence[str], last: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
-        encoder = self._idle.get()
-        try:
-            return encoder.encode(texts, last)
-        finally:
-            self._idle.put(encoder)
-
-    def close(self) -> None:
-        """End the workers; batches not yet begun are dropped."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for process in self._all:
-            process.close()
-        self._threads.shutdown(wait=True)

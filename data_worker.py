@@ -1,7 +1,8 @@
-"""A tokenizing process: encodes the batches that come in on stdin, answers on stdout, ends with its parent.
+"""Tokenizing workers: threads around the Rust tokenizer, or processes that run this file.
 
-The messages are length-prefixed pickles between this program and itself. It ignores the signals meant for
-the trainer; the end of its stdin, which is also how it notices that the parent is gone, ends it.
+A process encodes the batches that come in on stdin, answers on stdout and ends with its parent. The messages
+are length-prefixed pickles between this program and itself. It ignores the signals meant for the trainer; the
+end of its stdin, which is also how it notices that the parent is gone, ends it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import queue
 import signal
 import struct
 import subprocess
@@ -16,12 +18,16 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
 import numpy as np
 
+from data_tokenize import Encoder, EncoderRecipe, PlainEncoder, restored_encoder
 from run_errors import DataError
 
+PROCESSES_FROM = 4
+"""With this many workers and more, tokenizing moves from threads to processes of its own."""
 TRAINER_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 LENGTH = struct.Struct("<q")
 
@@ -91,6 +97,55 @@ class EncoderProcess:
         self._process.wait()
 
 
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class EncoderPool:
+    """Encodes batches in the background: threads around the Rust tokenizer, or processes of their own.
+
+    ``workers`` is the number wanted; it is cut to the CPUs this process may use. From PROCESSES_FROM on
+    (or with ``processes=True``) each is a process, so that no Python work of theirs holds up the trainer.
+    """
+
+    def __init__(self, recipe: EncoderRecipe, workers: int, processes: bool | None = None) -> None:
+        # Each worker encodes whole batches alone: one batch spread over many threads scales badly.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.workers = max(1, min(workers, usable_cpus()) if processes is None else workers)
+        self.uses_processes = self.workers >= PROCESSES_FROM if processes is None else processes
+        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="tokenize")
+        self._all: list[EncoderProcess] = []
+        self._idle: queue.SimpleQueue[Encoder] = queue.SimpleQueue()
+        if self.uses_processes:
+            content = recipe.for_process()
+            self._all = [EncoderProcess(content) for _ in range(self.workers)]
+            for process in self._all:
+                self._idle.put(process)
+        else:
+            encoder = recipe.build()
+            if isinstance(encoder, PlainEncoder):  # Python, of which only one thread can run
+                self.workers = 1
+            for _ in range(self.workers):
+                self._idle.put(encoder)
+
+    def submit(self, texts: Sequence[str], last: Sequence[bool]) -> Future[tuple[np.ndarray, np.ndarray]]:
+        return self._threads.submit(self._encode, texts, last)
+
+    def _encode(self, texts: Sequence[str], last: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+        encoder = self._idle.get()
+        try:
+            return encoder.encode(texts, last)
+        finally:
+            self._idle.put(encoder)
+
+    def close(self) -> None:
+        """End the workers; batches not yet begun are dropped."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in self._all:
+            process.close()
+        self._threads.shutdown(wait=True)
+
+
 def _end_with(parent: int) -> None:
     """A fork of the parent's may keep our stdin open after its death: look for that too."""
     while os.getppid() == parent:
@@ -105,8 +160,6 @@ def main() -> None:
     source, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not mix with the answers
     with contextlib.suppress(EOFError, BrokenPipeError):
-        from data_tokenize import restored_encoder  # which imports this module
-
         encoder = restored_encoder(_receive(source))
         while True:
             texts, last = _receive(source)

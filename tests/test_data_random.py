@@ -22,6 +22,7 @@ import torch
 
 import data_stream
 import data_tokenize
+import data_worker
 from data_feed import StepBatch
 from data_open import OpenedSource, open_source
 from data_source import DataProgress, SourceOptions
@@ -172,7 +173,7 @@ def run_case(seed: int, folder: Path, tokenizer: Any, monkeypatch: pytest.Monkey
     print(f"seed {seed}")
     rng = random.Random(seed)
     monkeypatch.setattr(data_tokenize, "PIECE_CHARACTERS", PIECE)
-    monkeypatch.setattr(data_tokenize, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(data_worker, "usable_cpus", lambda: 3)
     write_random_corpus(folder, rng)
     reference = Reference.read(folder, tokenizer)
     packing = rng.random() < 0.7

@@ -15,6 +15,7 @@ import pytest
 import data_formats
 import data_stream
 import data_tokenize
+import data_worker
 from data_open import OpenedSource, open_source
 from data_source import DataProgress, SourceOptions, SourceStep, chain_hash
 from data_stream import DataPosition
@@ -170,8 +171,8 @@ def test_another_block_size_goes_on_at_the_same_token(reference: Reference) -> N
 
 
 def test_processes_give_the_same_tokens(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_tokenize, "PROCESSES_FROM", 2)
-    monkeypatch.setattr(data_tokenize, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(data_worker, "PROCESSES_FROM", 2)
+    monkeypatch.setattr(data_worker, "usable_cpus", lambda: 2)
     monkeypatch.setattr(data_stream, "BATCH_CHARACTERS", 1000)
     options = replace(reference.options, num_proc=2)
     source = opened(reference, options)

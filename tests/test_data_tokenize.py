@@ -15,7 +15,6 @@ import pytest
 
 import data_tokenize
 from data_tokenize import (
-    EncoderPool,
     EncoderRecipe,
     FastEncoder,
     PlainEncoder,
@@ -23,7 +22,7 @@ from data_tokenize import (
     text_pieces,
     tokenizer_fingerprint,
 )
-from data_worker import EncoderProcess
+from data_worker import EncoderPool, EncoderProcess
 from run_errors import DataError
 
 TEXTS = [
@@ -227,7 +226,8 @@ def test_a_process_ignores_the_trainers_signals_and_its_death_is_an_error(tokeni
 PARENT = """
 import sys, time
 sys.path.insert(0, {root!r})
-from data_tokenize import EncoderPool, EncoderRecipe, load_tokenizer
+from data_tokenize import EncoderRecipe, load_tokenizer
+from data_worker import EncoderPool
 pool = EncoderPool(EncoderRecipe(tokenizer=load_tokenizer({folder!r})), 2, processes=True)
 pool.submit(["text"], [True]).result()
 print(*[process.pid for process in pool._all], flush=True)

@@ -1,4 +1,4 @@
-"""Two nodes for real: two torchrun agents that meet by rendezvous, the second without data or output folder."""
+"""Two nodes for real: two torchrun agents that meet by rendezvous; the second has no data and no output."""
 
 import json
 import os
