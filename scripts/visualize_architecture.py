@@ -239,6 +239,7 @@ def show(options: argparse.Namespace) -> None:
     print(text(layout))
     if not options.output:
         return
+    print()
     try:
         from architecture_picture import draw
     except ModuleNotFoundError as error:
@@ -252,7 +253,7 @@ def show(options: argparse.Namespace) -> None:
             raise RunError(
                 f"--output {path} cannot be written ({error.strerror}): give another name"
             ) from error
-        print(f"\nwrote {path}")
+        print(f"wrote {path}")
 
 
 def _presets() -> Sequence[str]:
