@@ -8,13 +8,14 @@ close. Flags are parsed before torch is imported, so that ``--help`` and a wrong
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from run_config import RunConfig, derive_accumulation, flag_values, parse_command_line
 from run_errors import RunError
@@ -31,7 +32,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; the exit code is 0 (done), 1 (failed), 2 (wrong flags) or 75 (stopped by a signal, saved)."""
+    """Run and end the process: 0 (done), 1 (failed), 2 (wrong flags) or 75 (stopped by a signal, saved)."""
     config = parse_command_line(argv)
 
     from parallel import Environment, disconnect, run_error_of
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = train(config, environment, launch, control, report)
         disconnect()
-        return code
+        leave(code)
     except (RunError, RuntimeError) as error:
         problem = run_error_of(error, control.explain)
         if problem is None:
@@ -70,10 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exception(problem)
     code, line = control.fail(problem)
     report.close()
-    if line is not None:
-        print(line, file=sys.stderr, flush=True)
-    # Threads may still sit in collectives that no peer will answer: the process ends without them.
-    sys.stdout.flush()
+    leave(code, line)
+
+
+def leave(code: int, line: str | None = None) -> NoReturn:
+    """Say the last line and end the process without its threads.
+
+    They may still sit in collectives or store calls that no peer will answer, and C++ aborts a process whose
+    interpreter goes away under them.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream that was closed or broke
+        if line is not None:
+            print(line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(code)
 
 

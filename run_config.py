@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 NO_CHECKPOINT = "NONE"
+SILENT_SECONDS = 2.0
 STREAMING_CHECKPOINT_INTERVAL = 300
 EPOCH_CHECKPOINT_INTERVAL = 2000
 
@@ -320,6 +322,8 @@ def parse_command_line(argv: Sequence[str] | None = None) -> RunConfig:
         return config
     if speaks:
         print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
+    else:
+        time.sleep(SILENT_SECONDS)  # the first rank that ends makes torchrun end the others: let rank 0 speak
     raise SystemExit(EXIT_USAGE)
 
 

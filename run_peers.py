@@ -228,9 +228,11 @@ class Peers:
         thread.join(1.0)
 
     def close(self) -> None:
-        """End the thread; calling it again does nothing."""
+        """End the thread, waiting two seconds at most; calling it again does nothing."""
         self._ending.set()
         self._wanted.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(2.0)
 
     def refresh(self, seconds: float = 2.0) -> None:
         """Wait for one round of fresh notes from the store, at most so long."""
