@@ -72,9 +72,11 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Run each variant once per round, in turn; a variant returns its own measure (such as seconds)."""
     values: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
     for index in range(warm_up + rounds):
-        for name, run in variants.items():
-            value = run()
+        first = index % len(names)  # so that none always comes after the same other
+        for name in names[first:] + names[:first]:
+            value = variants[name]()
             if index >= warm_up:
                 values[name].append(value)
     return values
@@ -219,7 +221,9 @@ def draw(report: Report, path: Path) -> bool:
             axes.plot(row.spread, (place, place), color="black", linewidth=1.2)
         if row.target is not None:
             axes.plot((row.target, row.target), (place - 0.4, place + 0.4), color="black", linestyle=":")
-        axes.text(row.ratio, place, f" {_shown(row, row.ratio)}", va="center", ha="left", fontsize=8)
+        axes.text(
+            1.01, place, _shown(row, row.ratio), va="center", fontsize=8, transform=axes.get_yaxis_transform()
+        )
     names = [textwrap.fill(row.name, 44) for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=0.6)
@@ -231,7 +235,7 @@ def draw(report: Report, path: Path) -> bool:
     largest = max((value for row in rows for value in (row.ratio, row.target or 0.0)), default=1.0)
     smallest = min((row.ratio for row in rows), default=0.0)
     axes.set_xlim(min(0.0, 1.18 * smallest), 1.18 * largest)
-    axes.margins(y=0.08)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True
