@@ -7,7 +7,7 @@
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
-bash scripts/install.sh test
+bash scripts/install.sh test,plot
 bin=${ARGONNE_VENV:-$root/.venv}/bin
 
 "$bin/ruff" check .
