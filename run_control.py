@@ -108,7 +108,9 @@ class RunControl:
         self._wake_write.setblocking(False)
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup: a lost terminal is no reason to stop
+            # nohup, or a shell's background: a lost terminal or a Ctrl-C for another is no reason to stop.
+            deaf = number in (signal.SIGHUP, signal.SIGINT) and signal.getsignal(number) == signal.SIG_IGN
+            if not deaf:
                 signal.signal(number, lambda number, frame: None)
         # A forked child would send its own signals down our wake-up socket: give it the ordinary ones back.
         os.register_at_fork(after_in_child=self._in_child)

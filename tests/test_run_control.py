@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from run_control import RunControl, enable_flight_recorder
+from run_control import STOP_SIGNALS, RunControl, enable_flight_recorder
 from run_errors import DeviceError
 from run_status import Launch, OutputLock, prepare_output_dir
 
@@ -283,6 +283,29 @@ def test_a_name_used_again_by_a_later_launch_is_not_taken_for_an_attempt_of_it(
     assert again.communicate(timeout=10)[0] == "claimed\n"
 
 
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """A run that ends inside this process leaves it deaf to signals, which later children would inherit."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_ignored_signals_of_the_parent(start: Start, tmp_path: Path) -> None:
+    """A scheduler's SIGTERM counts even so; a lost terminal under nohup does not."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    (run,) = start(1, steps=5000)
+    wait_for_step(tmp_path, 3)
+    run.send_signal(signal.SIGHUP)
+    wait_for_step(tmp_path, 30)
+    run.send_signal(signal.SIGTERM)
+    assert ended([run]) == [(75, "")]
+
+
+@pytest.mark.usefixtures("own_signals")
 def test_the_status_of_a_restart_keeps_its_launchs_checkpoint(tmp_path: Path) -> None:
     written = {"state": "failed", "checkpoint": "out/pretrained/c.pth", "run_id": "one"}
     (tmp_path / "stats").mkdir()
