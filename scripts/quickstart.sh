@@ -132,7 +132,7 @@ checkpoint=$(status checkpoint)
 
 heading "5/6  A sample from the trained model"
 "$python" scripts/generate.py --checkpoint-path "$checkpoint" --tokenizer-path "$corpus/tokenizer" \
-    --prompt "def " --max-new-tokens 80 --temperature 0.7 --seed 1
+    --prompt "    def __init__(self" --max-new-tokens 80 --temperature 0.6 --seed 1
 
 heading "6/6  The loss"
 "$python" scripts/plot_metrics.py "$run" --mark "$stopped_at=stopped with 2 processes, resumed with 1"
