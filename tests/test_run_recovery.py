@@ -189,6 +189,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_built(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_rank_0_killed_at_file_operations_of_a_save(tmp_path: Path, data: list[str], unbroken: Path) -> None:
     seed = int.from_bytes(os.urandom(4), "little")
     print("seed", seed)
