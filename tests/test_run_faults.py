@@ -163,6 +163,7 @@ def test_a_lasting_error_is_not_trained_again(tmp_path: Path, data: list[str]) -
 def test_a_rank_stopped_for_ever_is_named(tmp_path: Path, data: list[str], victim: int) -> None:
     process = start(2, *data, "--output-dir", tmp_path, "--stall-timeout", "5")
     wait_for_lines(tmp_path, 5, process)
+    time.sleep(3.0)  # ranks tell each other of their steps about once a second
     pids = workers_of(process)
     os.kill(pids[victim], signal.SIGSTOP)
     finished = wait(process, 60.0)
