@@ -1,8 +1,9 @@
-"""Common test set-up: repository root on the path, offline, one thread a process, markers off."""
+"""Common test set-up: repository root on the path, offline, markers off; the tokenizer of the data tests."""
 
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,3 +29,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items:
                 if marker in item.keywords:
                     item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The small corpus' tokenizer, loaded as a run loads it."""
+    from corpus import build_tokenizer
+
+    from data_tokenize import load_tokenizer
+
+    return load_tokenizer(str(build_tokenizer(tmp_path_factory.mktemp("tokenizer"))))

@@ -21,11 +21,6 @@ from data_tokenize import load_tokenizer
 from run_errors import DataError
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_tokenizer(str(corpus.build_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
-
-
 @pytest.fixture
 def options(tmp_path: Path) -> SourceOptions:
     corpus.write_shards(tmp_path / "data", [None, *corpus.short_texts(50, 300), ""], shards=3)

@@ -26,15 +26,9 @@ import data_worker
 from data_feed import StepBatch
 from data_open import OpenedSource, open_source
 from data_source import DataProgress, SourceOptions
-from data_tokenize import load_tokenizer
 
 PIECE = 700
 """Stands for 2^20 characters."""
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_tokenizer(str(corpus.build_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
