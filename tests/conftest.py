@@ -1,4 +1,4 @@
-"""Common test set-up: repository root on the path, offline, markers off; the tokenizer of the data tests."""
+"""Set-up of all tests: suite, tests and scripts on the path, offline, markers off, and one tokenizer."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-for entry in (str(ROOT), str(ROOT / "tests")):
+for entry in (str(ROOT / "scripts"), str(ROOT / "tests"), str(ROOT)):
     if entry not in sys.path:
         sys.path.insert(0, entry)
 

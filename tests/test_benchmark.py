@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
 
 import benchmark  # noqa: E402
 from benchmark_common import Report, Row, as_markdown, as_text, fill_tables, timed_row, write  # noqa: E402

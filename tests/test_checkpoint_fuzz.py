@@ -3,23 +3,19 @@
 import copy
 import os
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
+import convert_checkpoint
+import inspect_checkpoint
 import pytest
 import torch
-from checkpoint_samples import FIXTURES, MODEL_CONFIG, empty_slices, sample_map, save_sample
+from checkpoint_samples import MODEL_CONFIG, empty_slices, sample_map, save_sample
 
 from checkpoint_load import view_of
 from checkpointing import choose_checkpoint, infer_model_config, load_slices
 from run_errors import CheckpointError
 from run_presets import PRESETS
-
-sys.path.insert(0, str(FIXTURES.parent.parent / "scripts"))
-
-import convert_checkpoint
-import inspect_checkpoint
 
 ODD: list[Any] = [
     *(None, "abc", "", -5, 10**30, 1.5, float("nan"), float("inf"), True, [], {}, (), [1, 2], {"a": 1}),

@@ -1,10 +1,8 @@
 """scripts/prepare_data.py and scripts/inspect_data.py, by their main functions."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tqdm
+from inspect_data import main as inspect
+from prepare_data import main as prepare
 
 from data_open import open_source
 from data_shards import open_corpus
@@ -22,18 +22,6 @@ from data_tokenize import load_tokenizer
 from model import ArgonneConfig, ArgonneModel
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-
-
-def main_of(name: str) -> Callable[[Sequence[str]], int]:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-prepare = main_of("prepare_data")
-inspect = main_of("inspect_data")
 
 
 def written(folder: Path) -> list[str]:

@@ -1,12 +1,12 @@
 """scripts/generate.py: the text of a plain greedy `generate`, from any file, alone and split over ranks."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import generate
 import pytest
 import torch
 from corpus import build_tokenizer
@@ -21,15 +21,6 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 PROMPT = "import os"
 SCRIPT = ROOT / "scripts" / "generate.py"
-
-
-def load_script() -> Any:
-    spec = importlib.util.spec_from_file_location("generate", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["generate"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +59,7 @@ def arguments(folder: Path, source: str) -> list[str]:
 @pytest.mark.parametrize("source", ["checkpoint", "export"])
 def test_alone(made: tuple[Path, str], capsys: pytest.CaptureFixture[str], source: str) -> None:
     folder, expected = made
-    assert load_script().main(arguments(folder, source)) == 0
+    assert generate.main(arguments(folder, source)) == 0
     assert capsys.readouterr().out.rstrip("\n") == expected
 
 
@@ -88,23 +79,23 @@ def test_split_over_two_processes(made: tuple[Path, str], source: str) -> None:
 
 
 def test_seeded_sampling_repeats(made: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
-    script, sampled = load_script(), [*arguments(made[0], "export"), "--temperature", "1.0"]
+    sampled = [*arguments(made[0], "export"), "--temperature", "1.0"]
     texts = []
     for seed in ("1", "1", "2"):
-        assert script.main([*sampled, "--seed", seed]) == 0
+        assert generate.main([*sampled, "--seed", seed]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_mistakes_are_one_line(made: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
-    folder, script = made[0], load_script()
+    folder = made[0]
     file = str(folder / "streaming_checkpoint_step_3.pth")
     for wrong, code, told in (
         (["--checkpoint-path", file], 2, "--tokenizer-path is required"),
         (["--checkpoint-path", str(folder / "export"), "--temperature", "-1"], 2, "--temperature -1"),
         (["--checkpoint-path", str(folder / "nothing.pth"), "--tokenizer-path", "x"], 1, "nothing.pth"),
     ):
-        assert script.main(wrong) == code, told
+        assert generate.main(wrong) == code, told
         error = capsys.readouterr().err
         assert error.startswith("error: ") and len(error.splitlines()) == 1, error
         assert "--" in error

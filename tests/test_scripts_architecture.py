@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from launch import ROOT, environment
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
 import visualize_architecture
 from architecture_layout import Layout, holders, lay_out
+from launch import ROOT, environment
 
 from model import ArgonneConfig, ArgonneModel
 from run_presets import PRESETS

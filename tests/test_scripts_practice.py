@@ -7,14 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import practice_layers
 import pytest
+import tensor_parallel_practice
 import torch
 from launch import ROOT, environment
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import practice_layers
-import tensor_parallel_practice
 from practice_layers import Trial, attention_pair, linear_pair, mlp_pair, naive_mlp_pair, run
 from practice_lesson import teach
 from torch import Tensor

@@ -10,11 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from launch import ROOT, environment
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
 import verify_tensor_parallel
+from launch import ROOT, environment
 
 from model import ArgonneModel
 from tp_collectives import SimulatedTPGroup
