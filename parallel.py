@@ -1,6 +1,6 @@
-"""Environment, process groups and meshes, data parallelism, recomputation and compilation.
+"""Process groups and meshes, data parallelism, recomputation and compilation.
 
-One object, `Parallel`, owns the degrees and the groups. The environment is read here and nowhere else.
+One object, `Parallel`, owns the degrees and the groups.
 
 Precision rule: parameters and Adam state are float32. With one replica, or with DDP, bf16 and fp16 mean
 autocast. With FSDP2 they mean ``MixedPrecisionPolicy``: parameters are cast when they are gathered and
@@ -11,7 +11,6 @@ and cross entropy are float32.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from parallel_meeting import Environment, await_ranks, cannot_join
 from run_errors import ConfigError, DeviceError, PeerError, RunError
 from tp_gated import GatedExit
 from tp_plan import check_degree, degree_fits
@@ -36,48 +36,6 @@ AGREEMENT_TIMEOUT = timedelta(days=7)
 """Of the gloo groups: ranks wait in them through the longest save; a dead peer ends the wait at once."""
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Environment:
-    """What the launcher says of this process."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int | None
-    """None where the launcher does not say; ranks of a host are then counted through the store."""
-    master: str
-    """host:port of the rendezvous."""
-    run_id: str | None
-    """torchrun's run id; None without torchrun."""
-    attempt: int = 0
-    """How often torchrun has started the workers again."""
-
-    @classmethod
-    def read(cls, local_rank_flag: int | None = None) -> Environment:
-        """From torchrun's variables, from ones set by hand, or a single process when there are none."""
-        environ = os.environ
-        rank = int(environ.get("RANK", "0"))
-        world_size = int(environ.get("WORLD_SIZE", "1"))
-        if not 0 <= rank < world_size:
-            raise ConfigError(
-                f"RANK is {rank} and WORLD_SIZE is {world_size}: set RANK from 0 to WORLD_SIZE - 1"
-            )
-        if world_size > 1:
-            environ.setdefault("MASTER_ADDR", "localhost")
-            environ.setdefault("MASTER_PORT", "29500")
-        fallback = local_rank_flag if local_rank_flag is not None else rank if world_size > 1 else 0
-        local_world_size = environ.get("LOCAL_WORLD_SIZE")
-        return cls(
-            rank=rank,
-            world_size=world_size,
-            local_rank=int(environ.get("LOCAL_RANK", fallback)),
-            local_world_size=int(local_world_size) if local_world_size else 1 if world_size == 1 else None,
-            master=f"{environ.get('MASTER_ADDR', 'localhost')}:{environ.get('MASTER_PORT', '29500')}",
-            run_id=environ.get("TORCHELASTIC_RUN_ID"),
-            attempt=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-        )
 
 
 def choose_device(environment: Environment) -> torch.device:
@@ -138,16 +96,35 @@ class Parallel(World):
         return None if self.mesh is None else dist.group.WORLD
 
 
-def connect(environment: Environment, device: torch.device, *, timeout: timedelta) -> World:
+def connect(
+    environment: Environment,
+    device: torch.device,
+    store: dist.Store | None,
+    *,
+    meeting_timeout: timedelta,
+    timeout: timedelta,
+) -> World:
     """Join the process group of all ranks, and make the gloo groups beside it.
 
-    ``timeout`` bounds the rendezvous and each collective of the model. Raises DeviceError naming the
-    endpoint where the rendezvous fails, or the ranks that share a GPU.
+    ``store`` as ``open_store`` gave it; ``meeting_timeout`` bounds the wait for the other ranks and
+    ``timeout`` each collective of the model. Raises DeviceError naming the endpoint and the ranks that did
+    not come, or the ranks that share a GPU.
     """
     local_world_size = 1
     control = feed = None
-    if environment.world_size > 1:
-        _init_process_group(environment, device, timeout)
+    if store is not None:
+        await_ranks(environment, store, meeting_timeout)
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=environment.rank,
+                world_size=environment.world_size,
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
+            )
+        except (RuntimeError, ValueError, TimeoutError) as error:
+            raise cannot_join(environment, error) from error
         control = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
         feed = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
         local_world_size = _check_places(environment, device, control)
@@ -160,30 +137,6 @@ def connect(environment: Environment, device: torch.device, *, timeout: timedelt
         control_group=control,
         feed_group=feed,
     )
-
-
-def _init_process_group(environment: Environment, device: torch.device, timeout: timedelta) -> None:
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    try:
-        # torchrun's store outlives a restart, with the addresses of the processes before: an attempt that
-        # read those would find nobody there, so each has keys of its own.
-        rendezvous = dist.distributed_c10d.rendezvous
-        shared, _, _ = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore(f"attempt_{environment.attempt}", shared),
-            rank=environment.rank,
-            world_size=environment.world_size,
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
-    except (RuntimeError, ValueError, TimeoutError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DeviceError(
-            f"rank {environment.rank} of {environment.world_size} cannot join the others at "
-            f"{environment.master} (MASTER_ADDR:MASTER_PORT): {first}; check that the endpoint is reachable, "
-            f"that its port is free on rank 0's node and that all {environment.world_size} ranks were started"
-        ) from error
 
 
 def _check_places(environment: Environment, device: torch.device, group: dist.ProcessGroup) -> int:
@@ -403,14 +356,6 @@ def check_same(values: Mapping[str, Any], world: World) -> None:
                     f"{key} differs between ranks: {value!r} on rank 0, {other.get(key)!r} on rank {rank}; "
                     "start all ranks with the same command"
                 )
-
-
-def private_store() -> Any:
-    """A connection of its own to the store of the rendezvous, for use in another thread."""
-    store: Any = dist.distributed_c10d._get_default_store()
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    return dist.PrefixStore("argonne", store.clone())
 
 
 _COLLECTIVE_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")

@@ -21,21 +21,22 @@ from run_config import RunConfig, derive_accumulation, flag_values, parse_comman
 from run_errors import RunError
 
 if TYPE_CHECKING:
-    from parallel import Environment
+    from parallel_meeting import Environment
     from run_control import RunControl
     from run_report import RunReport
     from run_status import Launch
     from training_run import Run
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""Of the rendezvous and of each collective of the model."""
+"""Of each collective of the model."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and end the process: 0 (done), 1 (failed), 2 (wrong flags) or 75 (stopped by a signal, saved)."""
     config = parse_command_line(argv)
 
-    from parallel import Environment, disconnect, run_error_of
+    from parallel import disconnect, run_error_of
+    from parallel_meeting import Environment
     from run_control import RunControl, enable_flight_recorder
     from run_report import RunReport
     from run_status import Launch
@@ -93,7 +94,15 @@ def train(
     """The recipe. Returns the exit code; raises RunError where the run cannot go on."""
     from checkpointing import open_chosen, require_safe_torch
     from data_feed import StepFeed
-    from parallel import barrier, build_parallel, check_same, choose_device, connect, private_store
+    from parallel import (
+        AGREEMENT_TIMEOUT,
+        barrier,
+        build_parallel,
+        check_same,
+        choose_device,
+        connect,
+    )
+    from parallel_meeting import open_store, private_store
     from training_build import build_model, choose_tp_size, fill_weights, model_settings
     from training_run import Run
     from training_save import CheckpointKeeper
@@ -114,9 +123,12 @@ def train(
     # ------------------------------------------------------------------ connect
     require_safe_torch()
     device = choose_device(environment)
-    world = connect(environment, device, timeout=COLLECTIVE_TIMEOUT)
-    if world.world_size > 1:
-        control.join(private_store())
+    stall_timeout = config.control.stall_timeout
+    meeting_timeout = timedelta(seconds=stall_timeout) if stall_timeout > 0 else AGREEMENT_TIMEOUT
+    store = open_store(environment, timeout=meeting_timeout)
+    if store is not None:
+        control.join(private_store(store))
+    world = connect(environment, device, store, meeting_timeout=meeting_timeout, timeout=COLLECTIVE_TIMEOUT)
     check_same(flag_values(config), world)
     if config.model.settings is not None:
         choose_tp_size(config.model.settings, config.parallel.tensor_parallel_size, world)

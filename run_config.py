@@ -212,7 +212,7 @@ class ControlOptions:
     )
     stall_timeout: float = flag(
         600.0,
-        "end the run, naming the rank, when a rank makes no progress for this long; 0: wait for ever",
+        "end the run, naming the rank, when one does not come or stands still so long; 0: wait for ever",
         kind=duration,
         at_least=0,
         metavar="TIME",

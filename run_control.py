@@ -324,8 +324,7 @@ class RunControl:
             self._follow()
         before, self._signal = self._signal, (number, at)
         if not self._looping:
-            note = Note(state="stopped", text=f"{number.name} before the first step", final=True)
-            self._leave(self.launch.stop_code, None, note)
+            self._leave_before_the_first_step(number)
         if before is not None and self._is_impatient(before, number, at):
             text = (
                 f"left at once on a second {number.name}, without saving: resume from the newest checkpoint"
@@ -335,6 +334,14 @@ class RunControl:
         if self._boundary_due is None:
             self._boundary_due = at + self._patience()
         self._request(f"{number.name}" if self.rank == 0 else f"{number.name} to rank {self.rank}")
+
+    def _leave_before_the_first_step(self, number: signal.Signals) -> NoReturn:
+        text, line = f"{number.name} before the first step", None
+        absent = self.peers.absent() if self.peers is not None else []
+        if self.peers is not None and absent:
+            text += f", while {rank_list(absent)} had not come: look for its last message above"
+            line = f"error: left on {text}" if self.peers.is_first_left(absent) else None
+        self._leave(self.launch.stop_code, line, Note(state="stopped", text=text, final=True))
 
     @staticmethod
     def _is_impatient(before: tuple[int, float], number: int, at: float) -> bool:

@@ -252,6 +252,10 @@ class Peers:
             self.refresh(0.2)
             time.sleep(0.02)
 
+    def absent(self) -> list[int]:
+        """Ranks that have not come yet, as far as it is known here."""
+        return sorted(set(range(self._world_size)) - set(self._places) - {self._rank})
+
     def missing(self) -> list[int]:
         """Ranks of this host whose process is gone, and whose goodbye has not been heard."""
         return [rank for rank in self._local() if self._state(rank) is None and rank not in self._notes]

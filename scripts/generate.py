@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import torch
 
     from model import ArgonneModel
-    from parallel import Environment, Parallel, World
+    from parallel import Parallel, World
+    from parallel_meeting import Environment
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -183,10 +184,13 @@ def run(options: argparse.Namespace, environment: Environment) -> str:
     from checkpointing import require_safe_torch
     from data_tokenize import load_tokenizer
     from parallel import choose_device, connect, disconnect, on_rank_0
+    from parallel_meeting import open_store
     from training_sample import generate_text
 
     require_safe_torch()
-    world = connect(environment, choose_device(environment), timeout=TIMEOUT)
+    device = choose_device(environment)
+    store = open_store(environment, timeout=TIMEOUT)
+    world = connect(environment, device, store, meeting_timeout=TIMEOUT, timeout=TIMEOUT)
     box: list[Any] = [None]
 
     def load() -> int:
@@ -222,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check(options)
 
-        from parallel import Environment
+        from parallel_meeting import Environment
 
         environment = Environment.read()
         rank = environment.rank

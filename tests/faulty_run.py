@@ -10,10 +10,12 @@ The fault is ``{"kind": ..., "rank": ..., ...}`` and happens on that rank only:
 - ``perturb``: one element of ``name`` changes before step ``step``.
 - ``spoil``: a bit of every checkpoint flips on its way to the disk (``times`` times).
 - ``exit``: the process ends without a word in step ``step`` (of attempt ``attempt`` of the launch only).
+- ``early``: SIGKILL before the first step, when ``function`` of ``module`` is called (of attempt 0 only).
 - ``signal``: the process sends itself ``number`` inside ``phase``.
 """
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -132,6 +134,12 @@ def leave(fault: Fault) -> None:
         in_steps(end)
 
 
+def early(fault: Fault) -> None:
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        module = importlib.import_module(fault["module"])
+        setattr(module, fault["function"], lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+
+
 def send(fault: Fault) -> None:
     """At the first file operation of a save, the first token of a sample, or in the middle of a step."""
     number = signal.Signals[fault["number"]]
@@ -165,6 +173,7 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "perturb": perturb,
     "spoil": spoil,
     "exit": leave,
+    "early": early,
     "signal": send,
 }
 
