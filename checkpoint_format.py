@@ -2,8 +2,9 @@
 
 The file is a stored (uncompressed) zip archive in the layout of ``torch.save``: ``archive/data.pkl``,
 ``archive/byteorder``, ``archive/data/0`` ... Every record starts at a multiple of 64 bytes, so that
-``torch.load(mmap=True)`` and our reader use the bytes in place. Tensors are written one after the other
-from their own memory; CRC-32 of each is computed in the same pass, on a second thread.
+``torch.load(mmap=True)`` and our reader use the bytes in place. Each record is followed by its CRC-32
+(a "data descriptor", as torch writes), so the file is written once from front to back, and a tensor's bytes
+are read from memory once: for checksum, look for values that are not finite, and copy to the disk.
 
 What proves the bytes: the CRC-32 of every record, and in the archive comment
 (``tensor-parallel-checkpoint sha256:<hex>``) the SHA-256 of all other bytes of the file: headers, padding,
@@ -22,18 +23,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from checkpoint_output import StreamedFile
 from run_errors import CheckpointError
 
 ALIGNMENT = 64
 COMMENT_PREFIX = b"tensor-parallel-checkpoint sha256:"
 ARCHIVE = "archive"
 _DIGEST_HEX = 64
-_WRITE_BYTES = 16 << 20
-_PAGE_BYTES = 4096
+_BLOCK_BYTES = 1 << 20
+"""What a core's own cache holds: a block is read from memory once for all that is done with it."""
 _HASH_BYTES = 1 << 20
 _ZIP64_LIMIT = 0xFFFFFFFF
+_CRC_FOLLOWS = 8  # flag: sizes and CRC-32 stand behind the data
 _DOS_DATE = 0x21  # 1980-01-01: a checkpoint's bytes do not depend on the clock
 
 
@@ -47,8 +51,7 @@ class _Record:
     name: bytes
     size: int
     header_offset: int
-    data_offset: int
-    header: bytes
+    values: str | None
     crc: int = 0
 
 
@@ -60,79 +63,74 @@ class ArchiveWriter:
     """
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._position = 0
+        self._file = StreamedFile(descriptor)
         self._records: list[_Record] = []
         self._remaining = 0
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="crc32")
+        self._digest = hashlib.sha256()
 
     def add(self, name: str, data: bytes) -> None:
         """Write one whole record."""
         self.begin(name, len(data))
         self.write(memoryview(data))
 
-    def begin(self, name: str, size: int) -> None:
-        """Start the record ``archive/<name>`` of ``size`` bytes."""
+    def begin(self, name: str, size: int, values: str | None = None) -> None:
+        """Start the record ``archive/<name>`` of ``size`` bytes.
+
+        ``values`` says that they are float32 numbers, and what to call them where one is not finite.
+        """
         self._end_record()
         encoded = f"{ARCHIVE}/{name}".encode()
-        header = _local_header(encoded, size, self._position)
-        record = _Record(encoded, size, self._position, self._position + len(header), header)
-        self._records.append(record)
-        self._put(memoryview(header))
+        position = self._file.position
+        self._records.append(_Record(encoded, size, position, values))
+        self._put(_local_header(encoded, size, position))
         self._remaining = size
 
     def write(self, data: memoryview) -> None:
-        """Append bytes to the current record."""
+        """Append bytes to the current record.
+
+        Raises CheckpointError where the record's values are to be finite and one is not.
+        """
         if len(data) > self._remaining:
             raise ValueError("more bytes than the record announced")
-        record = self._records[-1]
         self._remaining -= len(data)
-        if len(data) < _PAGE_BYTES:
-            record.crc = zlib.crc32(data, record.crc)
-            self._put(data)
-            return
-        checksum = self._pool.submit(zlib.crc32, data, record.crc)
-        try:
-            # Up to a page's end first: the kernel takes large writes that begin on a page in half the time.
-            first = -self._position % _PAGE_BYTES
-            self._put(data[:first])
-            for start in range(first, len(data), _WRITE_BYTES):
-                self._put(data[start : start + _WRITE_BYTES])
-        finally:
-            record.crc = checksum.result()
+        record = self._records[-1]
+        for start in range(0, len(data), _BLOCK_BYTES):
+            block = data[start : start + _BLOCK_BYTES]
+            record.crc = zlib.crc32(block, record.crc)
+            if record.values is not None and not _all_finite(block):
+                raise CheckpointError(f"{record.values} holds NaN or infinite values, which are never saved")
+            self._file.append(block)
 
     def close(self) -> int:
         """Write directory, end records and digest; return the size of the file in bytes."""
         self._end_record()
-        digest = hashlib.sha256()
-        for record in self._records:
-            digest.update(record.header)
-        start = self._position
+        start = self._file.position
         directory = b"".join(_directory_entry(record) for record in self._records)
-        tail = directory + _end_records(len(self._records), len(directory), start) + COMMENT_PREFIX
-        digest.update(tail)
-        self._put(memoryview(tail + digest.hexdigest().encode()))
-        self.abandon()
-        return self._position
+        self._put(directory + _end_records(len(self._records), len(directory), start) + COMMENT_PREFIX)
+        self._file.append(self._digest.hexdigest().encode())
+        self._file.finish()
+        return self._file.position
 
     def abandon(self) -> None:
-        """Release the checksum thread."""
-        self._pool.shutdown()
+        """Stop writing."""
+        self._file.abandon()
 
     def _end_record(self) -> None:
         if self._remaining:
             raise ValueError("fewer bytes than the record announced")
         if self._records:
-            record = self._records[-1]
-            crc = struct.pack("<L", record.crc)
-            record.header = record.header[:14] + crc + record.header[18:]
-            os.pwrite(self._descriptor, crc, record.header_offset + 14)
+            self._put(_data_descriptor(self._records[-1]))
 
-    def _put(self, data: memoryview) -> None:
-        while data:
-            written = os.write(self._descriptor, data)
-            data = data[written:]
-            self._position += written
+    def _put(self, data: bytes) -> None:
+        """Append what lies outside the records."""
+        self._digest.update(data)
+        self._file.append(data)
+
+
+def _all_finite(block: memoryview) -> bool:
+    values = np.frombuffer(block, np.float32)
+    with np.errstate(invalid="ignore"):
+        return bool(np.isfinite(values.min()) and np.isfinite(values.max()))
 
 
 def _shown(number: int) -> int:
@@ -141,20 +139,23 @@ def _shown(number: int) -> int:
 
 
 def _local_header(name: bytes, size: int, offset: int) -> bytes:
-    extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= _ZIP64_LIMIT else b""
+    extra = struct.pack("<HHQQ", 1, 16, 0, 0) if size >= _ZIP64_LIMIT else b""
     start = offset + 30 + len(name) + len(extra) + 4
     padding = -start % ALIGNMENT
     extra += struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # torch's own padding field, "FB"
     version = 45 if size >= _ZIP64_LIMIT else 20
-    shown = _shown(size)
     return (
         struct.pack(
-            "<4s5H3L2H", b"PK\3\4", version, 0, 0, 0, _DOS_DATE, 0, shown, shown,
-            len(name), len(extra),
+            "<4s5H3L2H", b"PK\3\4", version, _CRC_FOLLOWS, 0, 0, _DOS_DATE, 0, 0, 0, len(name), len(extra),
         )
         + name
         + extra
     )  # fmt: skip
+
+
+def _data_descriptor(record: _Record) -> bytes:
+    sizes = "2Q" if record.size >= _ZIP64_LIMIT else "2L"
+    return struct.pack(f"<4sL{sizes}", b"PK\7\x08", record.crc, record.size, record.size)
 
 
 def _directory_entry(record: _Record) -> bytes:
@@ -166,8 +167,8 @@ def _directory_entry(record: _Record) -> bytes:
     shown = _shown(record.size)
     return (
         struct.pack(
-            "<4s4B4H3L5H2L", b"PK\1\2", version, 0, version, 0, 0, 0, 0, _DOS_DATE, record.crc, shown, shown,
-            len(record.name), len(extra), 0, 0, 0, 0, _shown(record.header_offset),
+            "<4s4B4H3L5H2L", b"PK\1\2", version, 0, version, 0, _CRC_FOLLOWS, 0, 0, _DOS_DATE, record.crc,
+            shown, shown, len(record.name), len(extra), 0, 0, 0, 0, _shown(record.header_offset),
         )
         + record.name
         + extra

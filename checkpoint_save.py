@@ -60,6 +60,11 @@ class TensorEntry:
     key: str
     shape: tuple[int, ...]
 
+    @property
+    def label(self) -> str:
+        """What a message calls it."""
+        return self.name if self.key == "param" else f"{self.key} of {self.name}"
+
 
 def estimate_checkpoint_bytes(slice_map: SliceMap, *, with_adam: bool = True) -> int:
     """Upper bound of a checkpoint file's bytes."""
@@ -188,9 +193,8 @@ def _stream(
             local = parameters[entry.name] if entry.key == "param" else adam[entry.name][entry.key]
             chunks = _gather(entry, slice_map, local, peers)
             try:
-                writer.begin(f"data/{index}", 4 * math.prod(entry.shape))
+                writer.begin(f"data/{index}", 4 * math.prod(entry.shape), values=entry.label)
                 for chunk in chunks:
-                    check_finite(chunk, entry)
                     writer.write(tensor_bytes(chunk))
             except (OSError, CheckpointError):
                 for _ in chunks:  # the ranks that already send this tensor must not be left waiting
@@ -222,8 +226,7 @@ def finish_archive(writer: ArchiveWriter) -> int:
 def check_finite(chunk: torch.Tensor, entry: TensorEntry) -> None:
     """CheckpointError where a value is NaN or infinite."""
     if chunk.numel() and not all(math.isfinite(float(bound)) for bound in torch.aminmax(chunk)):
-        what = entry.name if entry.key == "param" else f"{entry.key} of {entry.name}"
-        raise CheckpointError(f"{what} holds NaN or infinite values, which are never saved")
+        raise CheckpointError(f"{entry.label} holds NaN or infinite values, which are never saved")
 
 
 def row_chunks(shape: Sequence[int], chunk_bytes: int | None = None) -> list[tuple[int, int]]:

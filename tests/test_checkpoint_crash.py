@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from checkpoint_crash import NEW, OLD, ForgetfulDisk, assert_old_or_new, save_verify_prune
+from checkpoint_crash import BUFFER_BYTES, NEW, OLD, ForgetfulDisk, assert_old_or_new, save_verify_prune
 from checkpoint_samples import save_sample
 
+import checkpoint_output
 from checkpointing import clean_temporary_files, verify_checkpoint
 
 
-@pytest.mark.parametrize("stride", [12, pytest.param(1, marks=pytest.mark.slow)])
-def test_kill_at_every_file_operation_of_a_save(tmp_path: Path, stride: int) -> None:
+def test_kill_at_every_file_operation_of_a_save(tmp_path: Path) -> None:
     tests = Path(__file__).resolve().parent
     ended = subprocess.run(
-        [sys.executable, str(tests / "checkpoint_crash.py"), str(tmp_path), str(stride)],
+        [sys.executable, str(tests / "checkpoint_crash.py"), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(tests.parent)},
         capture_output=True,
         text=True,
@@ -29,7 +29,7 @@ def test_kill_at_every_file_operation_of_a_save(tmp_path: Path, stride: int) -> 
     )
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout.splitlines()[-1])
-    assert told["operations"] > 200 and told["old"] > 50 and told["new"] >= 3, told
+    assert told["operations"] > 50 and told["old"] > 40 and told["new"] >= 3, told
 
 
 def test_power_loss_after_every_file_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +38,7 @@ def test_power_loss_after_every_file_operation(tmp_path: Path, monkeypatch: pyte
     before = {str(old): old.read_bytes()}
     disk = ForgetfulDisk(folder)
     with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_output, "BUFFER_BYTES", BUFFER_BYTES)
         disk.install(lambda name, function: patched.setattr(os, name, function))
         save_verify_prune(folder)
     kinds = [event[0] for event in disk.events]

@@ -27,6 +27,7 @@ from checkpoint_samples import (
 )
 from distributed import run_ranks
 
+import checkpoint_output
 import checkpoint_save
 from checkpointing import (
     CheckpointView,
@@ -62,12 +63,13 @@ def _assert_loaded(view: CheckpointView, rank: int, tp_size: int, dp_size: int =
 
 @contextlib.contextmanager
 def _small_chunks() -> Iterator[None]:
-    """Several chunks a tensor, although the tensors are small."""
-    usual, checkpoint_save.CHUNK_BYTES = checkpoint_save.CHUNK_BYTES, 1000
+    """Several chunks a tensor and many writes a file, although both are small."""
+    usual = checkpoint_save.CHUNK_BYTES, checkpoint_output.BUFFER_BYTES
+    checkpoint_save.CHUNK_BYTES, checkpoint_output.BUFFER_BYTES = 1000, 4096
     try:
         yield
     finally:
-        checkpoint_save.CHUNK_BYTES = usual
+        checkpoint_save.CHUNK_BYTES, checkpoint_output.BUFFER_BYTES = usual
 
 
 @_small_chunks()
