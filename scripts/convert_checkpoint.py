@@ -15,13 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_errors import ConfigError, RunError
+from script_parser import OneLineParser, run_script
+
+from run_errors import ConfigError
 
 FORMS = ("tensor-parallel", "pipeline")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Convert or join checkpoints, streaming.")
+    parser = OneLineParser("Convert or join checkpoints, streaming.")
     parser.add_argument("--checkpoint-path", required=True, help="file, one of its parts, or folder of parts")
     parser.add_argument("--output", required=True, help="new file, or folder for it")
     parser.add_argument("--to", required=True, choices=FORMS, help="what the new file is for")
@@ -66,12 +68,7 @@ def convert(options: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        print(convert(options))
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_script(lambda: print(convert(options)))
 
 
 if __name__ == "__main__":

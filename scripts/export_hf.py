@@ -12,11 +12,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_errors import ConfigError, RunError
+from script_parser import OneLineParser, run_script
+
+from run_errors import ConfigError
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Export a checkpoint as a Hugging Face folder.")
+    parser = OneLineParser("Export a checkpoint as a Hugging Face folder.")
     parser.add_argument("--checkpoint-path", required=True, help="checkpoint file, or folder of checkpoints")
     parser.add_argument(
         "--model-config",
@@ -60,12 +62,7 @@ def export(options: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        print(export(options))
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_script(lambda: print(export(options)))
 
 
 if __name__ == "__main__":

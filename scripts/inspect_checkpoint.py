@@ -17,11 +17,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_errors import RunError
+from script_parser import OneLineParser, run_script
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Say what a checkpoint is and whether it is whole.")
+    parser = OneLineParser("Say what a checkpoint is and whether it is whole.")
     parser.add_argument("path", help="a checkpoint file, one of its parts, or a folder of parts")
     parser.add_argument(
         "--model-config", help="preset or config.json that gives the head counts a file may lack"
@@ -100,7 +100,10 @@ def _health(reader: Any) -> str:
     return "whole; all values finite"
 
 
-def _print(told: dict[str, Any]) -> None:
+def _print(told: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(told, default=str))
+        return
     for key, value in told.items():
         if isinstance(value, dict):
             value = ", ".join(f"{inner} {item}" for inner, item in value.items())
@@ -113,16 +116,7 @@ def _print(told: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        told = describe(options)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    if options.json:
-        print(json.dumps(told, default=str))
-    else:
-        _print(told)
-    return 0
+    return run_script(lambda: _print(describe(options), as_json=options.json))
 
 
 if __name__ == "__main__":

@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from script_parser import OneLineParser
+from script_parser import OneLineParser, run_script
 
-from run_errors import ConfigError, DataError, RunError
+from run_errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from data_open import OpenedSource
@@ -90,21 +89,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
-    try:
+
+    def work() -> None:
         check_options(options)
         if options.step is None and options.at is None and options.checkpoint_path is None:
             show_corpus(options)
         else:
             show_step(options)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # `| head`
-        sys.stderr.close()
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return run_script(work)
 
 
 def check_options(options: argparse.Namespace) -> None:

@@ -9,7 +9,6 @@ line is drawn.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from script_parser import OneLineParser, run_script
 
 from run_errors import ConfigError, DataError, RunError
 
@@ -86,7 +87,7 @@ def terminal_lines(records: Sequence[dict[str, Any]], marks: Sequence[Mark], wid
 
 
 def draw(records: Sequence[dict[str, Any]], marks: Sequence[Mark], output: Path) -> bool:
-    """Write the PNG; False where matplotlib is not installed."""
+    """Write the picture; False where matplotlib is not installed. Raises RunError where it cannot write."""
     try:
         import matplotlib
     except ImportError:
@@ -109,8 +110,13 @@ def draw(records: Sequence[dict[str, Any]], marks: Sequence[Mark], output: Path)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center right")
-    figure.savefig(output, dpi=140)
-    pyplot.close(figure)
+    try:
+        figure.savefig(output, dpi=140)
+    except OSError as error:
+        reason = f"{output} cannot be written ({error.strerror})"
+        raise RunError(f"{reason}: give another --output") from error
+    finally:
+        pyplot.close(figure)
     return True
 
 
@@ -123,14 +129,17 @@ def parse_mark(text: str) -> Mark:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Draw the loss of a run.")
+    parser = OneLineParser("Draw the loss of a run.")
     parser.add_argument("run", type=Path, help="--output-dir of the run, or its training_metrics.jsonl")
     parser.add_argument("--output", type=Path, help="the picture, .png or .svg (RUN/stats/loss.png)")
     parser.add_argument("--mark", action="append", default=[], metavar="STEP=TEXT", help="line at a step")
     options = parser.parse_args(argv)
+    if options.output is not None and options.output.suffix not in (".png", ".svg"):
+        parser.error(f"--output {options.output}: give a name that ends in .png or .svg")
     folder = options.run / "stats" if options.run.is_dir() else options.run.parent
     output = options.output or folder / "loss.png"
-    try:
+
+    def work() -> None:
         marks = [parse_mark(text) for text in options.mark]
         records = read_metrics(options.run)
         print("\n".join(terminal_lines(records, marks)))
@@ -138,13 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"drawn in {output}")
         else:
             print(f"no picture: matplotlib is not installed ({sys.executable} -m pip install matplotlib)")
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {output} cannot be written ({error.strerror}): give another --output", file=sys.stderr)
-        return 1
-    return 0
+
+    return run_script(work)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from script_parser import OneLineParser
+from script_parser import OneLineParser, run_script
 
 from run_errors import ConfigError, DataError, RunError
 
@@ -68,20 +68,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
-    try:
+
+    def work() -> None:
         check_options(options)
-        prepare(options)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        reason = f"cannot write {options.output_dir}: {error.strerror or error}"
-        print(f"error: {reason}: free space or give another --output-dir", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted: nothing was written; run it again", file=sys.stderr)
-        return 130
-    return 0
+        try:
+            told = prepare(options)
+        except KeyboardInterrupt:
+            print("error: interrupted: nothing was written; run it again", file=sys.stderr)
+            raise
+        print(told)
+
+    return run_script(work)
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -95,15 +92,18 @@ def check_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"{output} is not empty (--output-dir): give another folder, or --overwrite")
 
 
-def prepare(options: argparse.Namespace) -> None:
+def prepare(options: argparse.Namespace) -> str:
+    """Write the shards; returns what there is now, in two lines."""
     from tqdm import tqdm
 
     kind, files = find_inputs(options)
-    partial = options.output_dir.with_name(options.output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    writer = ShardWriter(partial, options)
-    try:
+    with new_folder(options.output_dir) as partial:
+        writer = ShardWriter(
+            partial,
+            shard_mib=options.shard_mib,
+            row_group_mib=options.row_group_mib,
+            compression=options.compression,
+        )
         if kind == "datasets":
             rows = dataset_texts(files[0], options)
             for text in tqdm(rows, desc="Writing", unit="docs", disable=None):
@@ -115,15 +115,14 @@ def prepare(options: argparse.Namespace) -> None:
                     for text in file_texts(path, options, writer, bar):
                         writer.add(text)
         writer.finish()
-        replace_folder(partial, options.output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     counted = f"; lines without text skipped: {writer.skipped:,}" if writer.skipped else ""
     if writer.replaced:
         counted += f"; documents with bytes that are not UTF-8, replaced by U+FFFD: {writer.replaced:,}"
     size = f"{writer.total_bytes:,} bytes of text"
-    print(f"{writer.documents:,} documents, {size} in {writer.shards} shards{counted}")
-    print(f"train on them with --data-glob '{options.output_dir}/*.parquet'")
+    return (
+        f"{writer.documents:,} documents, {size} in {writer.shards} shards{counted}\n"
+        f"train on them with --data-glob '{options.output_dir}/*.parquet'"
+    )
 
 
 def find_inputs(options: argparse.Namespace) -> tuple[str, list[Path]]:
@@ -269,13 +268,16 @@ def paragraphs(lines: TextIO) -> Iterator[str]:
 
 
 class ShardWriter:
-    """Spreads documents over parquet shards; empty ones are left out."""
+    """Spreads documents over parquet shards; empty ones are left out.
 
-    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+    ``shard_mib`` and ``row_group_mib`` are MiB of text after which the next shard or row group begins.
+    """
+
+    def __init__(self, folder: Path, *, shard_mib: float, row_group_mib: float, compression: str) -> None:
         self._folder = folder
-        self._shard_bytes = options.shard_mib * MIB
-        self._group_bytes = options.row_group_mib * MIB
-        self._compression = options.compression
+        self._shard_bytes = shard_mib * MIB
+        self._group_bytes = row_group_mib * MIB
+        self._compression = compression
         self._rows: list[bytes] = []
         self._rows_bytes = self._written_bytes = 0
         self._file: Any = None
@@ -324,6 +326,7 @@ class ShardWriter:
         synchronize(self._path)
 
     def finish(self) -> None:
+        """Write what is left. Raises DataError where there was no text at all."""
         if self._rows:
             self._write_group()
         if self._file is not None:
@@ -332,7 +335,27 @@ class ShardWriter:
             raise DataError("the inputs hold no text: nothing was written")
 
 
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill, which gets the name ``output`` once it is whole; a failure leaves nothing of it.
+
+    Raises RunError, naming --output-dir, where it cannot be written.
+    """
+    partial = output.with_name(output.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        replace_folder(partial, output)
+    except OSError as error:
+        reason = f"cannot write {output}: {error.strerror or error}"
+        raise RunError(f"{reason}: free space or give another --output-dir") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def synchronize(path: Path) -> None:
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -10,9 +10,7 @@ when it is whole; one that is there already is left as it is.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -20,9 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from prepare_data import ShardWriter, replace_folder
+from prepare_data import ShardWriter, new_folder
+from script_parser import OneLineParser, run_script
 
-from run_errors import DataError, RunError
+from run_errors import DataError
 
 EOS = "<|endoftext|>"
 SKIPPED_FOLDERS = {
@@ -136,19 +135,13 @@ def build(output_dir: Path, *, vocab_size: int, shard_mib: float) -> str:
     if shards:
         return f"{output_dir} is there already: {len(shards)} shards"
     texts = documents()
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "data").mkdir(parents=True)
-    try:
-        options = argparse.Namespace(shard_mib=shard_mib, row_group_mib=0.5, compression="zstd")
-        writer = ShardWriter(partial / "data", options)
+    with new_folder(output_dir) as partial:
+        (partial / "data").mkdir()
+        writer = ShardWriter(partial / "data", shard_mib=shard_mib, row_group_mib=0.5, compression="zstd")
         for text in texts:
             writer.add(text)
         writer.finish()
         train_tokenizer(first_texts(texts, TOKENIZER_BYTES), partial / "tokenizer", vocab_size)
-        replace_folder(partial, output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return (
         f"{writer.documents:,} documents, {writer.total_bytes / 1e6:.1f} MB of text in {writer.shards} "
         f"shards; a tokenizer of {vocab_size:,} tokens"
@@ -156,22 +149,16 @@ def build(output_dir: Path, *, vocab_size: int, shard_mib: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="A corpus and a tokenizer from Python's own sources and help."
-    )
+    parser = OneLineParser("A corpus and a tokenizer from Python's own sources and help.")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder of data/ and tokenizer/")
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of the tokenizer (%(default)s)")
     parser.add_argument("--shard-mib", type=float, default=2.0, help="text in a shard, MiB (%(default)s)")
     options = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         print(build(options.output_dir, vocab_size=options.vocab_size, shard_mib=options.shard_mib))
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}: free space or give another --output-dir", file=sys.stderr)
-        return 1
-    return 0
+
+    return run_script(work)
 
 
 if __name__ == "__main__":

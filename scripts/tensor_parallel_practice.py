@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script_parser import OneLineParser
+from script_parser import OneLineParser, run_script, silence_stdout
 
 from run_errors import ConfigError, DeviceError, RunError
 
@@ -91,7 +91,10 @@ def rank_main(rank: int, size: int, folder: str, backend: str, seed: int, found:
 
     def say(line: str = "") -> None:
         if rank == 0:
-            print(line, flush=True)
+            try:
+                print(line, flush=True)
+            except BrokenPipeError:  # the other ranks wait for this one: the lesson goes on, unheard
+                silence_stdout()
 
     problems = teach(ProcessTPGroup(world), device, seed, from_all, say)
     if rank == 0:
@@ -122,16 +125,12 @@ def practise(options: argparse.Namespace) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        problems = practise(options)
-    except RunError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    if problems:
-        print(f"error: the split layers are not the unsharded ones: {'; '.join(problems)}", file=sys.stderr)
-    return 1 if problems else 0
+
+    def work() -> str | None:
+        problems = "; ".join(practise(options))
+        return f"the split layers are not the unsharded ones: {problems}" if problems else None
+
+    return run_script(work, debug=options.debug)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script_parser import OneLineParser
+from script_parser import OneLineParser, run_script
 
 from run_errors import RunError
 
@@ -405,16 +405,12 @@ def _norm(measured: Measured) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        problems = verify(options)
-    except RunError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    if problems:
-        print(f"error: the split model is not the unsharded model: {'; '.join(problems)}", file=sys.stderr)
-    return 1 if problems else 0
+
+    def work() -> str | None:
+        problems = "; ".join(verify(options))
+        return f"the split model is not the unsharded model: {problems}" if problems else None
+
+    return run_script(work, debug=options.debug)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script_parser import OneLineParser
+from script_parser import OneLineParser, run_script
 
 from run_errors import ConfigError, RunError
 
@@ -264,14 +264,7 @@ def _presets() -> Sequence[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        show(options)
-    except RunError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_script(lambda: show(options), debug=options.debug)
 
 
 if __name__ == "__main__":
