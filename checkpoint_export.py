@@ -21,6 +21,7 @@ import torch
 from checkpoint_convert import row_parts
 from checkpoint_format import tensor_bytes
 from checkpoint_layout import HEAD, CheckpointReader
+from checkpoint_output import StreamedFile
 from checkpoint_reader import sync_folder
 from checkpoint_save import TensorEntry, check_finite, failure_reason
 from run_errors import CheckpointError, ConfigError
@@ -139,13 +140,14 @@ def _write_safetensors(
         position += size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
+    with path.open("wb") as opened, StreamedFile(opened.fileno()) as file:
+        file.append(struct.pack("<Q", len(encoded)) + encoded)
         for name in names:
             entry = TensorEntry(name, "param", reader.shape(name))
             for chunk in row_parts(reader.model[name], dtype):
                 check_finite(chunk, entry)
-                file.write(tensor_bytes(chunk))
+                file.append(tensor_bytes(chunk))
+        file.finish()
 
 
 def _write_config(

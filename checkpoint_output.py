@@ -18,6 +18,7 @@ import mmap
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
 
 BUFFER_BYTES = 4 << 20
 BUFFERS = 3
@@ -28,7 +29,8 @@ _ALIGNMENT = 4096
 class StreamedFile:
     """Appends bytes to an empty file, given by a descriptor that the caller owns (fsync and close included).
 
-    OSError of a write is raised by a later call, at the latest by `finish`.
+    OSError of a write is raised by a later call, at the latest by `finish`. The descriptor must stay open
+    until `finish` or `abandon` has returned; as a context manager it abandons what was not finished.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -41,6 +43,12 @@ class StreamedFile:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
         self.position = 0
         """Bytes appended so far."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.abandon()
 
     def append(self, data: memoryview | bytes) -> None:
         """Take over the bytes of ``data``, which may change once this has returned."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint_output import StreamedFile
 from checkpointing import (
     BackgroundVerifier,
     checkpoint_path,
@@ -31,6 +32,8 @@ from training_build import TrainedModel
 
 _ASSUMED_RATE = 1e9
 _TRIAL_BYTES = 32 << 20
+_TRIES_AGAIN = 2
+"""Spoiled checkpoints in a row that are saved again at once; a failing disk must not save at every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +67,9 @@ def _trial_rate(folder: Path) -> float:
     with contextlib.suppress(OSError):
         with tempfile.TemporaryFile(dir=folder) as trial:
             started = time.monotonic()
-            trial.write(bytes(_TRIAL_BYTES))
-            trial.flush()
+            with StreamedFile(trial.fileno()) as file:
+                file.append(bytes(_TRIAL_BYTES))
+                file.finish()
             os.fsync(trial.fileno())
             return _TRIAL_BYTES / max(time.monotonic() - started, 1e-3)
     return _ASSUMED_RATE
@@ -104,15 +108,34 @@ class CheckpointKeeper:
         self._postponed = False
         self._since = time.monotonic()
         self._verified: Path | None = None
+        self._spoiled: list[Path] = []
+        self._spoiled_in_a_row = 0
 
     @property
     def busy(self) -> bool:
         """Rank 0 still reads its last checkpoint back."""
         return self._verifier.busy
 
-    def due(self, step: int, *, busy: bool) -> bool:
-        """Whether to save after ``step`` steps; a save that falls due while the last is read back waits."""
-        due = step % self._options.checkpoint_interval == 0 or self._postponed
+    def spoiled(self) -> bool:
+        """Whether rank 0 found its last checkpoint spoiled and saves again at once; said when it is found."""
+        problem = self._verifier.poll()
+        if problem is None:
+            return False
+        self._tell_verified()
+        if self.newest is not None:
+            self._spoiled.append(self.newest)
+        self._spoiled_in_a_row += 1
+        again = self._spoiled_in_a_row <= _TRIES_AGAIN
+        then = "another is saved at once" if again else "the next one waits for its step: look at this disk"
+        self._report.warn(f"{problem}; earlier checkpoints were kept, and {then}")
+        return again
+
+    def due(self, step: int, *, busy: bool, spoiled: bool = False) -> bool:
+        """Whether to save after ``step`` steps; a save that falls due while the last is read back waits.
+
+        ``spoiled``: the last checkpoint was found spoiled.
+        """
+        due = step % self._options.checkpoint_interval == 0 or self._postponed or spoiled
         if due and busy:
             if not self._postponed:
                 self._report.warn(
@@ -127,7 +150,7 @@ class CheckpointKeeper:
         """Write the checkpoint after ``step`` steps; collective. Raises CheckpointError on all ranks."""
         trained = self._trained
         path = checkpoint_path(self._folder, step)
-        self._complain()
+        self.spoiled()
         with self._control.phase("save"):
             report = save_checkpoint(
                 path,
@@ -170,12 +193,6 @@ class CheckpointKeeper:
             problem: CheckpointError | None = broadcast_object(self._verifier.wait(), self._trained.parallel)
         return problem
 
-    def _complain(self) -> None:
-        problem = self._verifier.poll()
-        if problem is not None:
-            self._report.warn(f"{problem}; earlier checkpoints were kept")
-            self._tell_verified()
-
     def _tell_verified(self) -> None:
         """The status no longer names a checkpoint that did not verify."""
         if self._control.status is not None:
@@ -183,11 +200,13 @@ class CheckpointKeeper:
 
     def _prune(self, verified: Path) -> None:
         self._verified = verified
+        self._spoiled_in_a_row = 0
         prune(
             self._folder,
             newest_verified=verified,
             keep=self._options.keep_checkpoints,
             keep_every=self._options.keep_every,
+            spoiled=self._spoiled,
         )
 
 

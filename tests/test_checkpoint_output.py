@@ -27,19 +27,15 @@ def _new_file(path: Path) -> Iterator[int]:
 
 def _append_all(path: Path, data: bytes, cuts: random.Random) -> int:
     """Append ``data`` in pieces from memory that is overwritten at once; the position at the end."""
-    with _new_file(path) as descriptor:
-        file = StreamedFile(descriptor)
-        try:
-            start = 0
-            while start < len(data):
-                piece = bytearray(data[start : start + cuts.randrange(1, 20_000)])
-                file.append(memoryview(piece))
-                start += len(piece)
-                piece[:] = b"\xff" * len(piece)
-            file.finish()
-            return file.position
-        finally:
-            file.abandon()
+    with _new_file(path) as descriptor, StreamedFile(descriptor) as file:
+        start = 0
+        while start < len(data):
+            piece = bytearray(data[start : start + cuts.randrange(1, 20_000)])
+            file.append(memoryview(piece))
+            start += len(piece)
+            piece[:] = b"\xff" * len(piece)
+        file.finish()
+        return file.position
 
 
 @pytest.fixture(autouse=True)
