@@ -97,8 +97,10 @@ class TokenSource(Protocol):
 def chain_hash(stream_hash: str, tokens: np.ndarray) -> str:
     """Carry the stream hash over samples (count, block_size + 1), however they are grouped."""
     digest = bytes.fromhex(stream_hash)
-    for sample in tokens:
-        digest = hashlib.blake2b(digest + sample.astype("<i4").tobytes(), digest_size=16).digest()
+    for sample in np.ascontiguousarray(tokens, dtype="<i4"):
+        state = hashlib.blake2b(digest, digest_size=16)
+        state.update(sample)
+        digest = state.digest()
     return digest.hex()
 
 

@@ -114,6 +114,10 @@ class Document(NamedTuple):
     skips: int
     """Number of recorded skips before it."""
 
+    def without_text(self) -> Document:
+        """What marks its tokens, which outlive the text."""
+        return Document(self.epoch, self.file_index, self.row, "", self.counts, self.skips)
+
 
 @dataclass
 class DocumentReader:
@@ -183,16 +187,20 @@ class DocumentReader:
     def _batch_documents(
         self, epoch: int, index: int, batch: TextBatch, row: int, first_row: int
     ) -> Iterator[Document]:
+        skips = len(self.skipped)  # grows between batches only
+        documents, nulls, empty, replaced = self.counts
         for offset in range(max(0, first_row - row), len(batch.texts)):
-            text, counts = batch.texts[offset], self.counts
+            text = batch.texts[offset]
             if text is None:
-                self.counts = counts._replace(null_rows=counts.null_rows + 1)
+                nulls += 1
             elif not text:
-                self.counts = counts._replace(empty_rows=counts.empty_rows + 1)
+                empty += 1
             else:
-                replaced = counts.replaced_rows + (offset in batch.replaced)
-                self.counts = counts._replace(documents=counts.documents + 1, replaced_rows=replaced)
-                yield Document(epoch, index, row + offset, text, counts, len(self.skipped))
+                counts = Counts(documents, nulls, empty, replaced)
+                documents += 1
+                replaced += offset in batch.replaced
+                yield Document(epoch, index, row + offset, text, counts, skips)
+        self.counts = Counts(documents, nulls, empty, replaced)
 
     def _record(
         self,
@@ -242,8 +250,8 @@ def _finished(
     future: Future[tuple[np.ndarray, np.ndarray]], marks: list[tuple[int, Document]]
 ) -> EncodedBatch:
     ids, lengths = future.result()
-    starts = np.concatenate(([0], np.cumsum(lengths)))
-    return EncodedBatch(ids, [(int(starts[piece]), document) for piece, document in marks])
+    starts = [0, *np.cumsum(lengths).tolist()]
+    return EncodedBatch(ids, [(starts[piece], document) for piece, document in marks])
 
 
 def _text_batches(
@@ -255,7 +263,7 @@ def _text_batches(
     marks: list[tuple[int, Document]] = []
     size, limit = 0, min(FIRST_BATCH_CHARACTERS, BATCH_CHARACTERS)
     for document in documents:
-        marks.append((len(texts), document._replace(text="")))  # the mark outlives the text
+        marks.append((len(texts), document.without_text()))
         for piece, ends in text_pieces(document.text):
             texts.append(piece)
             last.append(ends)

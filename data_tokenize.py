@@ -64,21 +64,26 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
 
 def join_ids(lists: Iterable[list[int]], last: Sequence[bool], eos: int) -> tuple[np.ndarray, np.ndarray]:
     """(ids int32, lengths int64) of consecutive texts, ``eos`` after those flagged last."""
-    flat, lengths = array("i"), np.empty(len(last), dtype=np.int64)
-    for index, (ids, ends) in enumerate(zip(lists, last, strict=True)):
-        before = len(flat)
-        flat.fromlist(ids)  # several times as fast as numpy
+    flat, ends_at = array("I"), [0]  # unsigned: four times as fast to fill as "i", ten times as numpy
+    for ids, ends in zip(lists, last, strict=True):
+        flat.fromlist(ids)
         if ends:
             flat.append(eos)
-        lengths[index] = len(flat) - before
-    return np.frombuffer(flat, dtype=np.int32), lengths
+        ends_at.append(len(flat))
+    return np.frombuffer(flat, dtype=np.int32), np.diff(np.array(ends_at, dtype=np.int64))
 
 
-def text_pieces(text: str | LongText) -> Iterator[tuple[str, bool]]:
+def text_pieces(text: str | LongText) -> Iterable[tuple[str, bool]]:
     """The pieces a text is tokenized in, and whether each is the last one.
 
     Each is cut after its last newline within PIECE_CHARACTERS, without one at PIECE_CHARACTERS.
     """
+    if isinstance(text, str) and len(text) <= PIECE_CHARACTERS:
+        return ((text, True),)
+    return _cut_pieces(text)
+
+
+def _cut_pieces(text: str | LongText) -> Iterator[tuple[str, bool]]:
     rest = ""
     for stretch in [text] if isinstance(text, str) else text.stretches():
         rest, start = rest + stretch, 0
