@@ -165,7 +165,9 @@ def main() -> None:
             texts, last = _receive(source)
             try:
                 ids, lengths = encoder.encode(texts, last)
-            except Exception as error:  # noqa: BLE001  (the trainer reports it)
+            except Exception as error:  # noqa: BLE001
+                # The process boundary: the tokenizers library raises bare Exception, and a tokenizer that
+                # brings its own code (--trust-remote-code) anything; the trainer makes it a DataError.
                 _send(answers, " ".join(str(error).split()) or type(error).__name__)
                 continue
             _send(answers, (ids.tobytes(), lengths.tobytes()))

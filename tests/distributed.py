@@ -28,7 +28,9 @@ def _rank_main(rank: int, world_size: int, folder: str, tasks: Connection) -> No
             os._exit(0)
         try:
             outcome: tuple[bool, Any] = (True, function(rank, world_size, *args))
-        except BaseException:  # the test that called reports it, whatever it is
+        except BaseException:  # noqa: BLE001
+            # The process boundary: a failed assertion, pytest.fail and SystemExit alike belong in the report
+            # of the test that called, and a rank that ended here would tell it nothing.
             outcome = (False, traceback.format_exc())
         tasks.send_bytes(pickle.dumps(outcome))
 
@@ -100,11 +102,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     if world_size not in _pools:
         _pools[world_size] = _Ranks(world_size)
+    usable = False
     try:
-        return _pools[world_size].run(function, args, timeout)
-    except BaseException:
-        _drop(world_size)
-        raise
+        results = _pools[world_size].run(function, args, timeout)
+        usable = world_size <= _LARGEST_KEPT
+        return results
     finally:
-        if world_size > _LARGEST_KEPT:
+        if not usable:
             _drop(world_size)
