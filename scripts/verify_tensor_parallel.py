@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import tempfile
-import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from script_parser import OneLineParser, run_script
 
-from run_errors import RunError
+from run_errors import DeviceError, RunError
 
 if TYPE_CHECKING:
     import torch
     from model_sources import ModelSource
 
-    from tp_costs import SplitCost
     from tp_simulate import Comparison, Measured
 
 TOLERANCES = {"fp32": 1e-4, "fp64": 1e-10}
@@ -124,93 +122,6 @@ def measure_processes(
 
 
 # ---------------------------------------------------------------------------------------------------
-# What is printed
-
-
-def print_comparison(title: str, results: dict[str, Comparison]) -> None:
-    """The table of outputs, loss and gradients; a row for each kind of parameter, its worst layer."""
-    print(f"\n{title}")
-    print(f"  {'':38}" + "".join(f"{name + ' max diff':>15}{'relative':>12}" for name in results))
-    rows: dict[str, list[tuple[float, float]]] = {}
-    for comparison in results.values():
-        kinds: dict[str, tuple[float, float]] = {}
-        for one in (comparison.logits, comparison.loss, *comparison.gradients):
-            kind = re.sub(r"\.\d+\.", ".*.", one.name)
-            kind = "outputs (logits)" if kind == "logits" else kind
-            before = kinds.get(kind, (0.0, 0.0))
-            kinds[kind] = (max(before[0], one.maximum), max(before[1], one.relative))
-        for kind, values in kinds.items():
-            rows.setdefault(kind, []).append(values)
-    for kind, columns in rows.items():
-        label = kind if kind in ("outputs (logits)", "loss") else f"d {kind}"
-        print(f"  {label:38}" + "".join(f"{most:15.2e}{relative:12.2e}" for most, relative in columns))
-
-
-def describe_traffic(traffic: dict[str, tuple[int, int]]) -> str:
-    """``9 all-reduce (0.25 MB), ...``."""
-    parts = [
-        f"{count} {kind.replace('_', '-')} ({size:,} bytes)"
-        for kind, (count, size) in sorted(traffic.items())
-    ]
-    return ", ".join(parts) or "none"
-
-
-def print_collectives(measured: Measured, expected: SplitCost, unit: int) -> bool:
-    """Counted against the formula, ``unit`` being the bytes of one activation; whether they are the same."""
-    print("\nCollectives of one rank, counted in fp32 (and by formula)")
-    same = True
-    for label, counted, formula in (
-        ("forward", measured.forward, expected.forward),
-        ("step", measured.step, expected.step),
-    ):
-        equal = counted == formula
-        same = same and equal
-        verdict = "as by formula" if equal else f"BY FORMULA {describe_traffic(formula)}"
-        print(f"  {label:8} {describe_traffic(counted)}: {verdict}")
-    print(f"  each entrance and exit of a block carries {unit:,} bytes")
-    return same
-
-
-def print_weights(slice_map: Any, size: int) -> None:
-    """How many weights each rank holds and how many of them are copies or padding."""
-    import math
-
-    total = slice_map.numel()
-    print(f"\nWeights: {total:,} in all, {total / size:,.0f} by {size} ranks evenly")
-    for rank in range(size):
-        held = sum(math.prod(slice_map.local_shape(name, rank)) for name in slice_map.names)
-        owned = sum(box.numel for name in slice_map.names for box in slice_map.owned(name, rank))
-        print(f"  rank {rank} holds {held:,}, {owned:,} of them its own, the rest copies and padding")
-
-
-def print_splits(title: str, splits: Sequence[SplitCost]) -> None:
-    """The ways to put the same model on the same ranks."""
-    from tp_costs import calls, payload
-
-    print(f"\n{title}")
-    head = f"{'weights/rank':>14}{'states':>10}{'forward':>9}{'step':>6}{'payload/step':>14}{'sent/rank':>11}"
-    print(f"  {'':27}{head}")
-    for split in splits:
-        print(
-            f"  {split.name:27}{split.parameters_per_rank:>14,}{_size(split.state_bytes):>10}"
-            f"{calls(split.forward):>9}{calls(split.step):>6}{_size(payload(split.step)):>14}"
-            f"{_size(split.sent_bytes):>11}"
-        )
-    print("  collectives (or sends) of the forward pass and of the step; what they wait for, and the source:")
-    for split in splits:
-        remark = f" ({split.remark})" if split.remark else ""
-        words = f"{split.waits}{remark}; {split.source}"
-        lines = textwrap.wrap(words, 70)
-        print(f"  {split.name:27}{lines[0]}", *lines[1:], sep=f"\n{'':29}")
-
-
-def _size(count: int) -> str:
-    from tp_costs import readable_bytes
-
-    return readable_bytes(count)
-
-
-# ---------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -225,7 +136,7 @@ def choose(options: argparse.Namespace) -> tuple[ModelSource, ModelSource]:
         parameter_count,
     )
 
-    from run_errors import DeviceError
+    from tp_costs import readable_bytes
 
     asked = choose_source(
         options.model,
@@ -249,110 +160,131 @@ def choose(options: argparse.Namespace) -> tuple[ModelSource, ModelSource]:
     available = available_memory()
     if available is not None and needed > available:
         raise DeviceError(
-            f"checking {source.label} in float64 takes about {_size(needed)} of memory and "
-            f"{_size(available)} is available: give --layers to keep the first layers only, or leave "
-            "--full-size out"
+            f"checking {source.label} in float64 takes about {readable_bytes(needed)} of memory and "
+            f"{readable_bytes(available)} is available: give --layers to keep the first layers only, or "
+            "leave --full-size out"
         )
     return source, asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """What was measured in this process, by precision: the unsharded model and each simulated rank of it."""
+
+    references: dict[str, Measured]
+    ranks: dict[str, list[Measured]]
+    comparisons: dict[str, Comparison]
+    slice_map: Any
+
+    @property
+    def largest(self) -> float:
+        """The largest difference of any output, loss or gradient element in fp32."""
+        fp32 = self.comparisons["fp32"]
+        return max(one.maximum for one in (fp32.logits, fp32.loss, *fp32.gradients))
 
 
 def verify(options: argparse.Namespace) -> list[str]:
     """Print everything; return what does not agree."""
     import torch
-
-    from tp_costs import ModelOutline, all_splits, tensor_parallel
-    from tp_simulate import compare_ranks, measure, measure_simulated
-
-    size = options.tensor_parallel_size
-    source, asked = choose(options)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))  # the ranks are threads too
-    empty = source.build_empty()
-    vocab_size = ModelOutline.of(empty).vocab_size
-    ids = torch.randint(
-        0,
-        vocab_size,
-        (options.batch_size, options.seq_len),
-        generator=torch.Generator().manual_seed(options.seed),
+    from verify_report import (
+        print_comparison,
+        print_full_model,
+        print_heading,
+        print_splits,
+        print_verdict,
+        print_weights,
     )
-    parameters = sum(parameter.numel() for parameter in empty.parameters())
-    batch = (options.batch_size, options.seq_len)
-    mode = ", sequence parallel" if options.sequence_parallel else ""
-    print(f"{source.label} over {size} ranks{mode}, simulated in one process")
-    print(f"  {source.describe()}; {parameters:,} parameters")
-    weights = "weights of the checkpoint" if source.checkpoint else f"random weights (seed {options.seed})"
-    print(f"  {weights}, batch of {options.batch_size} x {options.seq_len} tokens")
-
-    problems: list[str] = []
-    simulated: dict[str, Comparison] = {}
-    ranks: dict[str, list[Measured]] = {}
-    references: dict[str, Measured] = {}
-    for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
-        model = source.build(dtype, options.seed)
-        ranks[name], slice_map = measure_simulated(
-            model, ids, size, sequence_parallel=options.sequence_parallel
-        )
-        references[name] = measure(model, ids)
-        simulated[name] = compare_ranks(references[name], ranks[name], slice_map)
-    print_comparison("Simulated ranks against the unsharded model", simulated)
-    problems += differences(simulated, "simulated ranks")
-
-    expected = tensor_parallel(
-        ModelOutline.of(empty), empty, size, batch, 4, sequence_parallel=options.sequence_parallel
-    )
-    positions = -(-batch[1] // size) * size if options.sequence_parallel else batch[1]
-    unit = batch[0] * positions * ModelOutline.of(empty).hidden_size * 4
-    if not print_collectives(ranks["fp32"][0], expected, unit):
-        problems.append("the collectives counted are not those of the formula")
-    print_weights(slice_map, size)
-
-    if options.processes:
-        over_gloo = measure_processes(
-            source, ids, size, options.seed, sequence_parallel=options.sequence_parallel
-        )
-        real = {name: compare_ranks(references[name], over_gloo[name], slice_map) for name in over_gloo}
-        print_comparison(f"{size} processes over gloo against the unsharded model", real)
-        problems += differences(real, f"{size} processes")
-        problems += compare_both(ranks, over_gloo)
-
-    shape = f"{options.batch_size} x {options.seq_len} tokens"
-    print_splits(
-        f"The same model on {size} ranks, {shape}, 16-bit activations (states: 16 bytes a parameter)",
-        all_splits(empty, size, batch, 2),
-    )
-    if asked is not source:
-        print_full_model(asked, size)
-    largest = max(
-        one.maximum
-        for one in (simulated["fp32"].logits, simulated["fp32"].loss, *simulated["fp32"].gradients)
-    )
-    if not problems:
-        print("\nModels are mathematically equivalent")
-        print(f"Max difference: {largest:.2e}")
-        print("(the largest of any output, loss or gradient element in fp32; fp64 shows that it is rounding)")
-    else:
-        print("\nModels are NOT equivalent")
-        print(f"Max difference: {largest:.2e}")
-    return problems
-
-
-def print_full_model(asked: ModelSource, size: int) -> None:
-    """The table of splits for the model that was made narrow, at the size it trains at."""
-    from dataclasses import replace
-
-    from model_sources import REFERENCE_VOCAB_SIZE
 
     from tp_costs import all_splits
 
-    settings = dict(asked.settings)
-    if settings["vocab_size"] < REFERENCE_VOCAB_SIZE and asked.label != "config.json":
-        settings["vocab_size"] = REFERENCE_VOCAB_SIZE
-    full = replace(asked, settings=settings)
-    tokens = (4, settings["max_position_embeddings"])
+    size, batch = options.tensor_parallel_size, (options.batch_size, options.seq_len)
+    source, asked = choose(options)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))  # the ranks are threads too
+    model = source.build_empty()
+    ids = draw_tokens(model, batch, options.seed)
+    print_heading(source, model, batch, size, options.seed, sequence_parallel=options.sequence_parallel)
+
+    simulation = simulate_ranks(source, ids, options)
+    print_comparison("Simulated ranks against the unsharded model", simulation.comparisons)
+    problems = differences(simulation.comparisons, "simulated ranks")
+    problems += check_collectives(model, simulation.ranks["fp32"][0], options)
+    print_weights(simulation.slice_map, size)
+    if options.processes:
+        problems += check_processes(source, ids, simulation, options)
     print_splits(
-        f"{full.label} in full ({settings['vocab_size']:,} ids) on {size} ranks, {tokens[0]} x {tokens[1]} "
-        "tokens, 16-bit activations",
-        all_splits(full.build_empty(), size, tokens, 2),
+        f"The same model on {size} ranks, {batch[0]} x {batch[1]} tokens, 16-bit activations "
+        "(states: 16 bytes a parameter)",
+        all_splits(model, size, batch, 2),
     )
+    if asked is not source:
+        print_full_model(asked, size)
+    print_verdict(problems, simulation.largest)
+    return problems
+
+
+def draw_tokens(model: Any, batch: tuple[int, int], seed: int) -> torch.Tensor:
+    """Random ids (batch, seq_len) of the model's vocabulary."""
+    import torch
+
+    from tp_costs import ModelOutline
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, ModelOutline.of(model).vocab_size, batch, generator=generator)
+
+
+def simulate_ranks(source: ModelSource, ids: torch.Tensor, options: argparse.Namespace) -> Simulation:
+    """Measure the unsharded model and its simulated ranks in both precisions, and compare them."""
+    import torch
+
+    from tp_simulate import compare_ranks, measure, measure_simulated
+
+    references: dict[str, Measured] = {}
+    ranks: dict[str, list[Measured]] = {}
+    comparisons: dict[str, Comparison] = {}
+    for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
+        model = source.build(dtype, options.seed)
+        ranks[name], slice_map = measure_simulated(
+            model, ids, options.tensor_parallel_size, sequence_parallel=options.sequence_parallel
+        )
+        references[name] = measure(model, ids)
+        comparisons[name] = compare_ranks(references[name], ranks[name], slice_map)
+    return Simulation(references=references, ranks=ranks, comparisons=comparisons, slice_map=slice_map)
+
+
+def check_collectives(model: Any, measured: Measured, options: argparse.Namespace) -> list[str]:
+    """Print one rank's collectives in fp32 beside the formula's; what does not agree."""
+    from verify_report import print_collectives
+
+    from tp_costs import ModelOutline, tensor_parallel
+
+    outline, size = ModelOutline.of(model), options.tensor_parallel_size
+    batch, seq_len = options.batch_size, options.seq_len
+    expected = tensor_parallel(
+        outline, model, size, (batch, seq_len), 4, sequence_parallel=options.sequence_parallel
+    )
+    positions = -(-seq_len // size) * size if options.sequence_parallel else seq_len
+    if print_collectives(measured, expected, batch * positions * outline.hidden_size * 4):
+        return []
+    return ["the collectives counted are not those of the formula"]
+
+
+def check_processes(
+    source: ModelSource, ids: torch.Tensor, simulation: Simulation, options: argparse.Namespace
+) -> list[str]:
+    """Measure again with a process for each rank; what does not agree, with either."""
+    from verify_report import print_comparison
+
+    from tp_simulate import compare_ranks
+
+    size = options.tensor_parallel_size
+    measured = measure_processes(source, ids, size, options.seed, sequence_parallel=options.sequence_parallel)
+    comparisons = {
+        name: compare_ranks(simulation.references[name], measured[name], simulation.slice_map)
+        for name in measured
+    }
+    print_comparison(f"{size} processes over gloo against the unsharded model", comparisons)
+    problems = differences(comparisons, f"{size} processes")
+    return problems + compare_both(simulation.ranks, measured)
 
 
 def differences(results: dict[str, Comparison], who: str) -> list[str]:
