@@ -179,7 +179,10 @@ class StepFeed:
         except DataError as error:
             self._fail(error)
             return
-        except Exception as error:  # noqa: BLE001  (a thread's end: all ranks must learn of it)
+        except Exception as error:  # noqa: BLE001
+            # The thread boundary: the tokenizers library raises bare Exception, a tokenizer that brings its
+            # own code (--trust-remote-code) anything, and if this thread died of it, the other ranks would
+            # wait in their broadcast for ever.
             failure = DataError(
                 f"the data reader failed: {type(error).__name__}: {' '.join(str(error).split())}"
             )

@@ -105,7 +105,9 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
         raise DataError(f"no tokenizer at {path!r} (--tokenizer-path): give a folder with tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+    except Exception as error:
+        # The tokenizers library raises bare Exception for a broken file, and a tokenizer that brings its own
+        # code (--trust-remote-code) anything: either way it is the user's folder that has to be named.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(f"cannot load the tokenizer {path!r} (--tokenizer-path): {reason}") from error
     if len(tokenizer) == 0:
