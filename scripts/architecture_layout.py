@@ -162,6 +162,48 @@ def _weights(model: nn.Module, plan: TensorParallelPlan, slice_map: SliceMap) ->
     return weights
 
 
+def _halves(
+    plan: TensorParallelPlan, slice_map: SliceMap, weights: list[Weight], counts: str
+) -> tuple[Half, Half]:
+    """Attention and MLP of the first block; ``counts`` says how many heads a rank has."""
+    prefix = f"{plan.first_block}."
+
+    def part(pattern: str, style: Style) -> tuple[Weight, ...]:
+        return tuple(
+            weight
+            for weight in weights
+            if weight.name.startswith(prefix)
+            and fnmatch.fnmatchcase(weight.name, f"{pattern}.*")
+            and weight.style is style
+        )
+
+    def is_norm(name: str) -> bool:
+        rule = plan.rule_for(name.rpartition(".")[0])
+        return rule is not None and rule.style is Style.RESIDUAL and name.endswith("weight")
+
+    norms = [
+        name.rpartition(".")[0].rpartition(".")[2]
+        for name in slice_map.names
+        if name.startswith(prefix) and is_norm(name)
+    ]
+    gated = len(part(plan.mlp, Style.COLUMN)) == 2
+    attention = Half(
+        title="attention",
+        norm=norms[0],
+        columns=part(plan.attention, Style.COLUMN),
+        between=f"attention on {counts} heads a rank",
+        rows=part(plan.attention, Style.ROW),
+    )
+    mlp = Half(
+        title="MLP",
+        norm=norms[1],
+        columns=part(plan.mlp, Style.COLUMN),
+        between="SwiGLU: silu(gate) * up" if gated else "GELU",
+        rows=part(plan.mlp, Style.ROW),
+    )
+    return attention, mlp
+
+
 def lay_out(
     model: nn.Module,
     title: str,
@@ -178,22 +220,8 @@ def lay_out(
         raise ConfigError(f"--sp does not work with {type(model).__name__}; leave it out")
     slice_map = build_slice_map(model, plan, tp_size)
     weights = _weights(model, plan, slice_map)
-    block = [weight for weight in weights if weight.name.startswith(f"{plan.first_block}.")]
-    norms = [
-        name.rpartition(".")[0].rpartition(".")[2]
-        for name in slice_map.names
-        if name.startswith(f"{plan.first_block}.")
-        and (rule := plan.rule_for(name.rpartition(".")[0])) is not None
-        and rule.style is Style.RESIDUAL
-        and name.endswith("weight")
-    ]
-
-    def part(pattern: str, style: Style) -> tuple[Weight, ...]:
-        return tuple(w for w in block if fnmatch.fnmatchcase(w.name, f"{pattern}.*") and w.style is style)
-
     heads = HeadCounts.from_config(getattr(model, "config", None)).local(tp_size)
     counts = f"{heads['query_heads']} query, {heads['key_value_heads']} key/value"
-    gated = len(part(plan.mlp, Style.COLUMN)) == 2
     embedding = next(weight for weight in weights if weight.name == f"{plan.embedding}.weight")
     config: Any = model.config
     ranks = f"{tp_size} tensor-parallel ranks" if tp_size > 1 else "one rank"
@@ -211,22 +239,7 @@ def lay_out(
         tied=f"{plan.head}.weight" not in slice_map.names,
         plan=plan,
         slice_map=slice_map,
-        halves=(
-            Half(
-                title="attention",
-                norm=norms[0],
-                columns=part(plan.attention, Style.COLUMN),
-                between=f"attention on {counts} heads a rank",
-                rows=part(plan.attention, Style.ROW),
-            ),
-            Half(
-                title="MLP",
-                norm=norms[1],
-                columns=part(plan.mlp, Style.COLUMN),
-                between="SwiGLU: silu(gate) * up" if gated else "GELU",
-                rows=part(plan.mlp, Style.ROW),
-            ),
-        ),
+        halves=_halves(plan, slice_map, weights, counts),
         embedding=embedding,
         final_norm=plan.final_norm,
         batch=batch,
