@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from parallel_meeting import Environment, await_ranks, cannot_join
+from parallel_meeting import Environment, cannot_join
 from run_errors import ConfigError, DeviceError, PeerError, RunError
 from tp_gated import GatedExit
 from tp_plan import check_degree, degree_fits
@@ -101,19 +101,16 @@ def connect(
     device: torch.device,
     store: dist.Store | None,
     *,
-    meeting_timeout: timedelta,
     timeout: timedelta,
 ) -> World:
     """Join the process group of all ranks, and make the gloo groups beside it.
 
-    ``store`` as ``open_store`` gave it; ``meeting_timeout`` bounds the wait for the other ranks and
-    ``timeout`` each collective of the model. Raises DeviceError naming the endpoint and the ranks that did
-    not come, or the ranks that share a GPU.
+    To be called once all ranks have come to the ``store`` (``await_ranks``); ``timeout`` bounds each
+    collective of the model. Raises DeviceError naming the endpoint, or the ranks that share a GPU.
     """
     local_world_size = 1
     control = feed = None
     if store is not None:
-        await_ranks(environment, store, meeting_timeout)
         try:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

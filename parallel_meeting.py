@@ -104,7 +104,7 @@ def private_store(store: Any) -> Any:
     return dist.PrefixStore("argonne", store.clone())
 
 
-def await_ranks(environment: Environment, store: dist.Store, timeout: timedelta) -> None:
+def await_ranks(environment: Environment, store: dist.Store, *, timeout: timedelta) -> None:
     """Wait until every rank has come; from then on one that is not there any more has died.
 
     Raises DeviceError naming the endpoint and the ranks that did not come.

@@ -28,6 +28,7 @@ from run_status import (
     RunStatus,
     earlier_attempt,
     is_final,
+    kill_children,
     mark_failed,
 )
 
@@ -145,6 +146,11 @@ class RunControl:
                 stall_timeout=self._stall_timeout,
                 on_verdict=self._stalled,
             )
+
+    def all_came(self) -> None:
+        """Every rank has joined: learn where each runs, before the store can go with its process."""
+        if self.peers is not None:
+            self.peers.refresh()
 
     # ---------------------------------------------------------------- the loop
 
@@ -324,7 +330,7 @@ class RunControl:
             self._follow()
         before, self._signal = self._signal, (number, at)
         if not self._looping:
-            self._leave_before_the_first_step(number)
+            self._take_before_the_first_step(number)
         if before is not None and self._is_impatient(before, number, at):
             text = (
                 f"left at once on a second {number.name}, without saving: resume from the newest checkpoint"
@@ -335,13 +341,16 @@ class RunControl:
             self._boundary_due = at + self._patience()
         self._request(f"{number.name}" if self.rank == 0 else f"{number.name} to rank {self.rank}")
 
-    def _leave_before_the_first_step(self, number: signal.Signals) -> NoReturn:
+    def _leave_before_the_first_step(self, text: str, line: str | None) -> NoReturn:
+        self._leave(self.launch.stop_code, line, Note(state="stopped", text=text, final=True))
+
+    def _take_before_the_first_step(self, number: signal.Signals) -> NoReturn:
         text, line = f"{number.name} before the first step", None
         absent = self.peers.absent() if self.peers is not None else []
-        if self.peers is not None and absent:
+        if self.peers is not None and absent:  # torchrun sends it, too, when one of them has died
             text += f", while {rank_list(absent)} had not come: look for its last message above"
             line = f"error: left on {text}" if self.peers.is_first_left(absent) else None
-        self._leave(self.launch.stop_code, line, Note(state="stopped", text=text, final=True))
+        self._leave_before_the_first_step(text, line)
 
     @staticmethod
     def _is_impatient(before: tuple[int, float], number: int, at: float) -> bool:
@@ -363,7 +372,11 @@ class RunControl:
                 PeerError("torchrun is gone: start it again to resume from the newest checkpoint")
             )
         if self._max_run_time is not None and at - self._began > self._max_run_time:
-            self._request(f"--max-run-time {self._max_run_time:.0f} s")
+            reason = f"--max-run-time {self._max_run_time:.0f} s"
+            if not self._looping:  # a corpus may be tokenized for hours, which is kept
+                text = f"{reason} was over before the first step: give the run more time"
+                self._leave_before_the_first_step(text, f"error: {text}" if self.rank == 0 else None)
+            self._request(reason)
         if self.peers is None:
             return
         trouble = bool(self.peers.missing()) or self._left_peer() is not None
@@ -434,7 +447,7 @@ class RunControl:
                 for stream in (sys.stdout, sys.stderr):
                     with contextlib.suppress(OSError, ValueError, AttributeError):
                         stream.flush()
-                _kill_children()
+                kill_children()
                 os._exit(code)
         while True:  # the main thread is ending the process already
             time.sleep(60)
@@ -442,12 +455,3 @@ class RunControl:
 
 class _ToldError(PeerError):
     """Another rank has said what is wrong; this one only follows."""
-
-
-def _kill_children() -> None:
-    """Data processes would outlive an ``os._exit``."""
-    for children in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for pid in children.read_text().split():
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(int(pid), signal.SIGKILL)

@@ -4,12 +4,14 @@
 Rank 0 uses this module; nothing here knows torch.
 """
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
 import getpass
 import json
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -19,7 +21,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from run_errors import EXIT_STOPPED, CheckpointError, ConfigError, DataError, DeviceError, RunError
+from run_errors import (
+    EXIT_STOPPED,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    NonFiniteError,
+    RunError,
+)
 from run_files import read_json, write_json
 
 HEARTBEAT_SECONDS = 5.0
@@ -85,8 +95,12 @@ class Launch:
 
 
 def is_final(error: RunError) -> bool:
-    """Whether a restart would only repeat the error: flags, data and checkpoints do not mend themselves."""
-    return isinstance(error, ConfigError | DataError | CheckpointError)
+    """Whether a restart would only repeat the error.
+
+    Flags, data and checkpoints do not mend themselves, and steps that were not finite come again with the
+    same weights and tokens.
+    """
+    return isinstance(error, ConfigError | DataError | CheckpointError | NonFiniteError)
 
 
 def prepare_output_dir(output_dir: Path) -> None:
@@ -235,6 +249,15 @@ def process_started(pid: int) -> str | None:
     """
     fields = process_fields(pid)
     return None if fields is None or fields[0] in "ZX" else fields[19]
+
+
+def kill_children() -> None:
+    """End this process's children: data processes would outlive an ``os._exit``."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for pid in children.read_text().split():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(int(pid), signal.SIGKILL)
 
 
 class OutputLock:

@@ -184,13 +184,15 @@ def run(options: argparse.Namespace, environment: Environment) -> str:
     from checkpointing import require_safe_torch
     from data_tokenize import load_tokenizer
     from parallel import choose_device, connect, disconnect, on_rank_0
-    from parallel_meeting import open_store
+    from parallel_meeting import await_ranks, open_store
     from training_sample import generate_text
 
     require_safe_torch()
     device = choose_device(environment)
     store = open_store(environment, timeout=TIMEOUT)
-    world = connect(environment, device, store, meeting_timeout=TIMEOUT, timeout=TIMEOUT)
+    if store is not None:
+        await_ranks(environment, store, timeout=TIMEOUT)
+    world = connect(environment, device, store, timeout=TIMEOUT)
     box: list[Any] = [None]
 
     def load() -> int:

@@ -53,7 +53,7 @@ set_environment
 torchrun_stop_options
 address=()
 [ -z "$local_addr" ] || address=(--local-addr "$local_addr")
-run_or_show "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" \
+run_or_show "$python" "$root/scripts/launch_torchrun.py" --nnodes "$nodes" --nproc-per-node "$processes" \
     --rdzv-backend c10d --rdzv-endpoint "$master" --rdzv-id "$run_id" "${address[@]}" \
     --rdzv-conf "join_timeout=$join_timeout${is_host:+,is_host=$is_host}" --max-restarts "$max_restarts" "${stop_options[@]}" \
     "$root/resume_pretrain_tensor.py" "$@"

@@ -197,7 +197,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, data: list[str]) 
 
 
 def test_the_time_of_a_run_is_limited(tmp_path: Path, data: list[str]) -> None:
-    finished = launch(1, *data, "--output-dir", tmp_path, "--max-run-time", "15")
+    finished = launch(1, *data, "--output-dir", tmp_path, "--max-run-time", "40")
     assert finished.code == 75
     stopped_and_saved(tmp_path, finished)
     assert "--max-run-time" in status(tmp_path)["reason"]
