@@ -12,7 +12,7 @@ import fcntl
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -270,22 +270,32 @@ def clean_temporary_files(folder: Path) -> list[str]:
     return removed
 
 
-def prune(folder: Path, *, newest_verified: Path, keep: int, keep_every: int = 0) -> list[Path]:
+def prune(
+    folder: Path,
+    *,
+    newest_verified: Path,
+    keep: int,
+    keep_every: int = 0,
+    spoiled: Collection[Path] = (),
+) -> list[Path]:
     """Remove our checkpoints older than the ``keep`` newest; return what was removed.
 
     ``newest_verified`` is a checkpoint whose bytes were read back: nothing is removed unless it is there,
     and neither it nor anything newer is. ``keep`` 0 keeps all; steps that ``keep_every`` divides stay for
-    good; files of the pipeline scripts are never touched.
+    good; files of the pipeline scripts are never touched. ``spoiled`` ones, which did not verify, go too.
     """
     match = _OWN_NAME.match(newest_verified.name)
     if keep <= 0 or match is None or not newest_verified.is_file():
         return []
     verified_step = int(match[1])
     own = own_checkpoints(folder)
-    kept_since_verified = [path for step, path in own if step <= verified_step][:keep]
+    good = [(step, path) for step, path in own if step <= verified_step and path not in spoiled]
+    kept = {path for _, path in good[:keep]}
+    if keep_every:
+        kept |= {path for step, path in good if step % keep_every == 0}
     removed = []
     for step, path in own:
-        if step >= verified_step or path in kept_since_verified or (keep_every and step % keep_every == 0):
+        if step >= verified_step or path in kept:
             continue
         path.unlink()
         removed.append(path)

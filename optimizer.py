@@ -70,6 +70,8 @@ class StepTotals:
     """Some rank was asked to stop."""
     busy: bool
     """Some rank still works on the last checkpoint."""
+    spoiled: bool
+    """Some rank found the last checkpoint spoiled, which is to be saved again."""
 
     @property
     def finite(self) -> bool:
@@ -99,6 +101,7 @@ class GradientTotals:
         loss_share: Tensor,
         stop: bool,
         busy: bool = False,
+        spoiled: bool = False,
         scale: float = 1.0,
     ) -> StepTotals:
         """One all-reduce over all ranks.
@@ -108,6 +111,7 @@ class GradientTotals:
             loss_share: 0-d; the shares of all ranks add up to the step's mean loss.
             stop: whether this rank was asked to stop.
             busy: whether this rank still works on the last checkpoint.
+            spoiled: whether this rank found it spoiled.
             scale: the loss scale the gradients still carry.
         """
         parts = self.owned(gradients)
@@ -116,13 +120,15 @@ class GradientTotals:
         if parts:
             norms = torch.stack(torch._foreach_norm(parts)).to(torch.float64)
             squares = norms.square().sum()
-        words = torch.tensor([float(stop), float(busy)], dtype=torch.float64, device=device)
+        flags = [float(stop), float(busy), float(spoiled)]
+        words = torch.tensor(flags, dtype=torch.float64, device=device)
         totals = torch.cat([squares[None], loss_share.detach().double()[None], words])
         if self._group is not None and dist.get_world_size(self._group) > 1:
             dist.all_reduce(totals, group=self._group)
-        square_sum, loss, stops, busies = totals.tolist()
+        square_sum, loss, *raised = totals.tolist()
         norm = math.sqrt(square_sum) / scale if square_sum >= 0 else math.nan
-        return StepTotals(grad_norm=norm, loss=loss, stop=stops > 0, busy=busies > 0)
+        stop, busy, spoiled = (count > 0 for count in raised)
+        return StepTotals(grad_norm=norm, loss=loss, stop=stop, busy=busy, spoiled=spoiled)
 
 
 def scale_gradients(

@@ -102,7 +102,7 @@ def train(
         choose_device,
         connect,
     )
-    from parallel_meeting import open_store, private_store
+    from parallel_meeting import await_ranks, open_store, private_store
     from training_build import build_model, choose_tp_size, fill_weights, model_settings
     from training_run import Run
     from training_save import CheckpointKeeper
@@ -128,7 +128,9 @@ def train(
     store = open_store(environment, timeout=meeting_timeout)
     if store is not None:
         control.join(private_store(store))
-    world = connect(environment, device, store, meeting_timeout=meeting_timeout, timeout=COLLECTIVE_TIMEOUT)
+        await_ranks(environment, store, timeout=meeting_timeout)
+        control.all_came()
+    world = connect(environment, device, store, timeout=COLLECTIVE_TIMEOUT)
     check_same(flag_values(config), world)
     if config.model.settings is not None:
         choose_tp_size(config.model.settings, config.parallel.tensor_parallel_size, world)
@@ -219,13 +221,19 @@ def loop(run: Run) -> bool:
     while run.step < config.training.total_steps and not stop:
         started = stopwatch()
         batch = run.feed.next()
-        result = run.one_step.run(batch, run.step, stop=bool(control.stop_flag), busy=keeper.busy)
+        result = run.one_step.run(
+            batch,
+            run.step,
+            stop=bool(control.stop_flag),
+            busy=keeper.busy,
+            spoiled=keeper.spoiled(),
+        )
         run.complete(batch, result, stopwatch() - started)
         run.check_replicas_if_due()
 
         stop = result.totals.stop
         last = stop or run.step == config.training.total_steps
-        if last or keeper.due(run.step, busy=result.totals.busy):
+        if last or keeper.due(run.step, busy=result.totals.busy, spoiled=result.totals.spoiled):
             run.save()
         if config.output.sample_interval and run.step % config.output.sample_interval == 0 and not stop:
             run.sample()

@@ -49,8 +49,10 @@ class TrainingStep:
         self.scaler = LossScaler(enabled=trained.dtype is torch.float16)
         self._rule = NonFiniteRule()
 
-    def run(self, batch: StepBatch, step: int, *, stop: bool, busy: bool) -> StepResult:
-        """``step`` is 0-based; ``stop`` and ``busy`` are this rank's words in the one small all-reduce."""
+    def run(
+        self, batch: StepBatch, step: int, *, stop: bool, busy: bool, spoiled: bool = False
+    ) -> StepResult:
+        """``step`` is 0-based; ``stop``, ``busy`` and ``spoiled`` are this rank's words in the all-reduce."""
         options, trained = self._options, self._trained
         trained.optimizer.zero_grad(set_to_none=True)
         loss = self._accumulate(batch)
@@ -59,7 +61,12 @@ class TrainingStep:
         # Equal on the ranks of a replica, different between replicas: this rank's share of the mean.
         share = loss / trained.parallel.world_size
         totals = self._totals.reduce(
-            gradients, loss_share=share, stop=stop, busy=busy, scale=self.scaler.scale
+            gradients,
+            loss_share=share,
+            stop=stop,
+            busy=busy,
+            spoiled=spoiled,
+            scale=self.scaler.scale,
         )
         lr = learning_rate(
             step,

@@ -58,6 +58,10 @@ def the_error(finished: Finished) -> str:
     return line
 
 
+def saved_steps(output: Path) -> list[int]:
+    return [int(path.stem.rpartition("_")[2]) for path in (output / "pretrained").glob("*.pth")]
+
+
 # ---------------------------------------------------------------------------------------------------
 # One process
 
@@ -102,6 +106,32 @@ def test_a_last_save_that_the_disk_spoils_is_written_again(tmp_path: Path, data:
     assert verify_checkpoint(checkpoint(tmp_path, STEPS)).step == STEPS
     finished = launch(1, *flags, "--force-from-scratch", fault={"kind": "spoil", "times": 9})
     assert finished.code == 1 and "does not match its checksum" in the_error(finished)
+    assert status(tmp_path)["state"] == "failed" and status(tmp_path)["checkpoint"] is None
+
+
+def test_a_checkpoint_that_the_disk_spoils_is_followed_by_another_at_once(
+    tmp_path: Path, data: list[str]
+) -> None:
+    flags = [*data, "--output-dir", tmp_path, "--checkpoint-interval", 40, "--total-steps", 80]
+    finished = launch(1, *flags, fault={"kind": "spoil", "times": 1})
+    assert finished.code == 0, finished.stderr
+    (warning,) = [line for line in finished.stderr.splitlines() if line.startswith("warning: ")]
+    assert "step_40.pth" in warning and warning.endswith("and another is saved at once")
+    first, last = sorted(saved_steps(tmp_path))  # the spoiled one went when its successor had verified
+    assert 40 < first < 80 and last == 80
+    assert verify_checkpoint(checkpoint(tmp_path, first)).step == first
+
+
+def test_a_disk_that_spoils_every_checkpoint_does_not_save_at_every_step(
+    tmp_path: Path, data: list[str]
+) -> None:
+    flags = [*data, "--output-dir", tmp_path, "--checkpoint-interval", 40, "--total-steps", 120]
+    finished = launch(1, *flags, fault={"kind": "spoil", "times": 99})
+    assert finished.code == 1 and "does not match its checksum" in the_error(finished)
+    assert finished.stderr.count("another is saved at once") == 2
+    assert finished.stderr.count("look at this disk") == 2
+    steps = sorted(saved_steps(tmp_path))
+    assert len(steps) == 5 and {40, 80, 120} < set(steps) and steps[2] < 80
     assert status(tmp_path)["state"] == "failed" and status(tmp_path)["checkpoint"] is None
 
 
@@ -289,6 +319,22 @@ def test_a_restart_goes_on_from_the_launchs_last_save_whatever_it_began_with(
     assert f"step_8.pth (step {8})" in finished.stdout  # the second start
     assert status(tmp_path)["restart_count"] == 1
     assert_same_end(tmp_path, unbroken)
+
+
+@pytest.mark.slow
+def test_too_many_steps_that_are_not_finite_are_not_trained_again(tmp_path: Path, data: list[str]) -> None:
+    """The restart would go on from the last save with the same tokens."""
+    fault = {"kind": "nan", "rank": 1, "first": 6, "last": 99}
+    flags = [*data, "--output-dir", tmp_path, "--total-steps", 60]
+    finished = wait(start(2, *flags, torchrun=RESTARTS, fault=fault))
+    first, again = finished.errors()
+    assert finished.code == 1 and "not finite in too many steps in a row, up to step 15" in first
+    assert "a restart would end the same way" in again and "too many steps in a row" in again
+    stand = status(tmp_path)
+    assert (stand["state"], stand["final"], stand["restart_count"]) == ("failed", True, 0)
+    assert len(metrics(tmp_path)) == 15
+    for path in (tmp_path / "pretrained").iterdir():
+        assert verify_checkpoint(path).step in (4, 8, 12)
 
 
 @pytest.mark.slow
