@@ -48,6 +48,8 @@ class Launch:
     """torchrun's process; None without torchrun"""
     began: float = 0.0
     """when torchrun was started, seconds since 1970; a run_id may be used again by a later launch"""
+    launcher: str = ""
+    """host, process and start of torchrun, which no other launch shares; "" without torchrun"""
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> "Launch":
@@ -59,8 +61,10 @@ class Launch:
             return cls(run_id=own, restart_count=0, max_restarts=0, launcher_pid=None)
         # "none" is torchrun's name for every run that was given none.
         run_id = name if name not in ("", "none") else f"{socket.gethostname()}:{os.getppid()}"
+        began = process_started(os.getppid())
         return cls(
             run_id=run_id,
+            launcher=f"{socket.gethostname()}:{os.getppid()}:{began}",
             restart_count=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
             max_restarts=int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")),
             launcher_pid=os.getppid(),
@@ -148,6 +152,7 @@ class RunStatus:
             "started": now(),
             "run_id": launch.run_id,
             "restart_count": launch.restart_count,
+            "launcher": launch.launcher,
             "final": False,
             **facts,
         }
@@ -207,6 +212,9 @@ def earlier_attempt(output_dir: Path, launch: Launch) -> dict[str, Any] | None:
     status = read_json(output_dir / "stats" / "run_status.json")
     if status is None or launch.restart_count == 0 or status.get("run_id") != launch.run_id:
         return None
+    if launch.launcher and status.get("launcher") == launch.launcher:
+        return status
+    # Rank 0 may have moved to another node, whose torchrun is another process of the same launch.
     try:
         written = datetime.fromisoformat(str(status.get("heartbeat"))).timestamp()
     except ValueError:

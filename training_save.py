@@ -139,8 +139,9 @@ class CheckpointKeeper:
         if due and busy:
             if not self._postponed:
                 self._report.warn(
-                    f"the checkpoint due at step {step} waits until the last one has been read back: "
-                    "--checkpoint-interval is short for this disk"
+                    "a checkpoint that falls due waits until the last one has been read back: "
+                    "--checkpoint-interval is short for this disk",
+                    f"(step {step})",
                 )
             self._postponed = True
             return False

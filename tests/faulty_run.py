@@ -9,6 +9,8 @@ The fault is ``{"kind": ..., "rank": ..., ...}`` and happens on that rank only:
 - ``nan``: the loss is NaN in steps ``first`` to ``last``; ``gradient`` instead spoils one gradient.
 - ``perturb``: one element of ``name`` changes before step ``step``.
 - ``spoil``: a bit of every checkpoint flips on its way to the disk (``times`` times).
+- ``slow``: reading a checkpoint back takes ``seconds`` more.
+- ``clock``: the wall clock jumps by days at every look.
 - ``exit``: the process ends without a word in step ``step`` (of attempt ``attempt`` of the launch only).
 - ``early``: SIGKILL before the first step, when ``function`` of ``module`` is called (of attempt 0 only).
 - ``signal``: the process sends itself ``number`` inside ``phase``.
@@ -16,10 +18,12 @@ The fault is ``{"kind": ..., "rank": ..., ...}`` and happens on that rank only:
 
 import errno
 import importlib
+import itertools
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +128,24 @@ def spoil(fault: Fault) -> None:
     os.fsync = flipping  # type: ignore[assignment]
 
 
+def slow(fault: Fault) -> None:
+    import checkpointing
+
+    verify = checkpointing.verify_checkpoint
+
+    def slow_verify(path: Path, *, from_disk: bool = False) -> Any:
+        if from_disk:
+            time.sleep(fault["seconds"])
+        return verify(path, from_disk=from_disk)
+
+    checkpointing.verify_checkpoint = slow_verify
+
+
+def clock(fault: Fault) -> None:
+    wall, looks = time.time, itertools.count()
+    time.time = lambda: wall() + (next(looks) * 7919 % 41 - 20) * 86400.0
+
+
 def leave(fault: Fault) -> None:
     def end(one_step: Any, step: int) -> None:
         if step == fault["step"]:
@@ -172,6 +194,8 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "nan": nan,
     "perturb": perturb,
     "spoil": spoil,
+    "slow": slow,
+    "clock": clock,
     "exit": leave,
     "early": early,
     "signal": send,

@@ -158,6 +158,14 @@ def test_prune_keeps_the_newest_and_the_multiples(tmp_path: Path) -> None:
     assert prune(tmp_path, newest_verified=checkpoint_path(tmp_path, 8), keep=0) == []
 
 
+def test_prune_counts_no_spoiled_file_among_those_kept(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        save_sample(tmp_path, step)
+    spoiled = [checkpoint_path(tmp_path, step) for step in (4, 5)]
+    prune(tmp_path, newest_verified=checkpoint_path(tmp_path, 6), keep=2, keep_every=4, spoiled=spoiled)
+    assert _steps(tmp_path) == [3, 6]
+
+
 def test_prune_removes_nothing_on_the_word_of_an_unverified_file(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save_sample(tmp_path, step)

@@ -1,6 +1,7 @@
 """The launchers: what they run, and that they fail early with a reason. Nothing is launched here."""
 
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -180,6 +181,12 @@ def test_slurm_passes_its_warning_on_and_goes_back_in_the_queue(tmp_path: Path) 
     out, _ = job.communicate(timeout=20)
     assert job.returncode == 0 and "save and stop" in out
     assert "scancel --signal=USR1 4242.0" in calls.read_text() and "requeue 4242" in calls.read_text()
+
+
+def test_slurm_warns_as_long_before_the_end_as_a_save_may_take() -> None:
+    lead = re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", (SCRIPTS / "launch_slurm.sbatch").read_text(), re.M)
+    grace = re.search(r"shutdown_timeout=(\d+)", (SCRIPTS / "launch_multi_node.sh").read_text())
+    assert lead is not None and grace is not None and lead[1] == grace[1] == "600"
 
 
 def test_slurm_outside_a_job() -> None:

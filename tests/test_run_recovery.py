@@ -39,6 +39,14 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, data: list[str]) -> Path:
     return output
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, data: list[str]) -> Path:
+    """One process, twelve steps, nothing wrong."""
+    output = tmp_path_factory.mktemp("plain")
+    assert launch(1, *data, "--output-dir", output).code == 0
+    return output
+
+
 def assert_same_end(output: Path, unbroken: Path) -> None:
     """The last checkpoint and the metrics are those of the unbroken run, bit for bit."""
     ends = [
@@ -122,6 +130,7 @@ def test_a_checkpoint_that_the_disk_spoils_is_followed_by_another_at_once(
     assert verify_checkpoint(checkpoint(tmp_path, first)).step == first
 
 
+@pytest.mark.slow
 def test_a_disk_that_spoils_every_checkpoint_does_not_save_at_every_step(
     tmp_path: Path, data: list[str]
 ) -> None:
@@ -133,6 +142,51 @@ def test_a_disk_that_spoils_every_checkpoint_does_not_save_at_every_step(
     steps = sorted(saved_steps(tmp_path))
     assert len(steps) == 5 and {40, 80, 120} < set(steps) and steps[2] < 80
     assert status(tmp_path)["state"] == "failed" and status(tmp_path)["checkpoint"] is None
+
+
+@pytest.mark.slow
+def test_a_save_that_falls_due_while_the_last_is_read_back_waits(tmp_path: Path, data: list[str]) -> None:
+    flags = [*data, "--output-dir", tmp_path, "--total-steps", 100, "--keep-checkpoints", 50]
+    finished = launch(1, *flags, fault={"kind": "slow", "seconds": 1.0})
+    assert finished.code == 0, finished.stderr
+    assert finished.stderr.count("waits until the last one has been read back") == 1  # and counted after that
+    steps = sorted(saved_steps(tmp_path))
+    assert steps[0] == INTERVAL and steps[-1] == 100 and 3 <= len(steps) < 100 // INTERVAL
+    assert any(step % INTERVAL for step in steps)  # the next boundary after the reading
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, data: list[str], plain: Path) -> None:
+    finished = launch(1, *data, "--output-dir", tmp_path, fault={"kind": "clock"})
+    assert finished.code == 0, finished.stderr
+    assert all(0.0 < line["step_seconds"] < 60.0 for line in metrics(tmp_path))
+    assert_same_end(tmp_path, plain)
+    again = launch(1, *data, "--output-dir", tmp_path, "--total-steps", STEPS + 1, fault={"kind": "clock"})
+    assert again.code == 0 and f"(step {STEPS})" in again.stdout
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_only(
+    tmp_path: Path, data: list[str], plain: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(plain, output)
+    path = checkpoint(output, STEPS)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 2]))
+    named = launch(1, *data, "--output-dir", output, "--checkpoint-path", path)
+    assert named.code == 1 and "does not match its checksum" in the_error(named)
+    again = launch(1, *data, "--output-dir", output)
+    assert again.code == 0 and f"(step {STEPS - INTERVAL})" in again.stdout, again.stderr
+    assert f"warning: passed over checkpoint {path}" in again.stderr
+    assert_same_end(output, plain)
+    for saved in (output / "pretrained").iterdir():
+        saved.write_bytes(saved.read_bytes()[:-1])
+    lost = launch(1, *data, "--output-dir", output)
+    assert lost.code == 1 and "none of the 3 checkpoints in" in the_error(lost)
+    assert "Step" not in lost.stdout and status(output)["state"] == "failed"
 
 
 def test_a_run_whose_stdout_is_closed_trains_on(tmp_path: Path, data: list[str]) -> None:
