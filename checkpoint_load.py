@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoint_layout import ADAM_KEYS, HEAD, CheckpointReader
+from checkpoint_layout import ADAM_KEYS, CheckpointReader
 from checkpoint_reader import Shape, read_rectangle
 from checkpoint_save import clip_rows, row_chunks
 from run_errors import CheckpointError, PeerError
@@ -247,11 +247,3 @@ def _receive_chunks(
             except RuntimeError as error:
                 raise PeerError(f"rank 0 left while slices were received ({str(error)[:80]})") from error
             yield _target(box, low, high), values
-
-
-def whole_state(view: CheckpointView) -> Iterator[tuple[str, torch.Tensor]]:
-    """All weights of an open checkpoint one by one, float32, the head included."""
-    assert view.reader is not None
-    for name in (*view.names, *((HEAD,) if view.tied else ())):
-        source = view.reader.model[name]
-        yield name, read_rectangle(source, (0,) * len(source.shape), source.shape)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel import Parallel, World, build_parallel
+
 
 def _rank_main(rank: int, world_size: int, folder: str, tasks: Connection) -> None:
     torch.set_num_threads(1)
@@ -110,3 +112,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     finally:
         if not usable:
             _drop(world_size)
+
+
+def make_parallel(rank: int, world_size: int, tp_size: int) -> Parallel:
+    """The degrees of a test's ranks, without the groups that only the training loop needs. Collective."""
+    world = World(
+        rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size,
+        device=torch.device("cpu"), control_group=None, feed_group=None,
+    )  # fmt: skip
+    return build_parallel(world, tp_size)

@@ -71,12 +71,6 @@ def llama_gradients(model: nn.Module, llama: LlamaForCausalLM) -> dict[str, Tens
     return gradients
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||, in float64."""
-    actual, expected = actual.detach().double(), expected.detach().double()
-    return ((actual - expected).norm() / expected.norm()).item()
-
-
 class _WideRMSNorm(nn.Module):
     """torch's own RMSNorm: transformers' rounds float64 to float32."""
 

@@ -11,11 +11,12 @@ import corpus
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from shard_samples import resume
 
 import data_cache
 import data_stream
 from data_open import OpenedSource, open_source
-from data_source import DataProgress, SourceOptions, SourceStep
+from data_source import SourceOptions, SourceStep
 from data_stream import EncodedBatch
 from data_tokenize import load_tokenizer
 from run_errors import DataError
@@ -63,13 +64,6 @@ def steps(source: OpenedSource, count: int) -> list[SourceStep]:
     taken = [source.source.next_step() for _ in range(count)]
     source.source.close()
     return taken
-
-
-def resume(
-    source: OpenedSource, progress: DataProgress, options: SourceOptions, tokenizer: Any
-) -> OpenedSource:
-    saved = json.loads(json.dumps([source.position_dict(progress), source.state_dict(progress)]))
-    return open_source(options, tokenizer, saved_position=saved[0], saved_state=saved[1], global_step=1)
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_ranks
+from distributed import make_parallel, run_ranks
 from models import loss_of, random_tokens, relative_error, small_model
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -13,11 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimizer import GradientTotals, build_adamw, scale_gradients
 from parallel import (
-    Parallel,
-    World,
     apply_ddp,
     apply_fsdp,
-    build_parallel,
     forward_context,
     gradient_sync,
     local_gradients,
@@ -30,14 +27,6 @@ from tp_shard import SliceMap, TensorParallelModel, shard_tensor_parallel
 from tp_simulate import simulate
 
 CLIP = 0.5
-
-
-def make_parallel(rank: int, world_size: int, tp_size: int) -> Parallel:
-    world = World(
-        rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size,
-        device=torch.device("cpu"), control_group=None, feed_group=None,
-    )  # fmt: skip
-    return build_parallel(world, tp_size)
 
 
 class Reductions(TorchDispatchMode):

@@ -23,16 +23,6 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-SETTINGS: dict[str, Any] = {
-    "vocab_size": 1000,
-    "hidden_size": 1020,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "intermediate_size": 704,
-}
-"""Heads of 170, as in Argonne 2.0."""
-
 
 def benchmark(name: str) -> Any:
     return importlib.import_module(name)

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_reference import llama_gradients, llama_parameters, relative_error, widen
+from hf_reference import llama_gradients, llama_parameters, widen
 from model_pairs import VARIANTS, assert_same_gradients, gradients, make_config, make_pair, make_tokens
+from models import relative_error
 from torch import nn
 
 from model import causal_lm_loss, rotary_frequencies, rotary_tables

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from hf_reference import relative_error
 from model_pairs import make_config, make_pair, make_tokens
+from models import relative_error
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

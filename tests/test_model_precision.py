@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hf_reference import llama_gradients, relative_error
+from hf_reference import llama_gradients
 from model_pairs import gradients, make_config, make_pair, make_tokens
+from models import relative_error
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 

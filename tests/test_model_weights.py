@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from hf_reference import relative_error
 from model_pairs import make_config, make_pair, make_tokens
+from models import relative_error
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model import ArgonneConfig, ArgonneModel, initial_std

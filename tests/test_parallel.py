@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_ranks
+from distributed import make_parallel, run_ranks
 from models import loss_of, random_tokens, relative_error, small_model
 from torch import Tensor
 
@@ -13,11 +13,8 @@ import parallel as parallel_module
 from optimizer import GradientTotals
 from parallel import (
     Environment,
-    Parallel,
-    World,
     apply_ddp,
     apply_fsdp,
-    build_parallel,
     choose_device,
     compile_blocks,
     default_tp_size,
@@ -32,14 +29,6 @@ from run_errors import ConfigError, DeviceError
 from tp_shard import shard_tensor_parallel
 
 STEPS, BATCH = 2, 4
-
-
-def make_parallel(rank: int, world_size: int, tp_size: int) -> Parallel:
-    world = World(
-        rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size,
-        device=torch.device("cpu"), control_group=None, feed_group=None,
-    )  # fmt: skip
-    return build_parallel(world, tp_size)
 
 
 def train(
