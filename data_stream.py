@@ -238,7 +238,7 @@ class EncodedBatch(NamedTuple):
 def encoded_documents(documents: Iterator[Document], pool: EncoderPool) -> Iterator[EncodedBatch]:
     """Token ids of the documents in order, EOS after each, a bounded number of batches encoded ahead."""
     ahead: deque[tuple[Future[tuple[np.ndarray, np.ndarray]], list[tuple[int, Document]]]] = deque()
-    for texts, last, marks in _text_batches(documents):
+    for texts, last, marks in text_batches(documents):
         ahead.append((pool.submit(texts, last), marks))
         if len(ahead) > BATCHES_PER_WORKER * pool.workers:
             yield _finished(*ahead.popleft())
@@ -254,7 +254,7 @@ def _finished(
     return EncodedBatch(ids, [(starts[piece], document) for piece, document in marks])
 
 
-def _text_batches(
+def text_batches(
     documents: Iterator[Document],
 ) -> Iterator[tuple[list[str], list[bool], list[tuple[int, Document]]]]:
     """(texts, whether each ends its document, [(text index, document)]) of about BATCH_CHARACTERS."""
