@@ -287,6 +287,11 @@ def test_a_name_used_again_by_a_later_launch_is_not_taken_for_an_attempt_of_it(
     path = tmp_path / "stats" / "run_status.json"
     old = {**json.loads(path.read_text()), "heartbeat": "2020-01-01T00:00:00+0000"}
     path.write_text(json.dumps(old))
+    (again,) = start(1, environ=elastic(restart=1, most=3, run_id="argonne"))
+    assert (
+        again.communicate(timeout=10)[0] == "already ended\n"
+    )  # the same process: only the clock has jumped
+    path.write_text(json.dumps({**old, "launcher": "another torchrun"}))
     (again,) = start(1, environ=elastic(restart=1, most=3, run_id="argonne"), steps=1)
     assert again.communicate(timeout=10)[0] == "claimed\n"
 
