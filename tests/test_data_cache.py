@@ -1,5 +1,6 @@
 """--no-streaming: one pass of the packed stream, in a seeded order, cached on disk."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import corpus
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tqdm
 from shard_samples import resume
 
 import data_cache
@@ -147,6 +149,28 @@ def test_the_cache_is_built_once_and_again_when_anything_changed(
     os.utime(shard, ns=(1, 1))
     steps(open_source(options, tokenizer), 1)
     assert len(builds(options)) == 4
+
+
+def test_a_build_shows_how_far_it_is(
+    options: SourceOptions, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In rows, those without text included, from nothing to all of them."""
+    monkeypatch.setattr(data_stream, "BATCH_CHARACTERS", 500)
+    shown: list[tuple[float, float | None]] = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, **flags: Any) -> None:
+            super().__init__(**(flags | {"disable": False, "file": io.StringIO()}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            moved = super().update(n)
+            shown.append((self.n, self.total))
+            return moved
+
+    monkeypatch.setattr(data_cache, "tqdm", Bar)
+    steps(open_source(options, tokenizer), 1)
+    assert len(shown) > 10 and {total for _, total in shown} == {52}
+    assert [rows for rows, _ in shown] == sorted(rows for rows, _ in shown) and shown[-1][0] == 52
 
 
 class Interrupted(Exception):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
-from data_feed import FEED_TIMEOUT, StepBatch, StepFeed
+from data_feed import FEED_TIMEOUT, QUEUE_DEPTH, StepBatch, StepFeed
 from data_source import DataProgress, SourceStep, chain_hash
 from data_stream import DataPosition
 from run_errors import DataError, PeerError, RunError
@@ -144,6 +144,15 @@ def test_one_rank_needs_no_group() -> None:
         with pytest.raises(RunError, match=r"^end$"):
             feed.next()
     assert source.closed
+
+
+def test_the_feed_runs_ahead_only_so_far() -> None:
+    source = CountingSource()
+    with StepFeed(source, samples_per_step=G, block_size=B) as feed:
+        for taken in (1, 2):
+            feed.next()
+            time.sleep(0.3)
+            assert taken < source.step <= taken + QUEUE_DEPTH + 1  # one more waits to be put
 
 
 def test_micro_batches_follow_the_arithmetic() -> None:

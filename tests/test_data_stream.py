@@ -2,7 +2,8 @@
 
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import data_tokenize
 import data_worker
 from data_open import OpenedSource, open_source
 from data_source import DataProgress, SourceOptions, SourceStep, chain_hash
-from data_stream import DataPosition
+from data_stream import Counts, DataPosition, Document, encoded_documents
 from run_errors import DataError
 
 
@@ -191,6 +192,32 @@ def test_batches_and_pieces_leave_no_trace(reference: Reference, monkeypatch: py
     for index in range(0, 59, 6):
         (step,) = steps(opened(reference, options, (source, unbroken[index].progress)), 1)
         assert np.array_equal(step.tokens, unbroken[index + 1].tokens)
+
+
+def test_reading_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the consumer: each worker's batches, and no more."""
+    monkeypatch.setattr(data_stream, "BATCH_CHARACTERS", 1)
+    read: list[int] = []
+
+    class Pool:
+        workers = 3
+
+        def submit(self, texts: Sequence[str], last: Sequence[bool]) -> Future[tuple[np.ndarray, np.ndarray]]:
+            done: Future[tuple[np.ndarray, np.ndarray]] = Future()
+            done.set_result((np.ones(len(texts), np.int32), np.ones(len(texts), np.int64)))
+            return done
+
+    def endless() -> Iterator[Document]:
+        while True:
+            read.append(len(read))
+            yield Document(0, 0, len(read) - 1, "x", Counts(), 0)
+
+    pool: Any = Pool()
+    for taken, batch in enumerate(encoded_documents(endless(), pool), start=1):
+        assert batch.marks[0][1].row == taken - 1
+        assert len(read) - taken <= data_stream.BATCHES_PER_WORKER * pool.workers
+        if taken == 50:
+            break
 
 
 def long_text_ids(tokenizer: Any, text: str, limit: int) -> list[int]:

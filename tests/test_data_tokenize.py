@@ -18,6 +18,7 @@ from data_tokenize import (
     EncoderRecipe,
     FastEncoder,
     PlainEncoder,
+    join_ids,
     load_tokenizer,
     text_pieces,
     tokenizer_fingerprint,
@@ -192,6 +193,16 @@ def test_the_fingerprint_is_the_tokenizers(folder: Path, tmp_path: Path, tokeniz
     assert tokenizer_fingerprint(load_tokenizer(str(folder.parent / "lower"))) != tokenizer_fingerprint(
         tokenizer
     )
+
+
+def test_ids_in_a_row_with_their_lengths() -> None:
+    lists = [[5, 0, 2**31 - 1], [], [7], [], [1, 2]]
+    last = [True, True, False, False, True]
+    ids, lengths = join_ids(lists, last, 9)
+    assert ids.dtype == np.int32 and ids.tolist() == [5, 0, 2**31 - 1, 9, 9, 7, 1, 2, 9]
+    assert lengths.dtype == np.int64 and lengths.tolist() == [4, 1, 1, 0, 3]
+    ids, lengths = join_ids([], [], 9)
+    assert ids.tolist() == lengths.tolist() == []
 
 
 def test_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
