@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from script_parser import OneLineParser, run_script
 
+from run_config import DataOptions, TrainingOptions
 from run_errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 SAMPLED_SHARDS = 16
 SAMPLED_ROWS = 32
+SAMPLED_CHARACTERS = 100_000
 LISTED_SHARDS = 20
 AT_LEAST = {
     "step": 0,
@@ -51,11 +53,9 @@ AT_LEAST = {
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--data-glob", default="../data/CC-MAIN-2025-26/*.parquet", help="the shards (%(default)s)"
-    )
+    parser.add_argument("--data-glob", default=DataOptions.data_glob, help="the shards (%(default)s)")
     parser.add_argument("--tokenizer-path", help="needed for token estimates and for a step's text")
-    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
     parser.add_argument("--text-column", help="column of the text (text)")
     parser.add_argument("--step", type=int, help="print the text of this optimizer step, counted from 0")
     parser.add_argument("--at", metavar="FILE:ROW[:TOKEN]", help="print the samples from this position on")
@@ -69,17 +69,32 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--characters", type=int, default=2000, help="of each sample at most; 0: all (%(default)s)"
     )
-    parser.add_argument("--block-size", type=int, default=4096)
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences per replica and micro-batch")
-    parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
-    parser.add_argument("--data-parallel-size", type=int, default=1, help="model replicas of the run")
+    parser.add_argument(
+        "--block-size", type=int, default=TrainingOptions.block_size, help="tokens per sequence (%(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=TrainingOptions.batch_size,
+        help="sequences per replica and micro-batch (%(default)s)",
+    )
+    parser.add_argument(
+        "--gradient-accumulation-steps", type=int, default=1, help="micro-batches a step (%(default)s)"
+    )
+    parser.add_argument(
+        "--data-parallel-size", type=int, default=1, help="model replicas of the run (%(default)s)"
+    )
     parser.add_argument("--global-batch-size", type=int, help="sequences a step; instead of the three above")
-    parser.add_argument("--no-packing", action="store_true")
+    parser.add_argument("--no-packing", action="store_true", help="each document cut alone, as in such a run")
     parser.add_argument("--no-streaming", action="store_true", help="the shuffled order; needs --cache-dir")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffled order")
+    parser.add_argument(
+        "--seed", type=int, default=TrainingOptions.seed, help="of the shuffled order (%(default)s)"
+    )
     parser.add_argument("--cache-dir", type=Path, help="the run's cache folder")
-    parser.add_argument("--num-proc", type=int, default=8)
-    parser.add_argument("--skip-bad-shards", action="store_true")
+    parser.add_argument(
+        "--num-proc", type=int, default=DataOptions.num_proc, help="tokenizing workers (%(default)s)"
+    )
+    parser.add_argument("--skip-bad-shards", action="store_true", help="pass over data that cannot be read")
     parser.add_argument(
         "--allow-data-change", action="store_true", help="look even if the data is not the checkpoint's"
     )
@@ -101,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_options(options: argparse.Namespace) -> None:
+    """Raises ConfigError for flags that do not go together or are too small."""
     wants_text = options.step is not None or options.at is not None or options.checkpoint_path is not None
     if wants_text and options.tokenizer_path is None:
         raise ConfigError("the text of a step needs --tokenizer-path: give the run's tokenizer")
@@ -116,10 +132,12 @@ def check_options(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{flag.replace('_', '-')} {value} must be at least {least}")
 
 
-# the corpus
+# ----------------------------------------------------------------------------------------------------------
+# The corpus
 
 
 def show_corpus(options: argparse.Namespace) -> None:
+    """Print the shards, their sizes, and estimates of documents and tokens."""
     from data_shards import open_corpus
 
     shards = open_corpus(
@@ -153,6 +171,7 @@ def estimate(size: int, tokens_per_byte: float | None) -> str:
 
 
 def shard_text_bytes(shard: Shard, column: str) -> int:
+    """Bytes of text in a shard, from its footer; 0 for one that cannot be used."""
     from data_formats import open_shard
 
     if shard.fault:
@@ -175,8 +194,9 @@ def sample_corpus(
         rows += 1
         if text:
             documents += 1
-            size += len(text.encode())
-            tokens += len(plain_ids(tokenizer, text[:100_000])) + 1 if tokenizer is not None else 0
+            part = text[:SAMPLED_CHARACTERS]
+            size += len(part.encode())
+            tokens += len(plain_ids(tokenizer, part)) + 1 if tokenizer is not None else 0
     return documents / max(rows, 1), tokens / max(size, 1) if tokenizer is not None else None
 
 
@@ -206,10 +226,12 @@ def middle_rows(shard: Shard, column: str) -> list[str | None]:
     return texts[:SAMPLED_ROWS]
 
 
-# a step
+# ----------------------------------------------------------------------------------------------------------
+# A step
 
 
 def show_step(options: argparse.Namespace) -> None:
+    """Print the samples of one step. Raises ConfigError for a step or place that is not there."""
     from data_open import open_source
     from data_tokenize import load_tokenizer
 
@@ -244,6 +266,7 @@ def show_step(options: argparse.Namespace) -> None:
 
 
 def source_options(options: argparse.Namespace, state: dict[str, Any] | None) -> SourceOptions:
+    """What decides the tokens: the flags, and over them a checkpoint's ``data_state``."""
     from data_source import SourceOptions
 
     replicas = options.batch_size * options.gradient_accumulation_steps * options.data_parallel_size
@@ -300,6 +323,7 @@ def check_row(source: OpenedSource) -> None:
 
 
 def parse_position(options: argparse.Namespace) -> dict[str, Any]:
+    """--at as a ``data_position``; raises ConfigError."""
     from data_shards import find_shards, shard_names
 
     parts = options.at.rsplit(":", 2) if options.at.count(":") > 1 else [*options.at.rsplit(":", 1), "0"]

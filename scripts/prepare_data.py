@@ -44,8 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "inputs", nargs="+", help="text or JSON-lines files, or folders (`datasets` or of files)"
     )
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder to make; must not exist yet")
-    parser.add_argument("--format", choices=["auto", "text", "jsonl", "datasets"], default="auto")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder to make; new, or empty")
+    parser.add_argument(
+        "--format",
+        choices=["auto", "text", "jsonl", "datasets"],
+        default="auto",
+        help="of the inputs (by their names)",
+    )
     parser.add_argument("--text-field", default="text", help="JSON key or column with the text (%(default)s)")
     parser.add_argument("--split", default="train", help="split of a datasets folder (%(default)s)")
     parser.add_argument(
@@ -58,7 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--row-group-mib", type=float, default=4, help="text in a row group, MiB (%(default)s)"
     )
-    parser.add_argument("--compression", choices=["zstd", "snappy", "gzip", "none"], default="zstd")
+    parser.add_argument(
+        "--compression",
+        choices=["zstd", "snappy", "gzip", "none"],
+        default="zstd",
+        help="of the shards (%(default)s)",
+    )
     parser.add_argument(
         "--skip-bad-lines", action="store_true", help="count JSON lines without text and go on"
     )

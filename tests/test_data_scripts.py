@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tqdm
+from inspect_data import build_parser
 from inspect_data import main as inspect
 from prepare_data import main as prepare
 
@@ -20,6 +21,7 @@ from data_shards import open_corpus
 from data_source import SourceOptions
 from data_tokenize import load_tokenizer
 from model import ArgonneConfig, ArgonneModel
+from run_config import DataOptions, TrainingOptions
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -306,3 +308,11 @@ def test_the_scripts_run_from_anywhere(tmp_path: Path) -> None:
             text=True,
         )
         assert done.returncode == 0 and "usage:" in done.stdout
+
+
+def test_what_is_left_out_is_as_in_a_run() -> None:
+    """Otherwise the step that is shown is not the step that was trained on."""
+    shown, training, data = build_parser().parse_args([]), TrainingOptions(), DataOptions()
+    for name in ("seed", "block_size", "batch_size"):
+        assert getattr(shown, name) == getattr(training, name), name
+    assert shown.data_glob == data.data_glob and shown.gradient_accumulation_steps == 1
