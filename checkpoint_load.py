@@ -47,13 +47,16 @@ class CheckpointView:
 
     @property
     def step(self) -> int:
+        """Optimizer steps done (0 where it does not say)."""
         return int(self.metadata.get("global_step", 0))
 
     @property
     def model(self) -> Mapping[str, Shape]:
+        """Shapes by name, as a `CheckpointReader` has its tensors by name."""
         return self.shapes
 
     def shape(self, name: str) -> Shape:
+        """Unsharded shape of a weight."""
         return self.shapes[name]
 
 

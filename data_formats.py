@@ -66,6 +66,7 @@ class LongText:
             yield decoder.decode(self._bytes[start:end], final=end >= len(self._bytes))
 
     def is_valid(self) -> bool:
+        """Whether all of it is UTF-8."""
         try:
             for _ in self.stretches("strict"):
                 pass
@@ -80,6 +81,7 @@ def one_line(error: BaseException) -> str:
 
 
 def tail_digest(path: Path) -> str:
+    """Hash of the file's last DIGEST_BYTES: its footer, or most of it."""
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - DIGEST_BYTES))
@@ -244,6 +246,7 @@ class ParquetReader:
         )
 
     def batches(self, group: int) -> Iterator[TextBatch]:
+        """The rows of a row group in order. Raises pa.ArrowException or OSError where they cannot be read."""
         chunk = self._metadata.row_group(group).column(self._column_index)
         batch_rows = rows_per_batch(self.group_rows[group], chunk.total_uncompressed_size)
         for batch in self._file.iter_batches(
@@ -294,9 +297,11 @@ class ArrowReader:
         self._restart()
 
     def null_rows(self) -> int:
+        """Null rows, counted."""
         return sum(batch.column(self._column).null_count for batch in self._all_batches())
 
     def text_bytes(self) -> int:
+        """Size of the text column in memory."""
         return sum(batch.column(self._column).nbytes for batch in self._all_batches())
 
     def _batch(self, group: int) -> Any:
@@ -311,6 +316,7 @@ class ArrowReader:
         return batch
 
     def batches(self, group: int) -> Iterator[TextBatch]:
+        """The rows of a record batch in order. Raises ShardError, pa.ArrowException or OSError."""
         array = self._batch(group).column(self._column)
         check_offsets(array)
         batch_rows = rows_per_batch(len(array), array.nbytes)

@@ -48,6 +48,7 @@ class Shard:
 
     @property
     def rows(self) -> int:
+        """Rows of the shard, whatever they hold."""
         return self.first_rows[-1]
 
     def group_of(self, row: int) -> int:
@@ -206,6 +207,7 @@ class _FooterIndex:
         return status.st_size, status.st_mtime_ns, footer, ""
 
     def save(self) -> None:
+        """Write the index where it has changed; a folder that cannot be written is no trouble."""
         if self._path is None or self._entries == self._known:
             return
         content = {

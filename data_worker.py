@@ -23,6 +23,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from data_formats import one_line
 from data_tokenize import Encoder, EncoderRecipe, PlainEncoder, restored_encoder
 from run_errors import DataError
 
@@ -70,6 +71,7 @@ class EncoderProcess:
 
     @property
     def pid(self) -> int:
+        """The process's id."""
         return self._process.pid
 
     def encode(self, texts: Sequence[str], last: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
@@ -98,6 +100,7 @@ class EncoderProcess:
 
 
 def usable_cpus() -> int:
+    """Processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -129,6 +132,7 @@ class EncoderPool:
                 self._idle.put(encoder)
 
     def submit(self, texts: Sequence[str], last: Sequence[bool]) -> Future[tuple[np.ndarray, np.ndarray]]:
+        """Encode a batch; the future's result or error is that of `Encoder.encode`."""
         return self._threads.submit(self._encode, texts, last)
 
     def _encode(self, texts: Sequence[str], last: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +172,7 @@ def main() -> None:
             except Exception as error:  # noqa: BLE001
                 # The process boundary: the tokenizers library raises bare Exception, and a tokenizer that
                 # brings its own code (--trust-remote-code) anything; the trainer makes it a DataError.
-                _send(answers, " ".join(str(error).split()) or type(error).__name__)
+                _send(answers, one_line(error))
                 continue
             _send(answers, (ids.tobytes(), lengths.tobytes()))
 

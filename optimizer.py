@@ -54,6 +54,7 @@ def build_adamw(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of the next update, for all parameters."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -75,6 +76,7 @@ class StepTotals:
 
     @property
     def finite(self) -> bool:
+        """Whether the step may be applied."""
         return math.isfinite(self.grad_norm) and math.isfinite(self.loss)
 
 
@@ -156,6 +158,7 @@ class LossScaler:
         self._finite_steps = 0
 
     def update(self, finite: bool) -> None:
+        """Take note of a step, and move the scale for the next one."""
         if not self.enabled:
             return
         if not finite:
@@ -168,9 +171,11 @@ class LossScaler:
             self._finite_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
         return {"scale": self.scale, "finite_steps": self._finite_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's; nothing to do without scaling, or where the run had none."""
         if self.enabled and state:
             self.scale = float(state["scale"])
             self._finite_steps = int(state["finite_steps"])

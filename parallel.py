@@ -88,6 +88,7 @@ class Parallel(World):
 
     @property
     def tp_group(self) -> dist.ProcessGroup | None:
+        """The ranks of this replica; None in a single process."""
         return None if self.mesh is None else self.mesh.get_group("tp")
 
     @property

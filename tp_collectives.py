@@ -40,11 +40,13 @@ class CollectiveCounters:
         """Kind of the last one."""
 
     def add(self, kind: str, payload_bytes: int) -> None:
+        """Count one collective."""
         self.last = kind
         self.calls[kind] += 1
         self.bytes[kind] += payload_bytes
 
     def reset(self) -> None:
+        """Begin again at zero; the last kind stays."""
         self.calls.clear()
         self.bytes.clear()
 
@@ -54,10 +56,12 @@ class CollectiveCounters:
 
     @property
     def total_calls(self) -> int:
+        """Collectives of all kinds."""
         return sum(self.calls.values())
 
     @property
     def total_bytes(self) -> int:
+        """Payload bytes of all kinds."""
         return sum(self.bytes.values())
 
 
@@ -105,12 +109,15 @@ class TPGroup:
         return False
 
     def all_reduce(self, tensor: Tensor, op: str = "sum", *, owned: bool = False) -> Tensor:
+        """As `start_all_reduce`, finished."""
         return self.wait(self.start_all_reduce(tensor, op, owned=owned))
 
     def all_gather(self, tensor: Tensor) -> Tensor:
+        """As `start_all_gather`, finished."""
         return self.wait(self.start_all_gather(tensor))
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """As `start_reduce_scatter`, finished."""
         return self.wait(self.start_reduce_scatter(tensor))
 
     def subgroup(self, size: int) -> TPGroup:

@@ -206,6 +206,10 @@ class HeadCounts:
 
     @classmethod
     def from_config(cls, config: Any) -> HeadCounts:
+        """By the names that Hugging Face configurations share; AttributeError where one has no heads.
+
+        Without a number of key/value heads there are as many as query heads.
+        """
         query_heads = config.num_attention_heads
         key_value_heads = getattr(config, "num_key_value_heads", None) or query_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads

@@ -48,6 +48,7 @@ class Rectangle:
 
     @property
     def numel(self) -> int:
+        """Elements in it."""
         return math.prod(self.size)
 
 
@@ -178,6 +179,7 @@ class SliceMap:
 
     @property
     def world_size(self) -> int:
+        """Ranks that the map is laid over."""
         return self.tp_size * self.dp_size
 
     def with_data_parallel(self, dp_size: int, *, sharded: bool) -> SliceMap:

@@ -83,15 +83,18 @@ class ShardingReport:
 
     @property
     def worst(self) -> Difference:
+        """The gradient that is furthest off, relatively."""
         return max(self.gradients, key=lambda gradient: gradient.relative)
 
     @property
     def loss_error(self) -> float:
+        """Relative difference of the losses."""
         error = abs(self.loss - self.unsharded_loss)
         return relative_error(error, abs(self.unsharded_loss), abs(self.unsharded_loss))
 
     @property
     def agrees(self) -> bool:
+        """Whether loss and every gradient are within the tolerance."""
         return self.loss_error <= self.tolerance and self.worst.relative <= self.tolerance
 
     def summary(self) -> str:
@@ -171,6 +174,7 @@ class _Tally:
         return gather_unsharded(_tp_local(self._parameters[name].detach()), name, self._state)
 
     def is_tied(self, name: str) -> bool:
+        """Whether the weight is another one's: a tied head."""
         return name not in self._parameters
 
     def compare(self, name: str, expected: Tensor) -> None:

@@ -210,7 +210,7 @@ def middle_rows(shard: Shard, column: str) -> list[str | None]:
     """The first rows of the shard's middle row group."""
     import pyarrow as pa
 
-    from data_formats import LongText, open_shard
+    from data_formats import LongText, one_line, open_shard
 
     texts: list[str | None] = []
     try:
@@ -222,7 +222,7 @@ def middle_rows(shard: Shard, column: str) -> list[str | None]:
                 if len(texts) >= SAMPLED_ROWS:
                     break
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"cannot read {shard.path}: {' '.join(str(error).split())}: repair it") from error
+        raise DataError(f"cannot read {shard.path}: {one_line(error)}: repair it") from error
     return texts[:SAMPLED_ROWS]
 
 

@@ -165,10 +165,12 @@ def dataset_texts(folder: Path, options: argparse.Namespace) -> Any:
     """The texts of a folder that `datasets` saved."""
     import datasets
 
+    from data_formats import one_line
+
     try:
         loaded = datasets.load_from_disk(str(folder))
     except (FileNotFoundError, ValueError) as error:
-        raise DataError(f"{folder} is not a datasets folder: {' '.join(str(error).split())}") from error
+        raise DataError(f"{folder} is not a datasets folder: {one_line(error)}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if options.split not in loaded:
             raise DataError(f"{folder} has no split {options.split!r}: --split takes {', '.join(loaded)}")
@@ -187,6 +189,8 @@ def file_texts(
 ) -> Iterator[str | None]:
     """The documents of one file, unpacked on the way; ``bar`` counts the bytes read."""
     import pyarrow as pa
+
+    from data_formats import one_line
 
     name = path.name.lower()
     packed = name.endswith(PACKED)
@@ -207,7 +211,7 @@ def file_texts(
                     bar.update(begun + raw.tell() - bar.n)
                     yield text
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise DataError(f"cannot read {path}: {one_line(error)}") from error
     bar.update(begun + path.stat().st_size - bar.n)
 
 

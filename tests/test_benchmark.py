@@ -7,16 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import benchmark
 import pytest
 import torch
 import torch.distributed as dist
+from benchmark_common import Report, Row, as_markdown, as_text, fill_tables, timed_row, write
+from launch import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-
-import benchmark  # noqa: E402
-from benchmark_common import Report, Row, as_markdown, as_text, fill_tables, timed_row, write  # noqa: E402
-
-from run_errors import DataError, DeviceError  # noqa: E402
+from run_errors import DataError, DeviceError
 
 
 def test_minima_are_compared_and_rounds_give_the_spread() -> None:
