@@ -12,6 +12,7 @@ The fault is ``{"kind": ..., "rank": ..., ...}`` and happens on that rank only:
 - ``slow``: reading a checkpoint back takes ``seconds`` more.
 - ``clock``: the wall clock jumps by days at every look.
 - ``exit``: the process ends without a word in step ``step`` (of attempt ``attempt`` of the launch only).
+- ``bug``: an exception that no one expected in step ``step``.
 - ``early``: SIGKILL before the first step, when ``function`` of ``module`` is called (of attempt 0 only).
 - ``signal``: the process sends itself ``number`` inside ``phase``.
 """
@@ -156,6 +157,14 @@ def leave(fault: Fault) -> None:
         in_steps(end)
 
 
+def bug(fault: Fault) -> None:
+    def fail(one_step: Any, step: int) -> None:
+        if step == fault["step"]:
+            raise TypeError("a fault of this program")
+
+    in_steps(fail)
+
+
 def early(fault: Fault) -> None:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         module = importlib.import_module(fault["module"])
@@ -197,6 +206,7 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "slow": slow,
     "clock": clock,
     "exit": leave,
+    "bug": bug,
     "early": early,
     "signal": send,
 }

@@ -125,6 +125,19 @@ def test_the_same_signal_twice_at_once_is_one_request(start: Start, tmp_path: Pa
     assert (tmp_path / "saved").exists()
 
 
+def test_the_same_signal_again_after_a_while_leaves_at_once(start: Start, tmp_path: Path) -> None:
+    ranks = start(2, save_seconds=60)
+    wait_for_step(tmp_path, 3)
+    for _ in range(2):
+        for rank in ranks:
+            rank.send_signal(signal.SIGTERM)
+        time.sleep(2.5)
+    outcomes = ended(ranks, 8.0)
+    assert [code for code, _ in outcomes] == [128 + signal.SIGTERM] * 2
+    assert "".join(errors for _, errors in outcomes).count("error: left at once on a second SIGTERM") == 1
+    assert not (tmp_path / "saved").exists() and status_of(tmp_path)["state"] == "stopped"
+
+
 def test_a_signal_before_the_first_step_ends_at_once(start: Start, tmp_path: Path) -> None:
     ranks = start(2, start_seconds=60)
     wait_for(lambda: (tmp_path / "store_0" / "starting_1").exists())

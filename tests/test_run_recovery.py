@@ -333,6 +333,23 @@ def test_a_rank_that_dies_in_a_save_is_named(tmp_path: Path, data: list[str]) ->
     assert status(tmp_path)["state"] == "failed" and list((tmp_path / "pretrained").glob("*.pth")) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_fault_of_the_program_shows_its_traceback_and_ends_all_ranks(
+    tmp_path: Path, data: list[str], victim: int
+) -> None:
+    began = time.monotonic()
+    fault = {"kind": "bug", "rank": victim, "step": 6}
+    finished = launch(2, *data, "--output-dir", tmp_path, fault=fault)
+    assert time.monotonic() - began < 90.0
+    assert finished.code == 1 and finished.errors() == []
+    assert finished.stderr.count("TypeError: a fault of this program") == 1
+    stand = status(tmp_path)
+    assert (stand["state"], stand["final"]) == ("failed", False)
+    assert "an unexpected error, whose traceback is on stderr" in stand["reason"]
+    assert stand["checkpoint"] == str(checkpoint(tmp_path, INTERVAL))
+
+
 # ---------------------------------------------------------------------------------------------------
 # Two ranks: signals in each phase, restarts, disagreement
 
