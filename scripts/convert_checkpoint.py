@@ -40,6 +40,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def convert(options: argparse.Namespace) -> str:
+    """Write the new file; returns what it is. Raises ConfigError for an output that is there already."""
     from checkpoint_convert import DTYPES, write_converted
     from checkpoint_layout import infer_model_config
     from checkpointing import checkpoint_path, require_safe_torch, verify_checkpoint
@@ -51,10 +52,8 @@ def convert(options: argparse.Namespace) -> str:
     output = Path(options.output)
     ours = options.to == FORMS[0]
     if output.suffix != ".pth":
-        name = (
-            checkpoint_path(output, reader.step) if ours else f"streaming_checkpoint_step_{reader.step}.pth"
-        )
-        output = output / name
+        pipeline_path = output / f"streaming_checkpoint_step_{reader.step}.pth"
+        output = checkpoint_path(output, reader.step) if ours else pipeline_path
     if output.exists() and not options.overwrite:
         raise ConfigError(f"--output {output} exists: name another file or pass --overwrite")
     if ours and options.dtype != "fp32":

@@ -32,6 +32,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def export(options: argparse.Namespace) -> str:
+    """Write the folder; returns what it is. Raises ConfigError, CheckpointError."""
     from checkpoint_convert import DTYPES
     from checkpoint_export import export_hf, quiet_transformers
     from checkpointing import check_model_config, choose_checkpoint, infer_model_config, require_safe_torch

@@ -132,6 +132,24 @@ def test_pipeline_to_ours_and_back_bit_for_bit(tmp_path: Path, step: int) -> Non
     assert convert_checkpoint.main(back) == 2  # the file is there already
 
 
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("tensor-parallel", "tensor_parallel_checkpoint_step_25.pth"),
+        ("pipeline", "streaming_checkpoint_step_25.pth"),
+    ],
+)
+def test_the_output_may_be_a_new_folder_named_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(json.dumps(fixture_config(25)))
+    source = str(FIXTURES / "streaming_checkpoint_step_25.pth")
+    arguments = ["--checkpoint-path", source, "--output", "new", "--to", form]
+    assert convert_checkpoint.main([*arguments, "--model-config", "config.json"]) == 0
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.pth")] == [Path("new") / name]
+
+
 def test_stages_are_converted_to_one_file(tmp_path: Path) -> None:
     write_stages(tmp_path)
     config = tmp_path / "config.json"
