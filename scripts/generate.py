@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from script_parser import OneLineParser, run_script
+
 from run_errors import CheckpointError, ConfigError, RunError
 from run_presets import PRESETS, REFERENCE, load_model_settings
 
@@ -43,7 +45,7 @@ class LoadedModel:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Continue a prompt with a trained model.")
+    parser = OneLineParser("Continue a prompt with a trained model.")
     parser.add_argument(
         "--checkpoint-path",
         required=True,
@@ -224,22 +226,23 @@ def run(options: argparse.Namespace, environment: Environment) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
-    rank = 0
-    try:
+
+    def work() -> None:
         check(options)
 
         from parallel_meeting import Environment
 
         environment = Environment.read()
-        rank = environment.rank
-        text = run(options, environment)
-    except RunError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    if rank == 0:
-        print(text)
-    return 0
+        try:
+            text = run(options, environment)
+        except RunError as error:
+            if environment.rank != 0:
+                sys.exit(error.exit_code)  # rank 0 says it for all
+            raise
+        if environment.rank == 0:
+            print(text)
+
+    return run_script(work)
 
 
 if __name__ == "__main__":
