@@ -382,5 +382,5 @@ class TensorParallelModel(nn.Module):
         self.tensor_parallel.sum_partial_gradients(gradients)
 
     def unsharded_state_dict(self) -> dict[str, Tensor]:
-        """The whole weights on every rank; collective."""
+        """The whole weights on every rank (a tied head is the embedding); collective."""
         return gather_state_dict(self.model)

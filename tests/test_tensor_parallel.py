@@ -434,3 +434,17 @@ def test_reference_vocabulary_over_eight_ranks() -> None:
     assert held == 151_665
     rows = model.get_parameter("embed_tokens.weight").shape[0]
     assert rows * 8 <= 1.01 * 151_665 and rows >= math.ceil(151_665 / 8)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_wrapper_gives_the_whole_weights_on_every_rank(tie: bool) -> None:
+    expected = small_model(tie_word_embeddings=tie).state_dict()
+    copies = [small_model(tie_word_embeddings=tie) for _ in range(4)]
+
+    def work(group: SimulatedTPGroup) -> Grads:
+        return TensorParallelModel(copies[group.rank], group).unsharded_state_dict()
+
+    for whole in simulate(SimulatedTPGroup.create(4), work):
+        assert set(whole) == set(expected) - ({"lm_head.weight"} if tie else set())
+        for name, weight in whole.items():
+            assert torch.equal(weight, expected[name]), name
