@@ -2,8 +2,9 @@
 
     torchrun --standalone --nproc_per_node=8 resume_pretrain_tensor.py --tokenizer-path TOKENIZER
 
-Read `train` from top to bottom: connect, choose a checkpoint, build and split, load, open the data, loop,
-close. Flags are parsed before torch is imported, so that ``--help`` and a wrong flag answer at once.
+Read `train` and what it calls from top to bottom: connect, choose a checkpoint, open the data, build, split
+and load, loop, close. Flags are parsed before torch is imported, so that ``--help`` and a wrong flag answer
+at once.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from run_config import RunConfig, derive_accumulation, flag_values, parse_comman
 from run_errors import RunError
 
 if TYPE_CHECKING:
+    from parallel import World
     from parallel_meeting import Environment
     from run_control import RunControl
     from run_report import RunReport
     from run_status import Launch
     from training_run import Run
+    from training_setup import Start
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """Of each collective of the model."""
@@ -92,35 +95,29 @@ def train(
     config: RunConfig, environment: Environment, launch: Launch, control: RunControl, report: RunReport
 ) -> int:
     """The recipe. Returns the exit code; raises RunError where the run cannot go on."""
-    from checkpointing import open_chosen, require_safe_torch
-    from data_feed import StepFeed
-    from parallel import (
-        AGREEMENT_TIMEOUT,
-        barrier,
-        build_parallel,
-        check_same,
-        choose_device,
-        connect,
-    )
+    from training_setup import choose_start, claim_output
+
+    world = connect_ranks(config, environment, control)
+    ended = claim_output(Path(config.output.output_dir), control, launch, world)
+    if ended is not None:
+        report.info(f"An earlier attempt of this launch {ended[0]} ({ended[1]}): there is nothing left to do")
+        return control.finish(*ended)
+    start = choose_start(config, control, report, world)
+    run = build_run(config, start, control, report, world)
+    stopped = loop(run)
+    return close(run, stopped)
+
+
+# ------------------------------------------------------------------ connect
+
+
+def connect_ranks(config: RunConfig, environment: Environment, control: RunControl) -> World:
+    """Meet the other ranks, look after each other from then on, and agree that all were started alike."""
+    from checkpointing import require_safe_torch
+    from parallel import AGREEMENT_TIMEOUT, check_same, choose_device, connect
     from parallel_meeting import await_ranks, open_store, private_store
-    from training_build import build_model, choose_tp_size, fill_weights, model_settings
-    from training_run import Run
-    from training_save import CheckpointKeeper
-    from training_setup import (
-        check_room_on_rank_0,
-        claim_output,
-        data_on_rank_0,
-        export_if_asked,
-        introduce,
-        tokenizer_on_rank_0,
-        verify_if_asked,
-    )
-    from training_step import TrainingStep
+    from training_build import choose_tp_size
 
-    output_dir = Path(config.output.output_dir)
-    training = config.training
-
-    # ------------------------------------------------------------------ connect
     require_safe_torch()
     device = choose_device(environment)
     stall_timeout = config.control.stall_timeout
@@ -132,79 +129,57 @@ def train(
         control.all_came()
     world = connect(environment, device, store, timeout=COLLECTIVE_TIMEOUT)
     check_same(flag_values(config), world)
-    if config.model.settings is not None:
+    if config.model.settings is not None:  # a degree that cannot work is refused before anything is read
         choose_tp_size(config.model.settings, config.parallel.tensor_parallel_size, world)
-    ended = claim_output(output_dir, control, launch, world)
-    if ended is not None:
-        report.info(f"An earlier attempt of this launch {ended[0]} ({ended[1]}): there is nothing left to do")
-        return control.finish(*ended)
+    return world
 
-    # ------------------------------------------------------------------ choose
-    tokenizer, tokenizer_size = tokenizer_on_rank_0(config, world)
-    view, chosen, warnings = open_chosen(
-        config.checkpoint.checkpoint_path,
-        output_dir,
-        force_from_scratch=config.checkpoint.force_from_scratch,
-        rank=world.rank,
-        control_group=world.control_group,
-        written_before=control.written_before,
-    )
-    for warning in warnings:
-        report.warn(warning)
-    settings = model_settings(config.model, view, tokenizer_size)
 
-    # ------------------------------------------------------------------ build, split, load
-    tp_size = choose_tp_size(settings, config.parallel.tensor_parallel_size, world)
+# ------------------------------------------------------------------ build, split, load
+
+
+def build_run(config: RunConfig, start: Start, control: RunControl, report: RunReport, world: World) -> Run:
+    """The data at its place, the split model with its weights, and what else the loop works with."""
+    from parallel import build_parallel
+    from training_build import build_model, choose_tp_size, fill_weights
+    from training_run import Run
+    from training_save import CheckpointKeeper
+    from training_setup import check_room_on_rank_0, introduce, open_feed, verify_if_asked
+    from training_step import TrainingStep
+
+    training, view = config.training, start.view
+    tp_size = choose_tp_size(start.settings, config.parallel.tensor_parallel_size, world)
     parallel = build_parallel(world, tp_size)
     accumulation = derive_accumulation(training, parallel.dp_size)
     samples_per_step = training.batch_size * accumulation * parallel.dp_size
-    opened = data_on_rank_0(config, tokenizer, view, samples_per_step, world)
-    for notice in opened.notices if opened is not None else ():
-        report.warn(notice)
-    feed = StepFeed(  # the first texts are tokenized while the model is built
-        opened.source if opened is not None else None,
-        samples_per_step=samples_per_step,
-        block_size=training.block_size,
-        group=world.feed_group,
-        pin_memory=device.type == "cuda",
-    )
-    trained = build_model(settings, config.parallel, training, parallel)
+    opened, feed = open_feed(config, start, samples_per_step, report, world)
+
+    trained = build_model(start.settings, config.parallel, training, parallel)
     first_step = view.step if view is not None else 0
     check_room_on_rank_0(config, trained, first_step, world)
     loaded = fill_weights(trained, view, training.seed)
     for warning in loaded.warnings if loaded is not None else ():
         report.warn(warning)
 
-    # ------------------------------------------------------------------ loop
-    introduce(config, trained, opened, samples_per_step, first_step, chosen, control, report)
+    introduce(config, trained, opened, samples_per_step, first_step, start.reason, control, report)
     verify_if_asked(config, trained, control, report)
     run = Run(
         config=config,
-        settings=settings,
+        settings=start.settings,
         trained=trained,
         one_step=TrainingStep(trained, training, accumulation),
         feed=feed,
         opened=opened,
-        tokenizer=tokenizer,
-        keeper=CheckpointKeeper(trained, config.checkpoint, output_dir, control, report),
+        tokenizer=start.tokenizer,
+        keeper=CheckpointKeeper(trained, config.checkpoint, Path(config.output.output_dir), control, report),
         control=control,
         report=report,
         samples_per_step=samples_per_step,
     )
     run.restore(view)
-    stopped = loop(run)
+    return run
 
-    # ------------------------------------------------------------------ close
-    feed.close()
-    run.keeper.close(save_again=run.save)
-    if not stopped:
-        export_if_asked(config, run.keeper.newest, settings, world, control, report)
-    barrier(world)
-    state, reason = ("stopped", control.stop_reason()) if stopped else ("finished", None)
-    report.info(f"{state.capitalize()} at step {run.step}" + (f" ({reason})" if reason else ""))
-    report.finish(state, reason)
-    report.close()
-    return control.finish(state, reason)
+
+# ------------------------------------------------------------------ loop
 
 
 def loop(run: Run) -> bool:
@@ -238,6 +213,27 @@ def loop(run: Run) -> bool:
         if config.output.sample_interval and run.step % config.output.sample_interval == 0 and not stop:
             run.sample()
     return stop
+
+
+# ------------------------------------------------------------------ close
+
+
+def close(run: Run, stopped: bool) -> int:
+    """Prove the last checkpoint, export a finished model where asked, end together; the exit code."""
+    from parallel import barrier
+    from training_setup import export_if_asked
+
+    control, report, world = run.control, run.report, run.trained.parallel
+    run.feed.close()
+    run.keeper.close(save_again=run.save)
+    if not stopped:
+        export_if_asked(run.config, run.keeper.newest, run.settings, world, control, report)
+    barrier(world)
+    state, reason = ("stopped", control.stop_reason()) if stopped else ("finished", None)
+    report.info(f"{state.capitalize()} at step {run.step}" + (f" ({reason})" if reason else ""))
+    report.finish(state, reason)
+    report.close()
+    return control.finish(state, reason)
 
 
 if __name__ == "__main__":

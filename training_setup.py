@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from checkpoint_export import export_hf
-from checkpointing import CheckpointView, clean_temporary_files, later_checkpoints, verify_checkpoint
+from checkpointing import (
+    CheckpointView,
+    clean_temporary_files,
+    later_checkpoints,
+    open_chosen,
+    verify_checkpoint,
+)
+from data_feed import StepFeed
 from data_open import OpenedSource, open_source
 from data_source import SourceOptions
 from data_tokenize import load_tokenizer
@@ -20,11 +29,25 @@ from run_errors import RunError
 from run_report import RunFacts, RunReport, peak_flops
 from run_status import Launch, already_ended, prepare_output_dir
 from tp_verify import compare_with_unsharded
-from training_build import TrainedModel, flops_per_token
+from training_build import TrainedModel, flops_per_token, model_settings
 from training_save import check_room, estimate_save
 
 VERIFIED_TOKENS = 128
 """Sequence length of --verify-sharding's batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a run begins with."""
+
+    tokenizer: Any
+    """Rank 0's; None elsewhere."""
+    view: CheckpointView | None
+    """The checkpoint it goes on from; None: from scratch."""
+    reason: str
+    """One line for the console."""
+    settings: dict[str, Any]
+    """Keyword arguments of ArgonneConfig."""
 
 
 def claim_output(
@@ -62,6 +85,23 @@ def tokenizer_on_rank_0(config: RunConfig, world: World) -> tuple[Any, int]:
 
     size = on_rank_0(load, world)
     return box[0], size
+
+
+def choose_start(config: RunConfig, control: RunControl, report: RunReport, world: World) -> Start:
+    """Tokenizer, checkpoint and shape of the model, the same on all ranks."""
+    tokenizer, tokenizer_size = tokenizer_on_rank_0(config, world)
+    view, reason, warnings = open_chosen(
+        config.checkpoint.checkpoint_path,
+        Path(config.output.output_dir),
+        force_from_scratch=config.checkpoint.force_from_scratch,
+        rank=world.rank,
+        control_group=world.control_group,
+        written_before=control.written_before,
+    )
+    for warning in warnings:
+        report.warn(warning)
+    settings = model_settings(config.model, view, tokenizer_size)
+    return Start(tokenizer=tokenizer, view=view, reason=reason, settings=settings)
 
 
 def source_options(config: RunConfig, samples_per_step: int) -> SourceOptions:
@@ -102,6 +142,23 @@ def data_on_rank_0(
 
     on_rank_0(open_it, world)
     return box[0]
+
+
+def open_feed(
+    config: RunConfig, start: Start, samples_per_step: int, report: RunReport, world: World
+) -> tuple[OpenedSource | None, StepFeed]:
+    """Rank 0's source and every rank's feed, which tokenizes the first texts while the model is built."""
+    opened = data_on_rank_0(config, start.tokenizer, start.view, samples_per_step, world)
+    for notice in opened.notices if opened is not None else ():
+        report.warn(notice)
+    feed = StepFeed(
+        opened.source if opened is not None else None,
+        samples_per_step=samples_per_step,
+        block_size=config.training.block_size,
+        group=world.feed_group,
+        pin_memory=world.device.type == "cuda",
+    )
+    return opened, feed
 
 
 def check_room_on_rank_0(config: RunConfig, trained: TrainedModel, first_step: int, world: World) -> None:
@@ -209,7 +266,7 @@ def verify_if_asked(config: RunConfig, trained: TrainedModel, control: RunContro
 def export_if_asked(
     config: RunConfig,
     checkpoint: Path | None,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     world: World,
     control: RunControl,
     report: RunReport,
@@ -222,7 +279,7 @@ def export_if_asked(
     def export() -> None:
         export_hf(
             verify_checkpoint(checkpoint),
-            settings,
+            dict(settings),
             config.data.tokenizer_path,
             Path(target),
             trust_remote_code=config.data.trust_remote_code,
