@@ -24,6 +24,7 @@ from checkpoint_layout import HEAD, CheckpointReader
 from checkpoint_output import StreamedFile
 from checkpoint_reader import sync_folder
 from checkpoint_save import TensorEntry, check_finite, failure_reason
+from data_tokenize import load_tokenizer
 from run_errors import CheckpointError, ConfigError
 
 SHARD_BYTES = 5_000_000_000
@@ -43,16 +44,23 @@ def export_hf(
     """Write the folder and return it.
 
     It appears whole or not at all: everything is written beside it and renamed. An earlier export in
-    ``output_dir`` is replaced, any other non-empty folder refused (ConfigError). Raises CheckpointError where
-    the disk fails or a weight is not finite.
+    ``output_dir`` is replaced. Raises ConfigError for any other folder that is not empty and for a tokenizer
+    larger than the model's vocabulary, DataError for one that does not load, and CheckpointError where the
+    disk fails or a weight is not finite.
     """
     output_dir = Path(output_dir)
     _check_target(output_dir)
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code)
+    if len(tokenizer) > model_config["vocab_size"]:
+        raise ConfigError(
+            f"--tokenizer-path {tokenizer_path} has {len(tokenizer)} tokens and the model a vocabulary of "
+            f"{model_config['vocab_size']}: give the tokenizer that it was trained with"
+        )
     temporary = output_dir.parent / f".{output_dir.name}.{os.getpid()}.exporting"
     try:
         temporary.mkdir(parents=True)
         _write_weights(reader, temporary, dtype)
-        _write_config(model_config, tokenizer_path, temporary, dtype, trust_remote_code)
+        _write_config(model_config, tokenizer, temporary, dtype)
         for path in temporary.iterdir():
             _sync(path)
         sync_folder(temporary)
@@ -150,22 +158,11 @@ def _write_safetensors(
         file.finish()
 
 
-def _write_config(
-    model_config: Mapping[str, Any],
-    tokenizer_path: str,
-    folder: Path,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-) -> None:
-    from transformers import AutoTokenizer, GenerationConfig
+def _write_config(model_config: Mapping[str, Any], tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    from transformers import GenerationConfig
 
     import model
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"--tokenizer-path {tokenizer_path} cannot be opened: {reason}") from error
     config = model.ArgonneConfig(**config_arguments(model_config))
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = tokenizer.eos_token_id
