@@ -3,6 +3,7 @@
 Those with one process take seconds; the slow ones run two ranks under a real torchrun.
 """
 
+import json
 import os
 import random
 import shutil
@@ -420,6 +421,24 @@ def test_a_stop_before_the_first_step_is_not_restarted(tmp_path: Path, data: lis
     if stand["step"] is None:  # it came in time
         assert stand["state"] == "stopped" and stand["restart_count"] == 0
         assert finished.code == 0 and finished.errors() == [], finished.stderr
+
+
+@pytest.mark.slow
+def test_a_save_longer_than_torchruns_patience_is_said_at_the_start(tmp_path: Path, data: list[str]) -> None:
+    (tmp_path / "stats").mkdir()
+    measured = {"checkpoint_bytes": 1_000_000, "checkpoint_seconds": 10.0, "step_seconds": 1.0}
+    path = tmp_path / "stats" / "current_training_stats_tensor_parallel_step_99.json"
+    path.write_text(json.dumps(measured))
+    flags = [*data, "--output-dir", tmp_path, "--total-steps", 6]
+    short = launch(2, *flags)
+    assert short.code == 0, short.stderr
+    assert "but torchrun kills its workers 30 s after a signal: start it with --shutdown-timeout 600" in (
+        short.stderr
+    )
+    path.write_text(json.dumps(measured))
+    patient = ("--standalone", "--shutdown-timeout=600")
+    enough = wait(start(2, *flags, "--force-from-scratch", torchrun=patient))
+    assert enough.code == 0 and "--shutdown-timeout" not in enough.stderr, enough.stderr
 
 
 @pytest.mark.slow
