@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from script_parser import OneLineParser, run_script
 
 from run_errors import ConfigError, RunError
+from run_presets import PRESETS, REFERENCE
 
 if TYPE_CHECKING:
     from architecture_layout import Half, Layout, Weight
@@ -217,14 +218,14 @@ def show(options: argparse.Namespace) -> None:
     from architecture_layout import lay_out
     from model_sources import REFERENCE_VOCAB_SIZE, choose_source
 
-    name = options.model
-    if name is None and options.checkpoint_path is None:
-        name = "argonne-2.0"
+    name, vocab_size = options.model, options.vocab_size
+    if options.checkpoint_path is None:
+        name = name or REFERENCE
+        if name in PRESETS and vocab_size is None:
+            vocab_size = REFERENCE_VOCAB_SIZE
     source = choose_source(
-        name, options.checkpoint_path, tp_size=options.tp, layers=None, vocab_size=options.vocab_size
+        name, options.checkpoint_path, tp_size=options.tp, layers=None, vocab_size=vocab_size
     )
-    if options.vocab_size is None and source.label in _presets():
-        source.settings["vocab_size"] = REFERENCE_VOCAB_SIZE
     model = source.build_empty()
     context = getattr(model.config, "max_position_embeddings", 4096)
     layout = lay_out(
@@ -254,12 +255,6 @@ def show(options: argparse.Namespace) -> None:
                 f"--output {path} cannot be written ({error.strerror}): give another name"
             ) from error
         print(f"wrote {path}")
-
-
-def _presets() -> Sequence[str]:
-    from run_presets import PRESETS
-
-    return tuple(PRESETS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
