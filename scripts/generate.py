@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from model import ArgonneModel
     from parallel import Parallel, World
     from parallel_meeting import Environment
+    from tp_shard import SliceMap, TensorParallelState
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -39,6 +40,7 @@ class LoadedModel:
     """A split model for generating alone."""
 
     model: ArgonneModel
+    slice_map: SliceMap
     parallel: Parallel
     dtype: torch.dtype
     fsdp: bool = False
@@ -73,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def is_export(path: Path) -> bool:
+    """Whether the folder looks like what scripts/export_hf.py writes."""
     return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
 
@@ -109,7 +112,13 @@ def empty_model(settings: dict[str, Any], options: argparse.Namespace, world: Wo
     model.to_empty(device=parallel.device)
     for parameter in model.parameters():
         parameter.detach().zero_()  # padding stays zero
-    return LoadedModel(model=model, parallel=parallel, dtype=choose_dtype(options.dtype, parallel.device))
+    state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
+    return LoadedModel(
+        model=model,
+        slice_map=state.slice_map,
+        parallel=parallel,
+        dtype=choose_dtype(options.dtype, parallel.device),
+    )
 
 
 def load_checkpoint(options: argparse.Namespace, world: World) -> LoadedModel:
@@ -132,7 +141,7 @@ def load_checkpoint(options: argparse.Namespace, world: World) -> LoadedModel:
     loaded = empty_model({key: config[key] for key in known if config.get(key) is not None}, options, world)
     report = load_slices(
         view,
-        slice_map=loaded.model.tensor_parallel.slice_map,  # type: ignore[union-attr,arg-type]
+        slice_map=loaded.slice_map,
         rank=loaded.parallel.tp_rank,
         parameters=local_parameters(loaded.model),
         adam={},
@@ -146,28 +155,15 @@ def load_checkpoint(options: argparse.Namespace, world: World) -> LoadedModel:
 
 def load_export(folder: Path, options: argparse.Namespace, world: World) -> LoadedModel:
     """The model of an exported folder; every rank reads it, one tensor at a time, and keeps its slices."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     from parallel import local_parameters
-    from tp_shard import take_slice
 
     loaded = empty_model(load_model_settings(str(folder)), options, world)
-    slice_map = loaded.model.tensor_parallel.slice_map  # type: ignore[union-attr]
-    parameters = local_parameters(loaded.model)
-    missing = set(parameters)
+    missing = set(local_parameters(loaded.model))
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in missing.intersection(file.keys()):
-                    tensor = file.get_tensor(name)
-                    if tuple(tensor.shape) != slice_map.shape(name):  # type: ignore[operator]
-                        raise CheckpointError(
-                            f"--checkpoint-path {path}: {name} is {tuple(tensor.shape)} and config.json asks "
-                            f"for {slice_map.shape(name)}: export it again"  # type: ignore[operator]
-                        )
-                    local = take_slice(tensor, slice_map, name, loaded.parallel.tp_rank)  # type: ignore[arg-type]
-                    parameters[name].copy_(local)
-                    missing.discard(name)
+            missing -= take_slices(path, loaded, missing)
         except SafetensorError as error:
             raise CheckpointError(
                 f"--checkpoint-path {path} is damaged ({error}): export it again"
@@ -178,6 +174,27 @@ def load_export(folder: Path, options: argparse.Namespace, world: World) -> Load
             f"{min(missing)}: give a folder that scripts/export_hf.py wrote"
         )
     return loaded
+
+
+def take_slices(path: Path, loaded: LoadedModel, wanted: set[str]) -> set[str]:
+    """Fill this rank's slices of the ``wanted`` weights that a file holds; returns the names of these."""
+    from safetensors import safe_open
+
+    from parallel import local_parameters
+    from tp_shard import take_slice
+
+    slice_map, parameters = loaded.slice_map, local_parameters(loaded.model)
+    with safe_open(path, framework="pt") as file:
+        found = wanted.intersection(file.keys())
+        for name in found:
+            tensor = file.get_tensor(name)
+            if tuple(tensor.shape) != slice_map.shape(name):
+                raise CheckpointError(
+                    f"--checkpoint-path {path}: {name} is {tuple(tensor.shape)} and config.json asks "
+                    f"for {slice_map.shape(name)}: export it again"
+                )
+            parameters[name].copy_(take_slice(tensor, slice_map, name, loaded.parallel.tp_rank))
+    return found
 
 
 def run(options: argparse.Namespace, environment: Environment) -> str:
