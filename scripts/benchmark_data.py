@@ -15,13 +15,14 @@ from typing import Any
 
 import torch.distributed as dist
 from benchmark_common import ROUNDS, Report, Row, interleaved, summary, timed_row
-from corpus import build_tokenizer, write_shards
+from corpus import build_tokenizer
 from distributed import run_ranks
+from prepare_data import ShardWriter
 from quickstart_corpus import documents
 
 from data_feed import StepFeed
 from data_open import open_source
-from data_shards import open_corpus
+from data_shards import DEFAULT_TEXT_COLUMN, open_corpus
 from data_source import SourceOptions
 from data_stream import DataPosition, DocumentReader, encoded_documents, text_batches
 from data_tokenize import EncoderRecipe, load_tokenizer, plain_ids
@@ -29,9 +30,7 @@ from data_worker import EncoderPool
 from run_errors import DataError
 
 VOCABULARY = 16384
-SHARDS = 8
-ROW_GROUP_ROWS = 512
-"""About 0.6 MB of text in a row group."""
+SHARD_MIB, ROW_GROUP_MIB = 1.4, 0.5
 BLOCK_SIZE, SAMPLES = 512, 16
 PASSES = 2
 """Passes through the corpus in a timed turn: what is read ahead at its end weighs less."""
@@ -49,10 +48,11 @@ class Corpus:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         texts = documents()
-        write_shards(folder / "data", texts, SHARDS, row_group_rows=ROW_GROUP_ROWS)
+        write(texts, folder / "data")
         self.tokenizer_path = str(build_tokenizer(folder / "tokenizer", VOCABULARY))
         self.tokenizer = load_tokenizer(self.tokenizer_path)
         self.rows, self.characters = len(texts), sum(map(len, texts))
+        self.shards = open_corpus(str(folder / "data"))
         self.batches = [texts for texts, _, _ in text_batches(iter(self.reader()))]
         """The texts as the pipeline hands them to its tokenizing threads."""
         backend = self.tokenizer.backend_tokenizer
@@ -61,8 +61,7 @@ class Corpus:
 
     def reader(self) -> DocumentReader:
         """One pass through the shards."""
-        options = self.options(1)
-        return DocumentReader(open_corpus(options.data_glob), options.column, DataPosition(), epochs=1)
+        return DocumentReader(self.shards, DEFAULT_TEXT_COLUMN, DataPosition(), epochs=1)
 
     def options(self, threads: int) -> SourceOptions:
         return SourceOptions(
@@ -72,6 +71,15 @@ class Corpus:
             num_proc=threads,
             cache_dir=self.folder / "cache",
         )
+
+
+def write(texts: list[str], folder: Path) -> None:
+    """Shards as scripts/prepare_data.py makes them."""
+    folder.mkdir()
+    writer = ShardWriter(folder, shard_mib=SHARD_MIB, row_group_mib=ROW_GROUP_MIB, compression="zstd")
+    for text in texts:
+        writer.add(text)
+    writer.finish()
 
 
 def _encode(backend: Any, batch: list[str]) -> int:
@@ -190,14 +198,14 @@ def datasets_pass(corpus: Corpus) -> tuple[float, float]:
 
 def first_batch(corpus: Corpus, share: float) -> float:
     """Seconds from opening the source at ``share`` of the corpus to its first step."""
-    rows = corpus.rows
-    row = int(share * rows)
-    shard = next(s for s in range(SHARDS) if row < rows * (s + 1) // SHARDS)
+    row, index = int(share * corpus.rows), 0
+    while row >= corpus.shards[index].rows:
+        row, index = row - corpus.shards[index].rows, index + 1
     saved = {
         "epoch": 0,
-        "file_name": f"000_{shard:05d}.parquet",
-        "current_file_idx": shard,
-        "row": row - rows * shard // SHARDS,
+        "file_name": corpus.shards[index].name,
+        "current_file_idx": index,
+        "row": row,
         "token_offset": 0,
         "streaming": True,
     }
@@ -339,10 +347,11 @@ def run(rounds: int = ROUNDS) -> Report:
         title=f"The token stream: {size}",
         rows=tuple(rows_of(measured)),
         remarks=(
-            f"Byte-level BPE of {VOCABULARY} ids with Qwen's splitting rule, on the standard library; "
-            f"seconds are those of one pass, of {PASSES} in a turn. The bare tokenizer has the same batches "
-            "of texts in memory and throws the ids away; the pipeline reads parquet, cuts and hashes samples "
-            "and keeps the place, measured in mid-stream (its opening has its own row).",
+            f"Byte-level BPE of {VOCABULARY} ids with Qwen's splitting rule, on the standard library in "
+            f"shards of prepare_data.py; seconds are those of one pass, of {PASSES} in a turn. The bare "
+            "tokenizer has the same batches of texts in memory and throws the ids away; the pipeline reads "
+            "parquet, cuts and hashes samples and keeps the place, measured in mid-stream (its opening has "
+            "its own row).",
             "Both sides are held on as many cores as they have tokenizing threads: the pipeline's reading "
             "and cutting takes its time from them. On two threads the bare tokenizer runs one batch per "
             "thread, which is faster than its own parallelism over one batch.",
