@@ -3,9 +3,9 @@
     convert_checkpoint.py --checkpoint-path IN --output OUT --to tensor-parallel [--model-config C]
     convert_checkpoint.py --checkpoint-path IN --output OUT --to pipeline [--dtype bf16]
 
-IN is a file, one of its parts (``..._stage_K_of_N.pth``, ``..._rank_K_of_N.pth``) or a folder of parts. OUT
-is the new file or a folder for it. Weights, optimizer state, step, tokens and position go along; a few
-megabytes are in memory at a time.
+IN is a file, one of its parts (``..._stage_K_of_N.pth``, ``..._rank_K_of_N.pth``) or a folder of parts; of a
+folder of checkpoints the newest is taken. OUT is the new file or a folder for it. Weights, optimizer state,
+step, tokens and position go along; a few megabytes are in memory at a time.
 """
 
 import argparse
@@ -24,7 +24,11 @@ FORMS = ("tensor-parallel", "pipeline")
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser("Convert or join checkpoints, streaming.")
-    parser.add_argument("--checkpoint-path", required=True, help="file, one of its parts, or folder of parts")
+    parser.add_argument(
+        "--checkpoint-path",
+        required=True,
+        help="file, one of its parts, or a folder of either (the newest checkpoint)",
+    )
     parser.add_argument("--output", required=True, help="new file, or folder for it")
     parser.add_argument("--to", required=True, choices=FORMS, help="what the new file is for")
     parser.add_argument(
@@ -41,13 +45,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def convert(options: argparse.Namespace) -> str:
     """Write the new file; returns what it is. Raises ConfigError for an output that is there already."""
+    from inspect_checkpoint import newest_in
+
     from checkpoint_convert import DTYPES, write_converted
     from checkpoint_layout import infer_model_config
     from checkpointing import checkpoint_path, require_safe_torch, verify_checkpoint
     from run_presets import load_model_settings
 
     require_safe_torch()
-    reader = verify_checkpoint(Path(options.checkpoint_path))
+    reader = verify_checkpoint(newest_in(Path(options.checkpoint_path)))
     config = infer_model_config(reader, load_model_settings(options.model_config))
     output = Path(options.output)
     ours = options.to == FORMS[0]

@@ -2,8 +2,8 @@
 
     python scripts/inspect_checkpoint.py PATH [--model-config C] [--quick] [--json]
 
-PATH is a file of this suite or of a pipeline script (zip or legacy), one of several parts, or a folder of
-parts.
+PATH is a file of this suite or of a pipeline script (zip or legacy), one of several parts, a folder of parts,
+or a folder of checkpoints, of which the newest is looked at.
 Exit code 0 for a healthy checkpoint, 1 otherwise.
 """
 
@@ -22,13 +22,21 @@ from script_parser import OneLineParser, run_script
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser("Say what a checkpoint is and whether it is whole.")
-    parser.add_argument("path", help="a checkpoint file, one of its parts, or a folder of parts")
+    parser.add_argument("path", help="a checkpoint file, one of its parts, or a folder of either")
     parser.add_argument(
         "--model-config", help="preset or config.json that gives the head counts a file may lack"
     )
     parser.add_argument("--quick", action="store_true", help="read the header only, not the tensors")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(arguments)
+
+
+def newest_in(path: Path) -> Path:
+    """Of a folder of checkpoints the newest (or one of its parts); what else there is as it is."""
+    from checkpointing import find_checkpoints
+
+    found = find_checkpoints(path) if path.is_dir() else []
+    return found[0][1] if found else path
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
@@ -38,7 +46,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
     from checkpointing import require_safe_torch
 
     require_safe_torch()
-    reader = open_any(Path(options.path))
+    reader = open_any(newest_in(Path(options.path)))
     shape = infer_shape({name: reader.shape(name) for name in reader.model})
     first = reader.files[0]
     told: dict[str, Any] = {

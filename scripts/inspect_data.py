@@ -294,11 +294,11 @@ def source_options(options: argparse.Namespace, state: dict[str, Any] | None) ->
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The entries of a checkpoint that are not tensors; its weights stay on disk."""
-    from checkpoint_parts import open_any
-    from checkpointing import find_checkpoints
+    from inspect_checkpoint import newest_in
 
-    found = find_checkpoints(path) if path.is_dir() else []
-    reader = open_any(found[0][1] if found else path)
+    from checkpoint_parts import open_any
+
+    reader = open_any(newest_in(path))
     return {**reader.metadata, "global_step": reader.step}
 
 

@@ -173,6 +173,18 @@ def test_not_finite_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert inspect_checkpoint.main([str(tmp_path / "in.pth"), "--quick"]) == 0
 
 
+def test_of_a_folder_of_checkpoints_the_newest_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (9, 10):
+        save_sample(tmp_path, step)
+    assert inspect_checkpoint.main([str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["global_step"] == 10
+    arguments = ["--checkpoint-path", str(tmp_path), "--output", str(tmp_path / "new"), "--to", "pipeline"]
+    assert convert_checkpoint.main(arguments) == 0
+    assert "step 10, " in capsys.readouterr().out
+
+
 def test_inspect_tells_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, _ = save_sample(tmp_path)
     assert inspect_checkpoint.main([str(path), "--json"]) == 0
