@@ -21,7 +21,7 @@ from data_tokenize import text_pieces
 from data_worker import EncoderPool
 from run_errors import DataError
 
-BATCH_CHARACTERS = 1 << 18
+BATCH_CHARACTERS = 1 << 19
 """Text handed to one tokenizing worker at a time, characters."""
 FIRST_BATCH_CHARACTERS = 1 << 13
 """The first batch is this small and each next one twice as large, so that the first step waits little."""
