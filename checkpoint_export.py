@@ -22,10 +22,10 @@ from checkpoint_convert import row_parts
 from checkpoint_format import tensor_bytes
 from checkpoint_layout import HEAD, CheckpointReader
 from checkpoint_output import StreamedFile
-from checkpoint_reader import sync_folder
 from checkpoint_save import TensorEntry, check_finite, failure_reason
 from data_tokenize import load_tokenizer
 from run_errors import CheckpointError, ConfigError
+from run_files import synchronize
 
 SHARD_BYTES = 5_000_000_000
 MODULE = "modeling_argonne"
@@ -63,7 +63,7 @@ def export_hf(
         _write_config(model_config, tokenizer, temporary, dtype)
         for path in temporary.iterdir():
             _sync(path)
-        sync_folder(temporary)
+        synchronize(temporary)
         _replace(temporary, output_dir)
     except OSError as error:
         reason = failure_reason(error, output_dir.parent)
@@ -93,7 +93,7 @@ def _replace(temporary: Path, folder: Path) -> None:
     if folder.exists():
         os.rename(folder, old)
     os.rename(temporary, folder)
-    sync_folder(folder.parent)
+    synchronize(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

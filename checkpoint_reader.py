@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
-import os
 import struct
 import zlib
 from dataclasses import dataclass
@@ -251,12 +250,3 @@ class JoinedTensor:
                 inner = (*start[: self.dimension], low - offset, *start[self.dimension + 1 :])
                 piece.read_into(target, inner)
             offset += extent
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,8 +28,9 @@ import torch.distributed as dist
 from checkpoint_format import ArchiveWriter, tensor_bytes, verify_structure
 from checkpoint_layout import ADAM_KEYS, EMBEDDING, FORMAT_KEY, FORMAT_VERSION, HEAD
 from checkpoint_pickle import TensorRef, contiguous_ref, dump_tree
-from checkpoint_reader import TensorFile, sync_folder
+from checkpoint_reader import TensorFile
 from run_errors import CheckpointError, PeerError
+from run_files import synchronize
 from tp_slices import Rectangle, SliceMap
 
 CHUNK_BYTES = 32 << 20
@@ -437,7 +438,7 @@ def commit(descriptor: int, temporary: Path, path: Path, size: int) -> None:
     verify_structure(temporary)
     TensorFile(temporary)
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    synchronize(path.parent)
 
 
 def failure_reason(error: OSError, folder: Path, need: int | None = None) -> str:

@@ -34,7 +34,6 @@ from checkpoint_load import (
     share_checkpoint,
 )
 from checkpoint_parts import open_any, part_name
-from checkpoint_reader import sync_folder
 from checkpoint_save import (
     TEMPORARY_SUFFIX,
     SaveReport,
@@ -43,6 +42,7 @@ from checkpoint_save import (
     save_checkpoint,
 )
 from run_errors import CheckpointError, DeviceError
+from run_files import synchronize
 
 __all__ = [
     "BackgroundVerifier",
@@ -300,7 +300,7 @@ def prune(
         path.unlink()
         removed.append(path)
     if removed:
-        sync_folder(folder)
+        synchronize(folder)
     return removed
 
 

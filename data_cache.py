@@ -209,7 +209,7 @@ class _Build:
                 ids.tofile(tokens)
                 np.array([total + offset for offset, _ in marks], dtype=np.int64).tofile(starts)
                 if marks:
-                    offset, document = marks[-1]
+                    offset, document = marks[-1][0], Document.from_mark(marks[-1][1])
                     bar.update(rows_before[document.file_index] + document.row - bar.n)
                     if time.monotonic() - journaled >= JOURNAL_SECONDS:
                         _synchronize(tokens, starts)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -114,9 +114,22 @@ class Document(NamedTuple):
     skips: int
     """Number of recorded skips before it."""
 
-    def without_text(self) -> Document:
+    def mark(self) -> Mark:
         """What marks its tokens, which outlive the text."""
-        return Document(self.epoch, self.file_index, self.row, "", self.counts, self.skips)
+        return (self.epoch, self.file_index, self.row, *self.counts, self.skips)
+
+    @classmethod
+    def from_mark(cls, mark: Mark) -> Document:
+        """The document without its text."""
+        epoch, file_index, row, *counts, skips = mark
+        return cls(epoch, file_index, row, "", Counts(*counts), skips)
+
+
+Mark: TypeAlias = tuple[int, ...]
+"""A document in plain numbers: of thousands in flight, the garbage collector has none to follow (it gives up
+plain tuples of numbers only), and so need not go through all the program's objects, which takes 0.2 s."""
+EncodedTexts: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""(ids int32, length of each text int64)."""
 
 
 @dataclass
@@ -229,15 +242,15 @@ class DocumentReader:
 
 
 class EncodedBatch(NamedTuple):
-    """Consecutive tokens of the stream; ``marks`` are (offset in ids, document) where documents begin."""
+    """Consecutive tokens of the stream; ``marks`` are (offset in ids, mark) where documents begin."""
 
     ids: np.ndarray
-    marks: list[tuple[int, Document]]
+    marks: list[tuple[int, Mark]]
 
 
 def encoded_documents(documents: Iterator[Document], pool: EncoderPool) -> Iterator[EncodedBatch]:
     """Token ids of the documents in order, EOS after each, a bounded number of batches encoded ahead."""
-    ahead: deque[tuple[Future[tuple[np.ndarray, np.ndarray]], list[tuple[int, Document]]]] = deque()
+    ahead: deque[tuple[Future[EncodedTexts], list[tuple[int, Mark]]]] = deque()
     for texts, last, marks in text_batches(documents):
         ahead.append((pool.submit(texts, last), marks))
         if len(ahead) > BATCHES_PER_WORKER * pool.workers:
@@ -246,24 +259,22 @@ def encoded_documents(documents: Iterator[Document], pool: EncoderPool) -> Itera
         yield _finished(*ahead.popleft())
 
 
-def _finished(
-    future: Future[tuple[np.ndarray, np.ndarray]], marks: list[tuple[int, Document]]
-) -> EncodedBatch:
+def _finished(future: Future[EncodedTexts], marks: list[tuple[int, Mark]]) -> EncodedBatch:
     ids, lengths = future.result()
     starts = [0, *np.cumsum(lengths).tolist()]
-    return EncodedBatch(ids, [(starts[piece], document) for piece, document in marks])
+    return EncodedBatch(ids, [(starts[piece], mark) for piece, mark in marks])
 
 
 def text_batches(
     documents: Iterator[Document],
-) -> Iterator[tuple[list[str], list[bool], list[tuple[int, Document]]]]:
-    """(texts, whether each ends its document, [(text index, document)]) of about BATCH_CHARACTERS."""
+) -> Iterator[tuple[list[str], list[bool], list[tuple[int, Mark]]]]:
+    """(texts, whether each ends its document, [(text index, mark)]) of about BATCH_CHARACTERS."""
     texts: list[str] = []
     last: list[bool] = []
-    marks: list[tuple[int, Document]] = []
+    marks: list[tuple[int, Mark]] = []
     size, limit = 0, min(FIRST_BATCH_CHARACTERS, BATCH_CHARACTERS)
     for document in documents:
-        marks.append((len(texts), document.without_text()))
+        marks.append((len(texts), document.mark()))
         for piece, ends in text_pieces(document.text):
             texts.append(piece)
             last.append(ends)
@@ -298,22 +309,18 @@ def _without_used(batches: Iterator[EncodedBatch], start: DataPosition) -> Itera
     Where the document has no more ids than that, all of them go and the next document is the first. Where
     ``start`` is not a document (a row that is skipped, a row past the shard's end), nothing was used.
     """
-    first: Document | None = None
+    first: Mark | None = None
     used = dropped = 0
     for ids, marks in batches:
         if first is None:
             first = marks[0][1]
-            at_start = (first.epoch, first.file_index, first.row) == (
-                start.epoch,
-                start.file_index,
-                start.row,
-            )
+            at_start = first[:3] == (start.epoch, start.file_index, start.row)
             used = start.token_offset if at_start else 0
-        later = next((place for place, document in marks if document is not first), None)
+        later = next((place for place, mark in marks if mark is not first), None)
         cut = min(used - dropped, len(ids) if later is None else later)
         dropped += cut
         yield EncodedBatch(
-            ids[cut:], [(-used if document is first else place - cut, document) for place, document in marks]
+            ids[cut:], [(-used if mark is first else place - cut, mark) for place, mark in marks]
         )
         if later is not None:
             break
@@ -328,8 +335,8 @@ class PackedSampler:
         self._block_size = block_size
         self._chunks: deque[np.ndarray] = deque()
         self._available = 0
-        self._marks: deque[tuple[int, Document]] = deque()
-        """(stream index of the document's first id, document); index 0 is the first token not used."""
+        self._marks: deque[tuple[int, Mark]] = deque()
+        """(stream index of the document's first id, its mark); index 0 is the first token not used."""
         self._filled = 0
         self._taken = 0
 
@@ -346,11 +353,11 @@ class PackedSampler:
         samples = np.empty((count, self._block_size + 1), dtype=np.int32)
         samples[:, :-1] = tokens[:size].reshape(count, self._block_size)
         samples[:, 1:] = tokens[1 : size + 1].reshape(count, self._block_size)
-        start, document = self._marks[0]
-        return Samples(samples, document, self._taken - start)
+        start, mark = self._marks[0]
+        return Samples(samples, Document.from_mark(mark), self._taken - start)
 
-    def _append(self, ids: np.ndarray, marks: list[tuple[int, Document]]) -> None:
-        self._marks.extend((self._filled + offset, document) for offset, document in marks)
+    def _append(self, ids: np.ndarray, marks: list[tuple[int, Mark]]) -> None:
+        self._marks.extend([(self._filled + offset, mark) for offset, mark in marks])
         self._chunks.append(ids)
         self._available += len(ids)
         self._filled += len(ids)
@@ -365,25 +372,27 @@ class WindowSampler:
     def __init__(self, batches: Iterator[EncodedBatch], block_size: int, start: DataPosition) -> None:
         self._batches = _without_used(batches, start)
         self._block_size = block_size
-        self._windows: deque[tuple[np.ndarray, Document, int]] = deque()
+        self._windows: deque[tuple[np.ndarray, Mark, int]] = deque()
         self._rest = np.empty(0, dtype=np.int32)
         self._offset = 0
         """Token of the current document at which ``_rest`` begins."""
-        self._document: Document | None = None
+        self._mark: Mark | None = None
+        """Of the current document."""
         self._sample_epoch: int | None = None
 
     def take(self, count: int) -> Samples:
         while len(self._windows) <= count:  # one more, to know where the next sample begins
             self._append(*next(self._batches))
         samples = np.stack([self._windows.popleft()[0] for _ in range(count)])
-        return Samples(samples, *self._windows[0][1:])
+        _, mark, token_offset = self._windows[0]
+        return Samples(samples, Document.from_mark(mark), token_offset)
 
-    def _append(self, ids: np.ndarray, marks: list[tuple[int, Document]]) -> None:
+    def _append(self, ids: np.ndarray, marks: list[tuple[int, Mark]]) -> None:
         ends = [offset for offset, _ in marks] + [len(ids)]
         self._cut(ids[: max(ends[0], 0)])
-        for (start, document), end in zip(marks, ends[1:], strict=True):
-            self._refuse_short_corpus(document.epoch)
-            self._document, self._rest, self._offset = document, self._rest[:0], max(0, -start)
+        for (start, mark), end in zip(marks, ends[1:], strict=True):
+            self._refuse_short_corpus(epoch=mark[0])
+            self._mark, self._rest, self._offset = mark, self._rest[:0], max(0, -start)
             self._cut(ids[max(start, 0) : end])
 
     def _cut(self, ids: np.ndarray) -> None:
@@ -391,9 +400,9 @@ class WindowSampler:
         tokens = np.concatenate((self._rest, ids)) if len(self._rest) else ids
         size, start = self._block_size, 0
         while len(tokens) - start > size:
-            assert self._document is not None
-            self._windows.append((tokens[start : start + size + 1], self._document, self._offset + start))
-            self._sample_epoch = self._document.epoch
+            assert self._mark is not None
+            self._windows.append((tokens[start : start + size + 1], self._mark, self._offset + start))
+            self._sample_epoch = self._mark[0]
             start += size
         self._rest, self._offset = tokens[start:], self._offset + start
 

@@ -120,7 +120,7 @@ class TrainingOptions:
         below=1,
         metavar="BETA",
     )
-    seed: int = flag(42, "seed of initial weights, dropout and shuffle", kind=int, at_least=0, below=2**63)
+    seed: int = flag(42, "seed of initial weights and shuffle", kind=int, at_least=0, below=2**63)
     dtype: str | None = flag(
         None,
         "number format of the matrix products",

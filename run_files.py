@@ -1,4 +1,4 @@
-"""Small JSON files that are whole at every instant, and JSON without NaN."""
+"""Small JSON files that are whole at every instant, JSON without NaN, and what makes a path durable."""
 
 import json
 import math
@@ -36,3 +36,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return document if isinstance(document, dict) else None
+
+
+def synchronize(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, durable; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 for entry in (ROOT / "tests", ROOT):
     sys.path.insert(0, str(entry))
 
-from run_errors import RunError  # noqa: E402
+from script_parser import OneLineParser, run_script  # noqa: E402
 
 if TYPE_CHECKING:
     from benchmark_common import Report
@@ -44,9 +44,7 @@ PARTS = {
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Measure this suite beside its peers and compare the ratios with their targets."
-    )
+    parser = OneLineParser("Measure this suite beside its peers and compare the ratios with their targets.")
     parser.add_argument("part", choices=[*PARTS, "all"], help="what to measure; all: everything but gpu")
     parser.add_argument(
         "--output-dir", type=Path, default=Path("benchmarks"), metavar="FOLDER", help="(./benchmarks)"
@@ -75,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmark_common import as_text, fill_tables, write
 
     parts = [part for part in PARTS if part != "gpu"] if options.part == "all" else [options.part]
-    try:
+
+    def work() -> None:
         for part in parts:
             report = run_part(part, options.rounds, options.device)
             print(as_text(report), flush=True)
@@ -83,12 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.part == "all":
             fill_tables(DOCUMENT, options.output_dir, parts)
             print(f"tables of {DOCUMENT.relative_to(ROOT)} rewritten")
-    except RunError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return run_script(work, debug=options.debug)
 
 
 if __name__ == "__main__":

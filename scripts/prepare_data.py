@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import re
 import shutil
 import sys
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from script_parser import OneLineParser, run_script
 
 from run_errors import ConfigError, DataError, RunError
+from run_files import synchronize
 
 MIB = 1 << 20
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".br": "brotli"}
@@ -366,15 +366,6 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise RunError(f"{reason}: free space or give another --output-dir") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def synchronize(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def replace_folder(partial: Path, output: Path) -> None:

@@ -190,7 +190,7 @@ def test_an_interrupted_build_goes_on(
         for number, batch in enumerate(batches):
             if number == limit:
                 raise Interrupted
-            seen.append(batch.marks[0][1].row if batch.marks else -1)
+            seen.append(batch.marks[0][1][2] if batch.marks else -1)
             yield batch
 
     for limit in (5, 6, 7):

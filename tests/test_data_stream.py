@@ -214,7 +214,7 @@ def test_reading_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     pool: Any = Pool()
     for taken, batch in enumerate(encoded_documents(endless(), pool), start=1):
-        assert batch.marks[0][1].row == taken - 1
+        assert batch.marks[0][1][2] == taken - 1
         assert len(read) - taken <= data_stream.BATCHES_PER_WORKER * pool.workers
         if taken == 50:
             break
