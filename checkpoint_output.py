@@ -36,7 +36,7 @@ class StreamedFile:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._direct = _set_direct(descriptor, True)
-        self._buffers = [memoryview(mmap.mmap(-1, BUFFER_BYTES)) for _ in range(BUFFERS)]
+        self._buffers = [memoryview(mmap.mmap(-1, BUFFER_BYTES, mmap.MAP_PRIVATE)) for _ in range(BUFFERS)]
         self._filled = 0
         self._writes: deque[Future[None]] = deque()
         self._failed = False

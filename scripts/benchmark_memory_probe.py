@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import subprocess
 import sys
@@ -20,10 +22,17 @@ def anonymous_bytes() -> int:
     raise OSError("/proc/self/status has no RssAnon")
 
 
+def give_back_free_memory() -> None:
+    """Return what was freed to the kernel: memory used a second time would not be seen."""
+    with contextlib.suppress(AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class PeakMemory:
     """Largest anonymous memory while the ``with`` block runs, above what there was before it."""
 
     def __enter__(self) -> PeakMemory:
+        give_back_free_memory()
         self.before = self.peak = anonymous_bytes()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample)

@@ -11,7 +11,6 @@ import os
 import shutil
 import statistics
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -20,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import checkpoint_samples as samples
 import torch
 import torch.distributed as dist
+from benchmark_memory_probe import PeakMemory
 
 from checkpoint_save import save_checkpoint
 from checkpointing import load_slices, open_chosen
@@ -38,33 +39,6 @@ LARGE = {
     "LAYERS": 16,
 }
 """221 million parameters: 2.66 GB with Adam state."""
-
-
-def anonymous_bytes() -> int:
-    """Memory of this process that no file backs (RssAnon)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("the kernel does not tell RssAnon")
-
-
-class Peak:
-    """The largest anonymous memory while it is open."""
-
-    def __enter__(self) -> "Peak":
-        self.bytes, self._done = anonymous_bytes(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.002):
-            self.bytes = max(self.bytes, anonymous_bytes())
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.bytes = max(self.bytes, anonymous_bytes())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +96,7 @@ def one_rank(rank: int, tp_size: int, folder: str, told: Any) -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=tp_size)
         dist.barrier()
     slice_map = samples.sample_map(tp_size)
-    bare = anonymous_bytes()
-    with Peak() as peak:
+    with PeakMemory() as loading:
         parameters, adam = samples.empty_slices(slice_map, rank)
         view, _, _ = open_chosen(
             folder, Path(folder), force_from_scratch=False, rank=rank, control_group=None
@@ -137,15 +110,14 @@ def one_rank(rank: int, tp_size: int, folder: str, told: Any) -> None:
         for box in slice_map.rectangles(name, rank):
             assert bool((parameters[name][box.local_index] == value_of(name, "param")).all()), name
     slices = sum(4 * p.numel() * 3 for p in parameters.values())
-    held = anonymous_bytes()
     if tp_size > 1:
         dist.barrier()
-    with Peak() as saving:
+    with PeakMemory() as saving:
         seconds = save(rank, tp_size, Path(folder), (parameters, adam))
     told.put(
         (
             rank,
-            Cost(slices=slices, loaded=peak.bytes - bare, saving=saving.bytes - held, save_seconds=seconds),
+            Cost(slices=slices, loaded=loading.extra, saving=saving.extra, save_seconds=seconds),
         )
     )
 
