@@ -140,12 +140,13 @@ heading "6/6  The loss"
 cat <<END
 
 Done in $((SECONDS - started)) s after the installation. The files:
-  $corpus/data/*.parquet           the text
-  $corpus/tokenizer/               its tokenizer
-  $run/pretrained/*.pth            checkpoints (at the stop and at the end)
-  $run/stats/training_metrics.jsonl   one line per step
-  $run/stats/loss.png              the picture
-  $run/*.log                       what torchrun and the libraries said
+$(printf '  %-46s %s\n' \
+    "$corpus/data/*.parquet" "the text" \
+    "$corpus/tokenizer/" "its tokenizer" \
+    "$run/pretrained/*.pth" "checkpoints (at the stop and at the end)" \
+    "$run/stats/training_metrics.jsonl" "one line per step" \
+    "$run/stats/loss.png" "the picture" \
+    "$run/*.log" "what torchrun and the libraries said")
 
 To train for real, on the 8 GPUs of one machine (README.md has the rest):
   .venv/bin/torchrun --standalone --nproc_per_node=8 resume_pretrain_tensor.py \\
