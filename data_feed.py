@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from data_formats import one_line
 from data_source import DataProgress, TokenSource
 from data_stream import DataPosition
 from run_errors import DataError, PeerError, RunError
@@ -183,9 +184,7 @@ class StepFeed:
             # The thread boundary: the tokenizers library raises bare Exception, a tokenizer that brings its
             # own code (--trust-remote-code) anything, and if this thread died of it, the other ranks would
             # wait in their broadcast for ever.
-            failure = DataError(
-                f"the data reader failed: {type(error).__name__}: {' '.join(str(error).split())}"
-            )
+            failure = DataError(f"the data reader failed: {type(error).__name__}: {one_line(error)}")
             failure.__cause__ = error
             self._fail(failure)
             return

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_formats import LongText
+from data_formats import LongText, one_line
 from run_errors import DataError
 
 PIECE_CHARACTERS = 1 << 20
@@ -108,7 +108,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     except Exception as error:
         # The tokenizers library raises bare Exception for a broken file, and a tokenizer that brings its own
         # code (--trust-remote-code) anything: either way it is the user's folder that has to be named.
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error)[:300]
         raise DataError(f"cannot load the tokenizer {path!r} (--tokenizer-path): {reason}") from error
     if len(tokenizer) == 0:
         raise DataError(f"no tokenizer at {path!r} (--tokenizer-path): give a folder with tokenizer.json")
