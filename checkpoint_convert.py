@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from checkpoint_commit import commit, failure_reason, temporary_file
 from checkpoint_format import ArchiveWriter, tensor_bytes
 from checkpoint_layout import FORMAT_KEY, FORMAT_VERSION, CheckpointReader
 from checkpoint_reader import TensorSource, read_rectangle
@@ -21,11 +22,8 @@ from checkpoint_save import (
     begin_archive,
     build_tree,
     check_finite,
-    commit,
-    failure_reason,
     finish_archive,
     row_chunks,
-    temporary_file,
     tensor_entries,
 )
 from run_errors import CheckpointError

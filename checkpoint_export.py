@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
+from checkpoint_commit import failure_reason
 from checkpoint_convert import row_parts
 from checkpoint_format import tensor_bytes
 from checkpoint_layout import HEAD, CheckpointReader
 from checkpoint_output import StreamedFile
-from checkpoint_save import TensorEntry, check_finite, failure_reason
+from checkpoint_save import TensorEntry, check_finite
 from data_tokenize import load_tokenizer
 from run_errors import CheckpointError, ConfigError
 from run_files import synchronize

@@ -8,14 +8,8 @@ tensor under way, says stop with the reason, and all ranks raise the same Checkp
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import inspect
 import math
-import os
-import shutil
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,16 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoint_format import ArchiveWriter, tensor_bytes, verify_structure
+from checkpoint_commit import commit, failure_reason, temporary_file
+from checkpoint_format import ArchiveWriter, tensor_bytes
 from checkpoint_layout import ADAM_KEYS, EMBEDDING, FORMAT_KEY, FORMAT_VERSION, HEAD
 from checkpoint_pickle import TensorRef, contiguous_ref, dump_tree
-from checkpoint_reader import TensorFile
 from run_errors import CheckpointError, PeerError
-from run_files import synchronize
 from tp_slices import Rectangle, SliceMap
 
 CHUNK_BYTES = 32 << 20
-TEMPORARY_SUFFIX = ".saving"
 _GO = 0
 _RECORD_OVERHEAD = 512
 _HEADER_BYTES = 1 << 20
@@ -396,56 +388,3 @@ class _Peers:
 
 def _lost(rank: int, error: RuntimeError) -> PeerError:
     return PeerError(f"rank {rank} left while a checkpoint was saved ({str(error)[:80]}): see its output")
-
-
-@contextlib.contextmanager
-def temporary_file(path: Path, need: int) -> Iterator[tuple[int, Path]]:
-    """Descriptor and path of a new locked file beside ``path``, removed unless it was renamed.
-
-    Raises CheckpointError before writing where the disk has fewer than ``need`` bytes free.
-    """
-    folder = path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    require_room(folder, need)
-    temporary = folder / f".{path.name}.{socket.gethostname()}.{os.getpid()}{TEMPORARY_SUFFIX}"
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        yield descriptor, temporary
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        os.close(descriptor)
-
-
-def require_room(folder: Path, need: int, count: int = 1) -> None:
-    """CheckpointError where the disk has fewer than ``need`` bytes free, for ``count`` checkpoints."""
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        purpose = f" for {count} checkpoints (those kept and one more)" if count > 1 else ""
-        raise CheckpointError(
-            f"{folder} needs {need:,} bytes free{purpose} and has {free:,}: make room or lower "
-            "--keep-checkpoints"
-        )
-
-
-def commit(descriptor: int, temporary: Path, path: Path, size: int) -> None:
-    """Make the file durable, read its structure back, give it its name, make the name durable."""
-    os.fsync(descriptor)
-    if os.fstat(descriptor).st_size != size:
-        raise CheckpointError(f"the disk kept {os.fstat(descriptor).st_size} of {size} bytes")
-    verify_structure(temporary)
-    TensorFile(temporary)
-    os.replace(temporary, path)
-    synchronize(path.parent)
-
-
-def failure_reason(error: OSError, folder: Path, need: int | None = None) -> str:
-    """What an OSError of a save (of ``need`` bytes, where that is known) means, for the one line."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(folder).free
-            wanted = f"it needs {need:,} bytes and has" if need is not None else "it has"
-            return f"{folder} is full ({wanted} {free:,} free, a quota apart): make room"
-    return error.strerror or str(error)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from checkpoint_commit import TEMPORARY_SUFFIX, require_room
 from checkpoint_format import verify_archive
 from checkpoint_layout import (
     CheckpointReader,
@@ -35,10 +36,8 @@ from checkpoint_load import (
 )
 from checkpoint_parts import open_any, part_name
 from checkpoint_save import (
-    TEMPORARY_SUFFIX,
     SaveReport,
     estimate_checkpoint_bytes,
-    require_room,
     save_checkpoint,
 )
 from run_errors import CheckpointError, DeviceError
