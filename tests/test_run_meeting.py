@@ -1,4 +1,4 @@
-"""Ranks and nodes that do not come, and ranks that die before the first step: one line, in bounded time."""
+"""Ranks and nodes that do not come or do not fit, and ranks that die before the first step: one line each."""
 
 import signal
 import socket
@@ -174,3 +174,26 @@ def test_a_node_that_never_comes_is_one_line_of_the_launcher(
     assert time.monotonic() - began < 60.0
     assert f"error: {line.format(endpoint)}" in the_error(Finished(done.returncode, done.stdout, done.stderr))
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_ranks_started_with_different_flags_are_refused(tmp_path: Path, data: list[str]) -> None:
+    port = free_port()
+    ranks = [
+        by_hand(rank, 2, port, *data, "--output-dir", tmp_path, "--seed", seed)
+        for rank, seed in enumerate((1, 2))
+    ]
+    outcomes = [wait(process, 60.0) for process in ranks]
+    assert [finished.code for finished in outcomes] == [2, 2]
+    (line,) = [line for finished in outcomes for line in finished.errors()]
+    assert "--seed differs between ranks: 1 on rank 0, 2 on rank 1" in line
+
+
+@pytest.mark.slow
+def test_a_busy_port_is_named(tmp_path: Path, data: list[str]) -> None:
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        finished = wait(by_hand(0, 2, port, *data, "--output-dir", tmp_path), 60.0)
+    assert f"cannot join the others at localhost:{port}" in the_error(finished)

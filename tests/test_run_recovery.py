@@ -12,7 +12,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -477,47 +476,6 @@ def test_not_finite_on_one_rank_is_skipped_on_all(tmp_path: Path, data: list[str
     finished = launch(2, *data, "--output-dir", tmp_path, "--replica-check-interval", 1, fault=fault)
     assert finished.code == 0, finished.stderr
     assert [line["step"] for line in metrics(tmp_path) if line.get("skipped")] == [3, 4]
-
-
-def by_hand(flags: list[Any], more: list[list[Any]], port: int) -> list[Finished]:
-    """Ranks started without torchrun, each with flags of its own."""
-    ranks = []
-    for rank, own in enumerate(more):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(more))}
-        environ = {**environment(), **place, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        command = command_of(1, *flags, *own)
-        pipe = subprocess.PIPE
-        ranks.append(subprocess.Popen(command, env=environ, stdout=pipe, stderr=pipe, text=True))
-    return [wait(process, 60.0) for process in ranks]
-
-
-@pytest.mark.slow
-def test_ranks_started_with_different_flags_are_refused(tmp_path: Path, data: list[str]) -> None:
-    more: list[list[Any]] = [["--seed", 1], ["--seed", 2]]
-    outcomes = by_hand([*data, "--output-dir", tmp_path], more, 29561)
-    assert [finished.code for finished in outcomes] == [2, 2]
-    (line,) = [line for finished in outcomes for line in finished.errors()]
-    assert "--seed differs between ranks: 1 on rank 0, 2 on rank 1" in line
-
-
-@pytest.mark.slow
-def test_a_busy_port_is_named(tmp_path: Path, data: list[str]) -> None:
-    import socket
-
-    with socket.socket() as holder:
-        holder.bind(("", 0))
-        holder.listen()
-        port = holder.getsockname()[1]
-        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
-        process = subprocess.Popen(
-            command_of(1, *data, "--output-dir", tmp_path),
-            env={**environment(), **place},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        finished = wait(process, 60.0)
-    assert finished.code == 1 and f"cannot join the others at localhost:{port}" in the_error(finished)
 
 
 @pytest.mark.slow
