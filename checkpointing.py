@@ -19,14 +19,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoint_commit import TEMPORARY_SUFFIX, require_room
-from checkpoint_format import verify_archive
-from checkpoint_layout import (
-    CheckpointReader,
-    check_model_config,
-    infer_model_config,
-)
-from checkpoint_load import (
+from argonne.checkpoint.archive import verify_archive
+from argonne.checkpoint.commit import TEMPORARY_SUFFIX, require_room
+from argonne.checkpoint.export_hf import export_hf
+from argonne.checkpoint.load import (
     CheckpointView,
     LoadReport,
     agree_on_error,
@@ -34,14 +30,19 @@ from checkpoint_load import (
     load_slices,
     share_checkpoint,
 )
-from checkpoint_parts import open_any, part_name
-from checkpoint_save import (
+from argonne.checkpoint.parts import open_any, part_name
+from argonne.checkpoint.reader import (
+    CheckpointReader,
+    check_model_config,
+    infer_model_config,
+)
+from argonne.checkpoint.save import (
     SaveReport,
     estimate_checkpoint_bytes,
     save_checkpoint,
 )
-from run_errors import CheckpointError, DeviceError
-from run_files import synchronize
+from argonne.errors import CheckpointError, DeviceError
+from argonne.files import synchronize
 
 __all__ = [
     "BackgroundVerifier",
@@ -54,6 +55,7 @@ __all__ = [
     "choose_checkpoint",
     "clean_temporary_files",
     "estimate_checkpoint_bytes",
+    "export_hf",
     "infer_model_config",
     "later_checkpoints",
     "load_slices",

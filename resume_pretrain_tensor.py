@@ -18,17 +18,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from run_config import RunConfig, derive_accumulation, flag_values, parse_command_line
-from run_errors import RunError
+from argonne.config.command_line import RunConfig, derive_accumulation, flag_values, parse_command_line
+from argonne.errors import RunError
 
 if TYPE_CHECKING:
-    from parallel import World
-    from parallel_meeting import Environment
-    from run_control import RunControl
-    from run_report import RunReport
-    from run_status import Launch
-    from training_run import Run
-    from training_setup import Start
+    from argonne.ranks.meeting import Environment
+    from argonne.ranks.parallel import World
+    from argonne.run.control import RunControl
+    from argonne.run.report import RunReport
+    from argonne.run.status import Launch
+    from argonne.training.setup import Start
+    from argonne.training.state import Run
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """Of each collective of the model."""
@@ -38,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run and end the process: 0 (done), 1 (failed), 2 (wrong flags) or 75 (stopped by a signal, saved)."""
     config = parse_command_line(argv)
 
-    from parallel import disconnect, run_error_of
-    from parallel_meeting import Environment
-    from run_control import RunControl, enable_flight_recorder
-    from run_report import RunReport
-    from run_status import Launch
+    from argonne.ranks.meeting import Environment
+    from argonne.ranks.parallel import disconnect, run_error_of
+    from argonne.run.control import RunControl, enable_flight_recorder
+    from argonne.run.report import RunReport
+    from argonne.run.status import Launch
 
     output_dir = Path(config.output.output_dir)
     try:
@@ -95,7 +95,7 @@ def train(
     config: RunConfig, environment: Environment, launch: Launch, control: RunControl, report: RunReport
 ) -> int:
     """The recipe. Returns the exit code; raises RunError where the run cannot go on."""
-    from training_setup import choose_start, claim_output
+    from argonne.training.setup import choose_start, claim_output
 
     world = connect_ranks(config, environment, control)
     ended = claim_output(Path(config.output.output_dir), control, launch, world)
@@ -113,10 +113,10 @@ def train(
 
 def connect_ranks(config: RunConfig, environment: Environment, control: RunControl) -> World:
     """Meet the other ranks, look after each other from then on, and agree that all were started alike."""
+    from argonne.ranks.meeting import await_ranks, open_store, private_store
+    from argonne.ranks.parallel import AGREEMENT_TIMEOUT, check_same, choose_device, connect
+    from argonne.training.build import choose_tp_size
     from checkpointing import require_safe_torch
-    from parallel import AGREEMENT_TIMEOUT, check_same, choose_device, connect
-    from parallel_meeting import await_ranks, open_store, private_store
-    from training_build import choose_tp_size
 
     require_safe_torch()
     device = choose_device(environment)
@@ -139,12 +139,12 @@ def connect_ranks(config: RunConfig, environment: Environment, control: RunContr
 
 def build_run(config: RunConfig, start: Start, control: RunControl, report: RunReport, world: World) -> Run:
     """The data at its place, the split model with its weights, and what else the loop works with."""
-    from parallel import build_parallel
-    from training_build import build_model, choose_tp_size, fill_weights
-    from training_run import Run
-    from training_save import CheckpointKeeper
-    from training_setup import check_room_on_rank_0, introduce, open_feed, verify_if_asked
-    from training_step import TrainingStep
+    from argonne.ranks.parallel import build_parallel
+    from argonne.training.build import build_model, choose_tp_size, fill_weights
+    from argonne.training.keeper import CheckpointKeeper
+    from argonne.training.setup import check_room_on_rank_0, introduce, open_feed, verify_if_asked
+    from argonne.training.state import Run
+    from argonne.training.step import TrainingStep
 
     training, view = config.training, start.view
     tp_size = choose_tp_size(start.settings, config.parallel.tensor_parallel_size, world)
@@ -184,7 +184,7 @@ def build_run(config: RunConfig, start: Start, control: RunControl, report: RunR
 
 def loop(run: Run) -> bool:
     """Train until the last step or until a rank is asked to stop; True where it was stopped."""
-    from training_run import stopwatch
+    from argonne.training.state import stopwatch
 
     config, control, keeper = run.config, run.control, run.keeper
     if run.step >= config.training.total_steps:
@@ -220,8 +220,8 @@ def loop(run: Run) -> bool:
 
 def close(run: Run, stopped: bool) -> int:
     """Prove the last checkpoint, export a finished model where asked, end together; the exit code."""
-    from parallel import barrier
-    from training_setup import export_if_asked
+    from argonne.ranks.parallel import barrier
+    from argonne.training.setup import export_if_asked
 
     control, report, world = run.control, run.report, run.trained.parallel
     run.feed.close()

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from run_errors import ConfigError
-from tp_collectives import (
+from argonne.errors import ConfigError
+from argonne.tp.collectives import (
     ProcessTPGroup,
     SimulatedTPGroup,
     TPGroup,
@@ -32,16 +32,17 @@ from tp_collectives import (
     scatter_to_region,
     split_sequence,
 )
-from tp_gated import GatedExit
-from tp_layers import (
+from argonne.tp.gated import GatedExit
+from argonne.tp.initial_values import initialise_parameters
+from argonne.tp.layers import (
     ColumnGroup,
     ColumnParallelLinear,
     RowParallelLinear,
     SequenceState,
     VocabParallelEmbedding,
 )
-from tp_loss import IGNORE_INDEX, vocab_parallel_cross_entropy
-from tp_plan import (
+from argonne.tp.loss import IGNORE_INDEX, vocab_parallel_cross_entropy
+from argonne.tp.plan import (
     HeadCounts,
     Rule,
     Style,
@@ -53,14 +54,15 @@ from tp_plan import (
     stores_transposed,
     summed_parameters,
 )
-from tp_slices import SliceMap
-from tp_state import TensorParallelState, gather_state_dict, gather_unsharded, take_slice
+from argonne.tp.slices import SliceMap
+from argonne.tp.state import TensorParallelState, gather_state_dict, gather_unsharded, take_slice
 
 __all__ = [
     "ColumnParallelLinear",
     "ProcessTPGroup",
     "RowParallelLinear",
     "SimulatedTPGroup",
+    "SliceMap",
     "TPGroup",
     "TensorParallelModel",
     "TensorParallelState",
@@ -73,6 +75,7 @@ __all__ = [
     "gather_sequence",
     "gather_state_dict",
     "gather_unsharded",
+    "initialise_parameters",
     "reduce_from_region",
     "reduce_scatter_sequence",
     "scatter_to_region",

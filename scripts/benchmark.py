@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 for entry in (ROOT / "tests", ROOT):
     sys.path.insert(0, str(entry))
 
-from script_parser import OneLineParser, run_script  # noqa: E402
+from argonne.tools.script import OneLineParser, run_script  # noqa: E402
 
 if TYPE_CHECKING:
     from benchmark_common import Report

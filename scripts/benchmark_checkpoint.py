@@ -17,8 +17,8 @@ from benchmark_memory_probe import PeakMemory, measure_load
 from benchmark_models import Shape, alone, our_model, split_over
 from distributed import run_ranks
 
+from argonne.training.build import TrainedModel
 from checkpointing import save_checkpoint
-from training_build import TrainedModel
 
 SHAPE = Shape(
     hidden_size=768, layers=6, heads=12, key_value_heads=4, intermediate_size=2048, vocab_size=32768

@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
 
+from argonne.ranks.parallel import local_gradients
+from argonne.tp.costs import ModelOutline, SplitCost, tensor_parallel
 from model import ArgonneConfig, ArgonneModel
-from parallel import local_gradients
-from tp_costs import ModelOutline, SplitCost, tensor_parallel
 
 RANKS = 2
 SHAPE = SHAPES["h512"]

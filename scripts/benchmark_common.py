@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from run_errors import DataError
+from argonne.errors import DataError
 
 ROUNDS = 9
 """Rounds of a timed comparison: the variants run in turn in each, and minima are compared."""

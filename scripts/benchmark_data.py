@@ -20,14 +20,14 @@ from distributed import run_ranks
 from prepare_data import ShardWriter
 from quickstart_corpus import documents
 
-from data_feed import StepFeed
-from data_open import open_source
-from data_shards import DEFAULT_TEXT_COLUMN, open_corpus
-from data_source import SourceOptions
-from data_stream import DataPosition, DocumentReader, encoded_documents, text_batches
-from data_tokenize import EncoderRecipe, load_tokenizer, plain_ids
-from data_worker import EncoderPool
-from run_errors import DataError
+from argonne.data.encoder_pool import EncoderPool
+from argonne.data.feed import StepFeed
+from argonne.data.shards import DEFAULT_TEXT_COLUMN, open_corpus
+from argonne.data.source import SourceOptions
+from argonne.data.stream import DataPosition, DocumentReader, encoded_documents, text_batches
+from argonne.data.tokenizer import EncoderRecipe, load_tokenizer, plain_ids
+from argonne.errors import DataError
+from data_stream import open_stream
 
 VOCABULARY = 16384
 SHARD_MIB, ROW_GROUP_MIB = 1.4, 0.5
@@ -121,7 +121,7 @@ class Clock:
 def pipeline(corpus: Corpus, threads: int) -> tuple[float, float]:
     """A pass in mid-stream, parquet to samples, with position and hash of each step: wall and CPU seconds."""
     with on_cores(threads):
-        source: Any = open_source(corpus.options(threads), corpus.tokenizer).source
+        source: Any = open_stream(corpus.options(threads), corpus.tokenizer).source
         _steps_until_a_batch_comes(source, FIRST_TOKENS)
         clock, before = Clock(), source._sampler._filled
         _steps_until_a_batch_comes(source, before + PASSES * corpus.tokens)
@@ -211,7 +211,7 @@ def first_batch(corpus: Corpus, share: float) -> float:
         "streaming": True,
     }
     start = time.perf_counter()
-    source = open_source(corpus.options(1), corpus.tokenizer, saved_position=saved, global_step=1).source
+    source = open_stream(corpus.options(1), corpus.tokenizer, saved_position=saved, global_step=1).source
     source.next_step()
     seconds = time.perf_counter() - start
     source.close()
@@ -244,9 +244,9 @@ def feed_rank(
     loaded = load_tokenizer(tokenizer) if rank == 0 else None
     alone, shared = [], []
     for _ in range(rounds + 1):
-        alone.append(feed_cpu(open_source(options, loaded).source, None) if rank == 0 else 0.0)
+        alone.append(feed_cpu(open_stream(options, loaded).source, None) if rank == 0 else 0.0)
         dist.barrier()
-        shared.append(feed_cpu(open_source(options, loaded).source if rank == 0 else None, group))
+        shared.append(feed_cpu(open_stream(options, loaded).source if rank == 0 else None, group))
     return alone[1:], shared[1:]
 
 

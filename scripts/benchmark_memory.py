@@ -13,10 +13,10 @@ from benchmark_common import ROUNDS, Report, Row
 from benchmark_models import SHAPES, Shape, our_model, peer_model, split_over, split_peer
 from distributed import run_ranks
 
+from argonne.config.presets import PRESETS, REFERENCE
+from argonne.tp.costs import ModelOutline, activation_bytes
+from argonne.tp.plan import build_slice_map, plan_for
 from model import ArgonneConfig, ArgonneModel
-from run_presets import PRESETS, REFERENCE
-from tp_costs import ModelOutline, activation_bytes
-from tp_plan import build_slice_map, plan_for
 
 RANKS = 2
 FEW, MANY = 2, 4

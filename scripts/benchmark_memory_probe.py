@@ -69,10 +69,10 @@ def _main() -> None:
     path, kind, settings, tp_size = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
     import torch
 
-    from checkpoint_load import load_slices, view_of
-    from checkpoint_parts import open_any
+    from argonne.checkpoint.load import load_slices, view_of
+    from argonne.checkpoint.parts import open_any
+    from argonne.tp.plan import build_slice_map, plan_for
     from model import ArgonneConfig, ArgonneModel
-    from tp_plan import build_slice_map, plan_for
     from tp_shard import take_slice
 
     with torch.device("meta"):

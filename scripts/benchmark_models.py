@@ -26,14 +26,14 @@ from torch.distributed.tensor.parallel import (
 )
 from transformers import LlamaForCausalLM
 
-from data_feed import StepBatch
+from argonne.config.command_line import ParallelOptions, TrainingOptions
+from argonne.data.feed import StepBatch
+from argonne.ranks.parallel import Parallel, World, build_parallel
+from argonne.tp.collectives import TPGroup
+from argonne.training.build import TrainedModel, build_model, fill_weights
+from argonne.training.step import TrainingStep
 from model import ArgonneConfig
-from parallel import Parallel, World, build_parallel
-from run_config import ParallelOptions, TrainingOptions
-from tp_collectives import TPGroup
 from tp_shard import gather_state_dict
-from training_build import TrainedModel, build_model, fill_weights
-from training_step import TrainingStep
 
 LEARNING_RATE = 1e-4
 CLIP = 1.0

@@ -13,7 +13,7 @@ from benchmark_common import ROUNDS, Report, interleaved, stopwatch, summary, ti
 from corpus import small_corpus
 from launch import SCRIPT, SHAPE, environment
 
-from run_errors import DeviceError
+from argonne.errors import DeviceError
 
 POLL_SECONDS = 0.005
 LONGEST_SECONDS = 300.0

@@ -15,9 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script_parser import OneLineParser, run_script
-
-from run_errors import ConfigError
+from argonne.errors import ConfigError
+from argonne.tools.script import OneLineParser, run_script
 
 FORMS = ("tensor-parallel", "pipeline")
 
@@ -47,10 +46,10 @@ def convert(options: argparse.Namespace) -> str:
     """Write the new file; returns what it is. Raises ConfigError for an output that is there already."""
     from inspect_checkpoint import newest_in
 
-    from checkpoint_convert import DTYPES, write_converted
-    from checkpoint_layout import infer_model_config
+    from argonne.checkpoint.convert import DTYPES, write_converted
+    from argonne.checkpoint.reader import infer_model_config
+    from argonne.config.presets import load_model_settings
     from checkpointing import checkpoint_path, require_safe_torch, verify_checkpoint
-    from run_presets import load_model_settings
 
     require_safe_torch()
     reader = verify_checkpoint(newest_in(Path(options.checkpoint_path)))

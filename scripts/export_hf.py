@@ -12,9 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script_parser import OneLineParser, run_script
-
-from run_errors import ConfigError
+from argonne.errors import ConfigError
+from argonne.tools.script import OneLineParser, run_script
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -33,10 +32,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def export(options: argparse.Namespace) -> str:
     """Write the folder; returns what it is. Raises ConfigError, CheckpointError."""
-    from checkpoint_convert import DTYPES
-    from checkpoint_export import export_hf, quiet_transformers
+    from argonne.checkpoint.convert import DTYPES
+    from argonne.checkpoint.export_hf import export_hf, quiet_transformers
+    from argonne.config.presets import REFERENCE, load_model_settings
     from checkpointing import check_model_config, choose_checkpoint, infer_model_config, require_safe_torch
-    from run_presets import REFERENCE, load_model_settings
 
     require_safe_torch()
     choice = choose_checkpoint(options.checkpoint_path, Path())

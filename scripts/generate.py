@@ -19,17 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script_parser import OneLineParser, run_script
-
-from run_errors import CheckpointError, ConfigError, RunError
-from run_presets import PRESETS, REFERENCE, load_model_settings
+from argonne.config.presets import PRESETS, REFERENCE, load_model_settings
+from argonne.errors import CheckpointError, ConfigError, RunError
+from argonne.tools.script import OneLineParser, run_script
 
 if TYPE_CHECKING:
     import torch
 
+    from argonne.ranks.meeting import Environment
+    from argonne.ranks.parallel import Parallel, World
     from model import ArgonneModel
-    from parallel import Parallel, World
-    from parallel_meeting import Environment
     from tp_shard import SliceMap, TensorParallelState
 
 TIMEOUT = timedelta(minutes=10)
@@ -100,10 +99,10 @@ def empty_model(settings: dict[str, Any], options: argparse.Namespace, world: Wo
     """The split model on this rank's device, its slices not yet filled."""
     import torch
 
+    from argonne.ranks.parallel import build_parallel
+    from argonne.training.build import choose_dtype, choose_tp_size
     from model import ArgonneConfig, ArgonneModel
-    from parallel import build_parallel
     from tp_shard import shard_tensor_parallel
-    from training_build import choose_dtype, choose_tp_size
 
     parallel = build_parallel(world, choose_tp_size(settings, options.tensor_parallel_size, world))
     with torch.device("meta"):
@@ -123,8 +122,8 @@ def empty_model(settings: dict[str, Any], options: argparse.Namespace, world: Wo
 
 def load_checkpoint(options: argparse.Namespace, world: World) -> LoadedModel:
     """The model of a checkpoint; every rank reads its own slices, or gets them from rank 0."""
+    from argonne.ranks.parallel import local_parameters
     from checkpointing import infer_model_config, load_slices, open_chosen
-    from parallel import local_parameters
 
     view, reason, warnings = open_chosen(
         options.checkpoint_path,
@@ -157,7 +156,7 @@ def load_export(folder: Path, options: argparse.Namespace, world: World) -> Load
     """The model of an exported folder; every rank reads it, one tensor at a time, and keeps its slices."""
     from safetensors import SafetensorError
 
-    from parallel import local_parameters
+    from argonne.ranks.parallel import local_parameters
 
     loaded = empty_model(load_model_settings(str(folder)), options, world)
     missing = set(local_parameters(loaded.model))
@@ -180,7 +179,7 @@ def take_slices(path: Path, loaded: LoadedModel, wanted: set[str]) -> set[str]:
     """Fill this rank's slices of the ``wanted`` weights that a file holds; returns the names of these."""
     from safetensors import safe_open
 
-    from parallel import local_parameters
+    from argonne.ranks.parallel import local_parameters
     from tp_shard import take_slice
 
     slice_map, parameters = loaded.slice_map, local_parameters(loaded.model)
@@ -199,12 +198,12 @@ def take_slices(path: Path, loaded: LoadedModel, wanted: set[str]) -> set[str]:
 
 def run(options: argparse.Namespace, environment: Environment) -> str:
     """Connect, load, generate; the text on rank 0 and "" elsewhere."""
-    from checkpoint_export import quiet_transformers
+    from argonne.checkpoint.export_hf import quiet_transformers
+    from argonne.data.tokenizer import load_tokenizer
+    from argonne.ranks.meeting import await_ranks, open_store
+    from argonne.ranks.parallel import choose_device, connect, disconnect, on_rank_0
+    from argonne.training.generation import generate_text
     from checkpointing import require_safe_torch
-    from data_tokenize import load_tokenizer
-    from parallel import choose_device, connect, disconnect, on_rank_0
-    from parallel_meeting import await_ranks, open_store
-    from training_sample import generate_text
 
     require_safe_torch()
     device = choose_device(environment)
@@ -247,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         check(options)
 
-        from parallel_meeting import Environment
+        from argonne.ranks.meeting import Environment
 
         environment = Environment.read()
         try:

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script_parser import OneLineParser, run_script
+from argonne.tools.script import OneLineParser, run_script
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -41,8 +41,8 @@ def newest_in(path: Path) -> Path:
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
     """All that the file says, and its health."""
-    from checkpoint_layout import infer_shape
-    from checkpoint_parts import open_any
+    from argonne.checkpoint.parts import open_any
+    from argonne.checkpoint.reader import infer_shape
     from checkpointing import require_safe_torch
 
     require_safe_torch()
@@ -80,8 +80,8 @@ def _proof(sealed: bool, has_checksums: bool) -> str:
 
 
 def _slice_warning(shape: dict[str, Any], metadata: dict[str, Any], model_config: str | None) -> list[str]:
-    from checkpoint_layout import sliced_over
-    from run_presets import load_model_settings
+    from argonne.checkpoint.reader import sliced_over
+    from argonne.config.presets import load_model_settings
 
     heads = metadata.get("model_config") or (load_model_settings(model_config) if model_config else {})
     hidden, query = shape["hidden_size"], shape["query_size"]
@@ -94,8 +94,8 @@ def _slice_warning(shape: dict[str, Any], metadata: dict[str, Any], model_config
 
 def _health(reader: Any) -> str:
     """Verify the bytes, then look for values that are not finite."""
-    from checkpoint_convert import row_parts
-    from checkpoint_save import TensorEntry, check_finite
+    from argonne.checkpoint.convert import row_parts
+    from argonne.checkpoint.save import TensorEntry, check_finite
     from checkpointing import verify_file
 
     for file in reader.files:

@@ -23,15 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script_parser import OneLineParser, run_script
-
-from run_config import DataOptions, TrainingOptions
-from run_errors import ConfigError, DataError
+from argonne.config.command_line import DataOptions, TrainingOptions
+from argonne.errors import ConfigError, DataError
+from argonne.tools.script import OneLineParser, run_script
 
 if TYPE_CHECKING:
-    from data_open import OpenedSource
-    from data_shards import Shard
-    from data_source import SourceOptions
+    from argonne.data.shards import Shard
+    from argonne.data.source import SourceOptions
+    from data_stream import OpenedStream
 
 SAMPLED_SHARDS = 16
 SAMPLED_ROWS = 32
@@ -138,7 +137,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 def show_corpus(options: argparse.Namespace) -> None:
     """Print the shards, their sizes, and estimates of documents and tokens."""
-    from data_shards import open_corpus
+    from argonne.data.shards import open_corpus
 
     shards = open_corpus(
         options.data_glob,
@@ -172,7 +171,7 @@ def estimate(size: int, tokens_per_byte: float | None) -> str:
 
 def shard_text_bytes(shard: Shard, column: str) -> int:
     """Bytes of text in a shard, from its footer; 0 for one that cannot be used."""
-    from data_formats import open_shard
+    from argonne.data.formats import open_shard
 
     if shard.fault:
         return 0
@@ -184,7 +183,7 @@ def sample_corpus(
     shards: Sequence[Shard], column: str, options: argparse.Namespace
 ) -> tuple[float, float | None]:
     """(share of rows that are documents, tokens per byte of text or None) from rows all over the corpus."""
-    from data_tokenize import load_tokenizer, plain_ids
+    from argonne.data.tokenizer import load_tokenizer, plain_ids
 
     tokenizer = (
         load_tokenizer(options.tokenizer_path, options.trust_remote_code) if options.tokenizer_path else None
@@ -210,7 +209,7 @@ def middle_rows(shard: Shard, column: str) -> list[str | None]:
     """The first rows of the shard's middle row group."""
     import pyarrow as pa
 
-    from data_formats import LongText, one_line, open_shard
+    from argonne.data.formats import LongText, one_line, open_shard
 
     texts: list[str | None] = []
     try:
@@ -232,8 +231,8 @@ def middle_rows(shard: Shard, column: str) -> list[str | None]:
 
 def show_step(options: argparse.Namespace) -> None:
     """Print the samples of one step. Raises ConfigError for a step or place that is not there."""
-    from data_open import open_source
-    from data_tokenize import load_tokenizer
+    from argonne.data.tokenizer import load_tokenizer
+    from data_stream import open_stream
 
     tokenizer = load_tokenizer(options.tokenizer_path, options.trust_remote_code)
     saved = read_checkpoint(options.checkpoint_path) if options.checkpoint_path is not None else {}
@@ -248,7 +247,7 @@ def show_step(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--step {step} lies before the checkpoint's step {first}: give an earlier checkpoint"
         )
-    source = open_source(
+    source = open_stream(
         source_options(options, state),
         tokenizer,
         saved_position=position,
@@ -267,7 +266,7 @@ def show_step(options: argparse.Namespace) -> None:
 
 def source_options(options: argparse.Namespace, state: dict[str, Any] | None) -> SourceOptions:
     """What decides the tokens: the flags, and over them a checkpoint's ``data_state``."""
-    from data_source import SourceOptions
+    from argonne.data.source import SourceOptions
 
     replicas = options.batch_size * options.gradient_accumulation_steps * options.data_parallel_size
     built = SourceOptions(
@@ -296,7 +295,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The entries of a checkpoint that are not tensors; its weights stay on disk."""
     from inspect_checkpoint import newest_in
 
-    from checkpoint_parts import open_any
+    from argonne.checkpoint.parts import open_any
 
     reader = open_any(newest_in(path))
     return {**reader.metadata, "global_step": reader.step}
@@ -315,7 +314,7 @@ def metrics_position(path: Path, step: int) -> dict[str, Any]:
     raise DataError(f"{path} has no place of the data for step {step} (--metrics): leave --metrics out")
 
 
-def check_row(source: OpenedSource) -> None:
+def check_row(source: OpenedStream) -> None:
     place = source.start.position
     rows = source.shards[place.file_index].rows
     if place.row >= rows:
@@ -324,7 +323,7 @@ def check_row(source: OpenedSource) -> None:
 
 def parse_position(options: argparse.Namespace) -> dict[str, Any]:
     """--at as a ``data_position``; raises ConfigError."""
-    from data_shards import find_shards, shard_names
+    from argonne.data.shards import find_shards, shard_names
 
     parts = options.at.rsplit(":", 2) if options.at.count(":") > 1 else [*options.at.rsplit(":", 1), "0"]
     if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
@@ -337,7 +336,7 @@ def parse_position(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_step(
-    source: OpenedSource, tokenizer: Any, step: int, first: int, options: argparse.Namespace
+    source: OpenedStream, tokenizer: Any, step: int, first: int, options: argparse.Namespace
 ) -> None:
     from tqdm import tqdm
 

@@ -95,7 +95,7 @@ PY
 # check_training_arguments ARGUMENT...: what the training script would refuse, before anything starts.
 check_training_arguments() {
     [ "$#" -gt 0 ] || fail "no arguments for the training script: give at least --tokenizer-path PATH after --"
-    PYTHONPATH=$root "$python" -c 'import sys, run_config; run_config.parse_command_line(sys.argv[1:])' "$@" ||
+    PYTHONPATH=$root "$python" -c 'import sys; from argonne.config import command_line; command_line.parse_command_line(sys.argv[1:])' "$@" ||
         exit $?
 }
 

@@ -17,7 +17,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from parallel_meeting import await_endpoint
+from argonne.ranks.meeting import await_endpoint
 
 DEFAULT_PORT = 29400
 DEFAULT_TIMEOUT = 600.0

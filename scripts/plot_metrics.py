@@ -17,9 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script_parser import OneLineParser, run_script
-
-from run_errors import ConfigError, DataError, RunError
+from argonne.errors import ConfigError, DataError, RunError
+from argonne.tools.script import OneLineParser, run_script
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 PLAIN_BLOCKS = "_.-=+*#@"

@@ -25,10 +25,9 @@ from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script_parser import OneLineParser, run_script
-
-from run_errors import ConfigError, DataError, RunError
-from run_files import synchronize
+from argonne.errors import ConfigError, DataError, RunError
+from argonne.files import synchronize
+from argonne.tools.script import OneLineParser, run_script
 
 MIB = 1 << 20
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".br": "brotli"}
@@ -137,7 +136,7 @@ def prepare(options: argparse.Namespace) -> str:
 
 def find_inputs(options: argparse.Namespace) -> tuple[str, list[Path]]:
     """The kind of input and its files in natural order; ConfigError where there is none or two kinds."""
-    from data_shards import natural_key
+    from argonne.data.shards import natural_key
 
     files: list[Path] = []
     for name in options.inputs:
@@ -165,7 +164,7 @@ def dataset_texts(folder: Path, options: argparse.Namespace) -> Any:
     """The texts of a folder that `datasets` saved."""
     import datasets
 
-    from data_formats import one_line
+    from argonne.data.formats import one_line
 
     try:
         loaded = datasets.load_from_disk(str(folder))
@@ -190,7 +189,7 @@ def file_texts(
     """The documents of one file, unpacked on the way; ``bar`` counts the bytes read."""
     import pyarrow as pa
 
-    from data_formats import one_line
+    from argonne.data.formats import one_line
 
     name = path.name.lower()
     packed = name.endswith(PACKED)

@@ -19,9 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from prepare_data import ShardWriter, new_folder
-from script_parser import OneLineParser, run_script
 
-from run_errors import DataError
+from argonne.errors import DataError
+from argonne.tools.script import OneLineParser, run_script
 
 EOS = "<|endoftext|>"
 SKIPPED_FOLDERS = {

@@ -22,9 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script_parser import OneLineParser, run_script, silence_stdout
-
-from run_errors import ConfigError, DeviceError, RunError
+from argonne.errors import ConfigError, DeviceError, RunError
+from argonne.tools.script import OneLineParser, run_script, silence_stdout
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -40,7 +39,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def check_processes(count: int) -> None:
     """Raise ConfigError, saying why, where the lesson's layers cannot be split over ``count`` ranks."""
-    from practice_layers import KEY_VALUE_HEADS, QUERY_HEADS, degrees
+    from argonne.tools.practice_layers import KEY_VALUE_HEADS, QUERY_HEADS, degrees
 
     fitting = degrees()
     remedy = f"give {', '.join(map(str, fitting[:-1]))} or {fitting[-1]}"
@@ -71,8 +70,8 @@ def rank_main(rank: int, size: int, folder: str, backend: str, seed: int, found:
     """One process of the lesson. Rank 0 prints for all, and leaves in ``found`` what differs."""
     import torch
     import torch.distributed as dist
-    from practice_lesson import teach
 
+    from argonne.tools.practice_lesson import teach
     from tp_shard import ProcessTPGroup
 
     torch.set_num_threads(1)

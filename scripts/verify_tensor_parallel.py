@@ -24,15 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script_parser import OneLineParser, run_script
-
-from run_errors import DeviceError, RunError
+from argonne.errors import DeviceError, RunError
+from argonne.tools.script import OneLineParser, run_script
 
 if TYPE_CHECKING:
     import torch
-    from model_sources import ModelSource
 
-    from tp_simulate import Comparison, Measured
+    from argonne.tools.model_sources import ModelSource
+    from argonne.verification.simulate import Comparison, Measured
 
 TOLERANCES = {"fp32": 1e-4, "fp64": 1e-10}
 """Largest relative difference; a fault of a split shows as 1e-1 and more."""
@@ -86,8 +85,8 @@ def _rank_main(
     import torch
     import torch.distributed as dist
 
+    from argonne.verification.simulate import measure
     from tp_shard import shard_tensor_parallel
-    from tp_simulate import measure
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
@@ -105,7 +104,7 @@ def measure_processes(
     import torch
     from torch import multiprocessing
 
-    from tp_simulate import Measured
+    from argonne.verification.simulate import Measured
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = (size, folder, source, seed, ids, sequence_parallel)
@@ -127,7 +126,7 @@ def measure_processes(
 
 def choose(options: argparse.Namespace) -> tuple[ModelSource, ModelSource]:
     """The model that is checked and the one that was asked for; refuses what memory cannot hold."""
-    from model_sources import (
+    from argonne.tools.model_sources import (
         available_memory,
         check_heads,
         check_sequence,
@@ -135,8 +134,7 @@ def choose(options: argparse.Namespace) -> tuple[ModelSource, ModelSource]:
         narrowed,
         parameter_count,
     )
-
-    from tp_costs import readable_bytes
+    from argonne.tp.costs import readable_bytes
 
     asked = choose_source(
         options.model,
@@ -186,7 +184,8 @@ class Simulation:
 def verify(options: argparse.Namespace) -> list[str]:
     """Print everything; return what does not agree."""
     import torch
-    from verify_report import (
+
+    from argonne.tools.verify_report import (
         print_comparison,
         print_full_model,
         print_heading,
@@ -194,8 +193,7 @@ def verify(options: argparse.Namespace) -> list[str]:
         print_verdict,
         print_weights,
     )
-
-    from tp_costs import all_splits
+    from argonne.tp.costs import all_splits
 
     size, batch = options.tensor_parallel_size, (options.batch_size, options.seq_len)
     source, asked = choose(options)
@@ -226,7 +224,7 @@ def draw_tokens(model: Any, batch: tuple[int, int], seed: int) -> torch.Tensor:
     """Random ids (batch, seq_len) of the model's vocabulary."""
     import torch
 
-    from tp_costs import ModelOutline
+    from argonne.tp.costs import ModelOutline
 
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, ModelOutline.of(model).vocab_size, batch, generator=generator)
@@ -236,7 +234,7 @@ def simulate_ranks(source: ModelSource, ids: torch.Tensor, options: argparse.Nam
     """Measure the unsharded model and its simulated ranks in both precisions, and compare them."""
     import torch
 
-    from tp_simulate import compare_ranks, measure, measure_simulated
+    from argonne.verification.simulate import compare_ranks, measure, measure_simulated
 
     references: dict[str, Measured] = {}
     ranks: dict[str, list[Measured]] = {}
@@ -253,9 +251,8 @@ def simulate_ranks(source: ModelSource, ids: torch.Tensor, options: argparse.Nam
 
 def check_collectives(model: Any, measured: Measured, options: argparse.Namespace) -> list[str]:
     """Print one rank's collectives in fp32 beside the formula's; what does not agree."""
-    from verify_report import print_collectives
-
-    from tp_costs import ModelOutline, tensor_parallel
+    from argonne.tools.verify_report import print_collectives
+    from argonne.tp.costs import ModelOutline, tensor_parallel
 
     outline, size = ModelOutline.of(model), options.tensor_parallel_size
     batch, seq_len = options.batch_size, options.seq_len
@@ -272,9 +269,8 @@ def check_processes(
     source: ModelSource, ids: torch.Tensor, simulation: Simulation, options: argparse.Namespace
 ) -> list[str]:
     """Measure again with a process for each rank; what does not agree, with either."""
-    from verify_report import print_comparison
-
-    from tp_simulate import compare_ranks
+    from argonne.tools.verify_report import print_comparison
+    from argonne.verification.simulate import compare_ranks
 
     size = options.tensor_parallel_size
     measured = measure_processes(source, ids, size, options.seed, sequence_parallel=options.sequence_parallel)
@@ -304,7 +300,7 @@ def differences(results: dict[str, Comparison], who: str) -> list[str]:
 
 def compare_both(simulated: dict[str, list[Measured]], real: dict[str, list[Measured]]) -> list[str]:
     """Each simulated rank against the process of the same rank."""
-    from tp_verify import difference
+    from argonne.verification.compare import difference
 
     problems = []
     print("\nSimulated ranks against processes, gradient by gradient and rank by rank")

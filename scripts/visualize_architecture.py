@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from script_parser import OneLineParser, run_script
-
-from run_errors import ConfigError, RunError
-from run_presets import PRESETS, REFERENCE
+from argonne.config.presets import PRESETS, REFERENCE
+from argonne.errors import ConfigError, RunError
+from argonne.tools.script import OneLineParser, run_script
 
 if TYPE_CHECKING:
-    from architecture_layout import Half, Layout, Weight
+    from argonne.tools.architecture_layout import Half, Layout, Weight
 
 _RANKS_LISTED = 12
 
@@ -136,7 +135,7 @@ def half_lines(layout: Layout, half: Half) -> list[str]:
 
 def slice_lines(layout: Layout, half: Half) -> list[str]:
     """Which part of each weight of one half of a block every rank holds."""
-    from architecture_layout import holders
+    from argonne.tools.architecture_layout import holders
 
     weights = (*half.columns, *half.rows)
     columns = []
@@ -173,7 +172,7 @@ def _by(shape: tuple[int, ...]) -> str:
 
 def cost_lines(layout: Layout) -> list[str]:
     """Tensor, pipeline and data parallelism of this model on as many ranks."""
-    from tp_costs import calls, readable_bytes
+    from argonne.tp.costs import calls, readable_bytes
 
     replicas = textwrap.wrap(layout.replicas() or "", 78, initial_indent="  ", subsequent_indent="  ")
     if layout.tp_size == 1:
@@ -215,8 +214,8 @@ def text(layout: Layout) -> str:
 
 def show(options: argparse.Namespace) -> None:
     """Print the text and write the pictures."""
-    from architecture_layout import lay_out
-    from model_sources import REFERENCE_VOCAB_SIZE, choose_source
+    from argonne.tools.architecture_layout import lay_out
+    from argonne.tools.model_sources import REFERENCE_VOCAB_SIZE, choose_source
 
     name, vocab_size = options.model, options.vocab_size
     if options.checkpoint_path is None:
@@ -242,7 +241,7 @@ def show(options: argparse.Namespace) -> None:
         return
     print()
     try:
-        from architecture_picture import draw
+        from argonne.tools.architecture_picture import draw
     except ModuleNotFoundError as error:
         raise ConfigError(f"--output needs matplotlib ({error}): pip install matplotlib") from error
     for output in options.output:

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from benchmark_memory_probe import PeakMemory
 
-from checkpoint_save import save_checkpoint
+from argonne.checkpoint.save import save_checkpoint
 from checkpointing import load_slices, open_chosen
 
 LARGE = {

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from checkpoint_samples import save_sample
 
-import checkpoint_output
+import argonne.checkpoint.streamed_file as checkpoint_output
 from checkpointing import choose_checkpoint, clean_temporary_files, prune, verify_checkpoint
 
 OPERATIONS = ("open", "write", "pwrite", "ftruncate", "fsync", "replace", "unlink", "close")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_save import SaveReport, save_checkpoint
-from tp_slices import Cut, SliceMap, even_cut, head_cut
+from argonne.checkpoint.save import SaveReport, save_checkpoint
+from argonne.tp.slices import Cut, SliceMap, even_cut, head_cut
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 HIDDEN, HEADS, KEY_VALUE_HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY, LAYERS = 24, 4, 2, 6, 50, 101, 2

@@ -36,6 +36,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The small corpus' tokenizer, loaded as a run loads it."""
     from corpus import build_tokenizer
 
-    from data_tokenize import load_tokenizer
+    from argonne.data.tokenizer import load_tokenizer
 
     return load_tokenizer(str(build_tokenizer(tmp_path_factory.mktemp("tokenizer"))))

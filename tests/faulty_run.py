@@ -37,7 +37,7 @@ Fault = dict[str, Any]
 
 def in_saves(call: Callable[[], None]) -> None:
     """Run ``call`` when a save begins on this rank."""
-    import training_save
+    import argonne.training.keeper as training_save
 
     save = training_save.save_checkpoint
 
@@ -50,7 +50,7 @@ def in_saves(call: Callable[[], None]) -> None:
 
 def in_steps(call: Callable[[Any, int], None]) -> None:
     """Run ``call(training step, step)`` before each optimizer step; ``step`` counts from 1."""
-    from training_step import TrainingStep
+    from argonne.training.step import TrainingStep
 
     run = TrainingStep.run
 
@@ -184,7 +184,7 @@ def send(fault: Fault) -> None:
     if fault["phase"] == "save":
         in_saves(once)
     elif fault["phase"] == "sample":
-        import training_run
+        import argonne.training.state as training_run
 
         generate = training_run.generate_text
 

@@ -8,7 +8,7 @@ import torch
 from checkpoint_samples import FIXTURES, sample_shapes, unsharded
 from torch import Tensor
 
-from checkpoint_layout import CheckpointReader
+from argonne.checkpoint.reader import CheckpointReader
 
 
 def fixture_config(step: int) -> dict[str, Any]:

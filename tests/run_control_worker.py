@@ -12,9 +12,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_control import RunControl
-from run_errors import DataError, RunError
-from run_status import Launch, already_ended, prepare_output_dir
+from argonne.errors import DataError, RunError
+from argonne.run.control import RunControl
+from argonne.run.status import Launch, already_ended, prepare_output_dir
 
 
 class FolderStore:

@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_open import OpenedSource, open_source
-from data_source import DataProgress, SourceOptions
+from argonne.data.source import DataProgress, SourceOptions
+from data_stream import OpenedStream, open_stream
 
 
 def options_for(folder: Path, **changes: Any) -> SourceOptions:
@@ -20,7 +20,7 @@ def options_for(folder: Path, **changes: Any) -> SourceOptions:
 
 def texts_of(folder: Path, tokenizer: Any, steps: int = 1, **changes: Any) -> tuple[str, DataProgress]:
     """The decoded input tokens of the first steps."""
-    source = open_source(options_for(folder, **changes), tokenizer).source
+    source = open_stream(options_for(folder, **changes), tokenizer).source
     tokens = []
     for _ in range(steps):
         step = source.next_step()
@@ -36,8 +36,8 @@ def write_column(path: Path, values: Any, type_: pa.DataType | None = None, name
 
 
 def resume(
-    source: OpenedSource, progress: DataProgress, options: SourceOptions, tokenizer: Any
-) -> OpenedSource:
+    source: OpenedStream, progress: DataProgress, options: SourceOptions, tokenizer: Any
+) -> OpenedStream:
     """The stream opened again where ``progress`` stands, by what a checkpoint would hold of it."""
     saved = json.loads(json.dumps([source.position_dict(progress), source.state_dict(progress)]))
-    return open_source(options, tokenizer, saved_position=saved[0], saved_state=saved[1], global_step=1)
+    return open_stream(options, tokenizer, saved_position=saved[0], saved_state=saved[1], global_step=1)

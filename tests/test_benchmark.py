@@ -14,7 +14,7 @@ import torch.distributed as dist
 from benchmark_common import Report, Row, as_markdown, as_text, fill_tables, timed_row, write
 from launch import ROOT
 
-from run_errors import DataError, DeviceError
+from argonne.errors import DataError, DeviceError
 
 
 def test_minima_are_compared_and_rounds_give_the_spread() -> None:

@@ -9,12 +9,12 @@ from models import loss_of, random_tokens, small_model
 from saved_activations import saved_bytes
 from torch import nn
 
+from argonne.config.presets import PRESETS
+from argonne.tp.collectives import SimulatedTPGroup
+from argonne.tp.plan import ARGONNE_PLAN, build_slice_map
+from argonne.verification.simulate import simulate
 from model import ArgonneConfig, ArgonneModel
-from run_presets import PRESETS
-from tp_collectives import SimulatedTPGroup
-from tp_plan import ARGONNE_PLAN, build_slice_map
 from tp_shard import shard_tensor_parallel
-from tp_simulate import simulate
 
 Traffic = dict[str, tuple[int, int]]
 

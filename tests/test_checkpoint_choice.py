@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoint_samples import FIXTURES, save_sample
 
+from argonne.errors import CheckpointError, DeviceError
 from checkpointing import (
     BackgroundVerifier,
     checkpoint_path,
@@ -17,7 +18,6 @@ from checkpointing import (
     require_room,
     require_safe_torch,
 )
-from run_errors import CheckpointError, DeviceError
 
 
 @pytest.fixture

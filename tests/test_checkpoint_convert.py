@@ -20,10 +20,10 @@ from pipeline_samples import (
     write_stages,
 )
 
-from checkpoint_layout import check_model_config, infer_model_config, open_checkpoint
-from checkpoint_parts import open_any
+from argonne.checkpoint.parts import open_any
+from argonne.checkpoint.reader import check_model_config, infer_model_config, open_checkpoint
+from argonne.errors import CheckpointError
 from model import ArgonneConfig, ArgonneModel
-from run_errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parent.parent
 

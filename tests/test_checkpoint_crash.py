@@ -14,7 +14,7 @@ import torch.distributed as dist
 from checkpoint_crash import BUFFER_BYTES, NEW, OLD, ForgetfulDisk, assert_old_or_new, save_verify_prune
 from checkpoint_samples import save_sample
 
-import checkpoint_output
+import argonne.checkpoint.streamed_file as checkpoint_output
 from checkpointing import clean_temporary_files, verify_checkpoint
 
 

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from checkpoint_export import export_hf, plan_shards, quiet_transformers
-from checkpoint_parts import open_any
+from argonne.checkpoint.export_hf import export_hf, plan_shards, quiet_transformers
+from argonne.checkpoint.parts import open_any
+from argonne.errors import ConfigError, DataError
 from model import ArgonneConfig, ArgonneModel
-from run_errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,9 @@ with torch.no_grad():
 def test_a_large_export_is_cut_into_shards(
     tmp_path: Path, small_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("checkpoint_export.plan_shards", lambda sizes: plan_shards(sizes, limit=8000))
+    monkeypatch.setattr(
+        "argonne.checkpoint.export_hf.plan_shards", lambda sizes: plan_shards(sizes, limit=8000)
+    )
     path, _ = save_sample(tmp_path)
     reader = open_any(path)
     folder = tmp_path / "exported"

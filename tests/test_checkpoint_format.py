@@ -9,14 +9,20 @@ import pytest
 import torch
 from checkpoint_samples import MODEL_CONFIG, sample_shapes, save_sample, unsharded
 
-import checkpoint_format
-from checkpoint_format import ALIGNMENT, ArchiveWriter, read_archive_index, tensor_bytes, verify_archive
-from checkpoint_pickle import contiguous_ref
-from checkpoint_reader import TensorFile, read_rectangle
-from checkpoint_save import begin_archive, finish_archive
+import argonne.checkpoint.archive as checkpoint_format
+from argonne.checkpoint.archive import (
+    ALIGNMENT,
+    ArchiveWriter,
+    read_archive_index,
+    tensor_bytes,
+    verify_archive,
+)
+from argonne.checkpoint.safe_pickle import contiguous_ref
+from argonne.checkpoint.save import begin_archive, finish_archive
+from argonne.checkpoint.tensor_file import TensorFile, read_rectangle
+from argonne.errors import CheckpointError
 from checkpointing import verify_checkpoint
 from model import ArgonneConfig, ArgonneModel
-from run_errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +155,7 @@ def test_a_file_saved_again_by_torch_is_not_taken_for_ours(saved: Path, tmp_path
 
 
 def test_a_newer_format_is_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("checkpoint_save.FORMAT_VERSION", 2)
+    monkeypatch.setattr("argonne.checkpoint.save.FORMAT_VERSION", 2)
     path, _ = save_sample(tmp_path)
     with pytest.raises(CheckpointError, match="checkpoint format 2, this program reads up to 1: upgrade"):
         verify_checkpoint(path)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from checkpoint_samples import MODEL_CONFIG, empty_slices, sample_map, save_sample
 
-from checkpoint_load import view_of
+from argonne.checkpoint.load import view_of
+from argonne.config.presets import PRESETS
+from argonne.errors import CheckpointError
 from checkpointing import choose_checkpoint, infer_model_config, load_slices
-from run_errors import CheckpointError
-from run_presets import PRESETS
 
 ODD: list[Any] = [
     *(None, "abc", "", -5, 10**30, 1.5, float("nan"), float("inf"), True, [], {}, (), [1, 2], {"a": 1}),

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-import checkpoint_output
-from checkpoint_output import StreamedFile
+import argonne.checkpoint.streamed_file as checkpoint_output
+from argonne.checkpoint.streamed_file import StreamedFile
 
 SIZES = [0, 1, 4095, 4096, 4097, 12_288, 40_960, 100_001]
 

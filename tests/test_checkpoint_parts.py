@@ -9,10 +9,10 @@ from checkpoint_samples import MODEL_CONFIG, unsharded
 from pipeline_samples import assert_whole, pipeline_checkpoint, write_stages
 from torch import Tensor
 
-from checkpoint_layout import infer_model_config
-from checkpoint_parts import cut_dimension, open_any, part_name
+from argonne.checkpoint.parts import cut_dimension, open_any, part_name
+from argonne.checkpoint.reader import infer_model_config
+from argonne.errors import CheckpointError
 from checkpointing import choose_checkpoint
-from run_errors import CheckpointError
 
 
 @pytest.mark.parametrize("local_numbers", [False, True])

@@ -15,12 +15,12 @@ import pytest
 import torch
 from checkpoint_samples import FIXTURES
 
-from checkpoint_format import RecordSpan, read_archive_index
-from checkpoint_layout import open_checkpoint
-from checkpoint_pickle import StorageRef, TensorRef, check_tensor, dump_tree
-from checkpoint_reader import TensorFile, read_rectangle
+from argonne.checkpoint.archive import RecordSpan, read_archive_index
+from argonne.checkpoint.reader import open_checkpoint
+from argonne.checkpoint.safe_pickle import StorageRef, TensorRef, check_tensor, dump_tree
+from argonne.checkpoint.tensor_file import TensorFile, read_rectangle
+from argonne.errors import CheckpointError
 from checkpointing import verify_checkpoint
-from run_errors import CheckpointError
 
 STEPS = (25, 40)
 

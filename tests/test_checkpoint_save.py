@@ -27,8 +27,9 @@ from checkpoint_samples import (
 )
 from distributed import run_ranks
 
-import checkpoint_output
-import checkpoint_save
+import argonne.checkpoint.save as checkpoint_save
+import argonne.checkpoint.streamed_file as checkpoint_output
+from argonne.errors import CheckpointError, PeerError
 from checkpointing import (
     CheckpointView,
     clean_temporary_files,
@@ -37,7 +38,6 @@ from checkpointing import (
     open_chosen,
     verify_checkpoint,
 )
-from run_errors import CheckpointError, PeerError
 
 
 def _open(path: str, rank: int) -> CheckpointView:

@@ -15,13 +15,13 @@ import pytest
 import tqdm
 from shard_samples import resume
 
-import data_cache
-import data_stream
-from data_open import OpenedSource, open_source
-from data_source import SourceOptions, SourceStep
-from data_stream import EncodedBatch
-from data_tokenize import load_tokenizer
-from run_errors import DataError
+import argonne.data.stream as data_stream
+import argonne.data.token_cache as data_cache
+from argonne.data.source import SourceOptions, SourceStep
+from argonne.data.stream import EncodedBatch
+from argonne.data.tokenizer import load_tokenizer
+from argonne.errors import DataError
+from data_stream import OpenedStream, open_stream
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def expected_samples(options: SourceOptions, tokenizer: Any, epochs: int) -> np.
     return np.stack([blocks[index] for order in orders for index in order])
 
 
-def steps(source: OpenedSource, count: int) -> list[SourceStep]:
+def steps(source: OpenedStream, count: int) -> list[SourceStep]:
     taken = [source.source.next_step() for _ in range(count)]
     source.source.close()
     return taken
@@ -72,7 +72,7 @@ def steps(source: OpenedSource, count: int) -> list[SourceStep]:
 def test_samples_follow_the_permutation(options: SourceOptions, tokenizer: Any, packing: bool) -> None:
     options = replace(options, packing=packing)
     expected = expected_samples(options, tokenizer, 3)
-    source = open_source(options, tokenizer)
+    source = open_stream(options, tokenizer)
     taken = steps(source, 2 * len(expected) // 15 + 3)
     for index, step in enumerate(taken):
         assert step.tokens.dtype == np.int32
@@ -90,14 +90,14 @@ def test_a_pipeline_position_goes_on_in_our_order_with_one_warning(
     options: SourceOptions, tokenizer: Any
 ) -> None:
     saved = {"streaming": False, "current_position": 12, "epoch": 0, "current_file_idx": 0}
-    source = open_source(options, tokenizer, saved_position=saved, global_step=3)
+    source = open_stream(options, tokenizer, saved_position=saved, global_step=3)
     assert len(source.notices) == 1 and "order" in source.notices[0]
     expected = expected_samples(options, tokenizer, 1)
     assert np.array_equal(steps(source, 1)[0].tokens, expected[12:17])
 
 
 def test_what_makes_the_place_meaningless_is_refused(options: SourceOptions, tokenizer: Any) -> None:
-    source = open_source(options, tokenizer)
+    source = open_stream(options, tokenizer)
     progress = steps(source, 1)[0].progress
     for change, message in [
         ({"seed": 8}, "--seed was 7, is 8"),
@@ -112,7 +112,7 @@ def test_what_makes_the_place_meaningless_is_refused(options: SourceOptions, tok
 def test_an_appended_shard_stops_the_shuffled_order(
     options: SourceOptions, tokenizer: Any, tmp_path: Path
 ) -> None:
-    source = open_source(options, tokenizer)
+    source = open_stream(options, tokenizer)
     progress = steps(source, 1)[0].progress
     shard = tmp_path / "data" / "000_00001.parquet"
     (tmp_path / "data" / "000_00009.parquet").write_bytes(shard.read_bytes())
@@ -128,26 +128,26 @@ def builds(options: SourceOptions) -> list[str]:
 def test_the_cache_is_built_once_and_again_when_anything_changed(
     options: SourceOptions, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = steps(open_source(options, tokenizer), 1)[0].tokens
+    first = steps(open_stream(options, tokenizer), 1)[0].tokens
     (name,) = builds(options)
 
     with monkeypatch.context() as patch:
         patch.setattr(data_cache, "EncoderPool", None)  # building would fail
-        assert np.array_equal(steps(open_source(options, tokenizer), 1)[0].tokens, first)
+        assert np.array_equal(steps(open_stream(options, tokenizer), 1)[0].tokens, first)
         steps(
-            open_source(replace(options, block_size=9, seed=1), tokenizer), 1
+            open_stream(replace(options, block_size=9, seed=1), tokenizer), 1
         )  # the tokens do not depend on these
     assert builds(options) == [name]
     other = load_tokenizer(str(corpus.build_tokenizer(tmp_path / "other", 400)))
-    steps(open_source(options, other), 1)
+    steps(open_stream(options, other), 1)
     assert len(builds(options)) == 2
     shard = tmp_path / "data" / "000_00001.parquet"
     pq.write_table(pq.read_table(shard).slice(1), shard)
     expected = expected_samples(options, tokenizer, 1)
-    assert np.array_equal(steps(open_source(options, tokenizer), 1)[0].tokens, expected[:5])
+    assert np.array_equal(steps(open_stream(options, tokenizer), 1)[0].tokens, expected[:5])
     assert len(builds(options)) == 3
     os.utime(shard, ns=(1, 1))
-    steps(open_source(options, tokenizer), 1)
+    steps(open_stream(options, tokenizer), 1)
     assert len(builds(options)) == 4
 
 
@@ -168,7 +168,7 @@ def test_a_build_shows_how_far_it_is(
             return moved
 
     monkeypatch.setattr(data_cache, "tqdm", Bar)
-    steps(open_source(options, tokenizer), 1)
+    steps(open_stream(options, tokenizer), 1)
     assert len(shown) > 10 and {total for _, total in shown} == {52}
     assert [rows for rows, _ in shown] == sorted(rows for rows, _ in shown) and shown[-1][0] == 52
 
@@ -196,7 +196,7 @@ def test_an_interrupted_build_goes_on(
     for limit in (5, 6, 7):
         monkeypatch.setattr(data_cache, "encoded_documents", lambda d, p, n=limit: cut(whole(d, p), n))
         with pytest.raises(Interrupted):
-            steps(open_source(options, tokenizer), 1)
+            steps(open_stream(options, tokenizer), 1)
         (folder,) = (tmp_path / "cache").glob("tokens-*")
         for name in ("tokens.bin", "starts.bin"):
             with open(folder / name, "ab") as file:
@@ -204,7 +204,7 @@ def test_an_interrupted_build_goes_on(
     begun = len(seen)
     monkeypatch.setattr(data_cache, "encoded_documents", lambda d, p: cut(whole(d, p), 10**9))
     expected = expected_samples(options, tokenizer, 1)
-    taken = steps(open_source(options, tokenizer), len(expected) // 5)
+    taken = steps(open_stream(options, tokenizer), len(expected) // 5)
     assert {path.name for path in folder.iterdir()} == {"tokens.bin", "starts.bin", "meta.json", "lock"}
     assert len(seen) - begun < begun  # it did not begin anew
     assert np.array_equal(np.concatenate([step.tokens for step in taken]), expected[: 5 * len(taken)])
@@ -222,13 +222,13 @@ def test_a_journal_that_promises_more_than_there_is_counts_for_nothing(
         patch.setattr(data_cache, "_mapped", lambda folder: 1 / 0)
         patch.setattr(Path, "unlink", lambda *_, **__: None)  # keep the journal of the finished build
         with pytest.raises(ZeroDivisionError):
-            steps(open_source(options, tokenizer), 1)
+            steps(open_stream(options, tokenizer), 1)
     (folder,) = (tmp_path / "cache").glob("tokens-*")
     assert json.loads((folder / "journal.json").read_text())["tokens"] > 1000
     (folder / "meta.json").unlink()
     (folder / "tokens.bin").write_bytes(b"")
     expected = expected_samples(options, tokenizer, 1)
-    assert np.array_equal(steps(open_source(options, tokenizer), 1)[0].tokens, expected[:5])
+    assert np.array_equal(steps(open_stream(options, tokenizer), 1)[0].tokens, expected[:5])
 
 
 def test_what_a_build_skipped_is_not_for_a_run_that_skips_nothing(
@@ -241,12 +241,12 @@ def test_what_a_build_skipped_is_not_for_a_run_that_skips_nothing(
     content[content.index(table["text"][9].as_py()[:20].encode())] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"cannot read .*000_00001\.parquet, row group 2"):
-        steps(open_source(options, tokenizer), 1)
+        steps(open_stream(options, tokenizer), 1)
     skipping = replace(options, skip_bad_shards=True)
-    progress = steps(open_source(skipping, tokenizer), 1)[0].progress
+    progress = steps(open_stream(skipping, tokenizer), 1)[0].progress
     assert [(skip["row_group"], skip["rows"]) for skip in progress.skipped] == [(2, 4)]
     with pytest.raises(DataError, match=r"lacks 1 row groups .*000_00001\.parquet.*--skip-bad-shards"):
-        steps(open_source(options, tokenizer), 1)
+        steps(open_stream(options, tokenizer), 1)
 
 
 def test_a_full_disk_is_one_line(
@@ -256,12 +256,12 @@ def test_a_full_disk_is_one_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(data_cache, "_synchronize", full)
-    source = open_source(options, tokenizer)
+    source = open_stream(options, tokenizer)
     with pytest.raises(DataError, match=r"cannot keep the token cache in .*No space left.*--no-streaming"):
         source.source.next_step()
 
 
 def test_a_corpus_smaller_than_a_sample_is_an_error(options: SourceOptions, tokenizer: Any) -> None:
-    source = open_source(replace(options, block_size=10**6), tokenizer)
+    source = open_stream(replace(options, block_size=10**6), tokenizer)
     with pytest.raises(DataError, match="--block-size"):
         source.source.next_step()

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from shard_samples import options_for, resume, texts_of, write_column
 
-from data_open import open_source
-from run_errors import DataError
+from argonne.errors import DataError
+from data_stream import open_stream
 
 
 def flip(path: Path, find: bytes) -> None:
@@ -56,7 +56,7 @@ def test_a_flipped_bit_is_a_recorded_skip_of_its_row_group(tmp_path: Path, token
         * 2
     )
     options = options_for(tmp_path, skip_bad_shards=True)
-    source = open_source(options, tokenizer)
+    source = open_stream(options, tokenizer)
     steps = [source.source.next_step() for _ in range(40)]
     source.source.close()
     decoded = tokenizer.decode(np.concatenate([step.tokens[:, :-1].ravel() for step in steps]))
@@ -85,7 +85,7 @@ def test_a_shard_that_goes_bad_in_the_middle(tmp_path: Path, tokenizer: Any, dam
     paths = corpus.write_shards(tmp_path, texts, shards=3)
     for skip in (False, True):
         corpus.write_shards(tmp_path, texts, shards=3)
-        source = open_source(options_for(tmp_path, skip_bad_shards=skip), tokenizer).source
+        source = open_stream(options_for(tmp_path, skip_bad_shards=skip), tokenizer).source
         if damage == "deleted":
             paths[1].unlink()
         elif damage == "cut":
@@ -110,12 +110,12 @@ def test_a_touched_shard_goes_on_and_a_rewritten_one_of_the_same_size_does_not(
 ) -> None:
     paths = [write_column(tmp_path / f"{i}.parquet", [f"row {i}{j}" for j in range(9)]) for i in range(2)]
     options = options_for(tmp_path)
-    source = open_source(options, tokenizer).source
+    source = open_stream(options, tokenizer).source
     os.utime(paths[1], ns=(1, 1))
     while source.next_step().progress.position.epoch == 0:
         pass
     source.close()
-    source, size = open_source(options, tokenizer).source, paths[1].stat().st_size
+    source, size = open_stream(options, tokenizer).source, paths[1].stat().st_size
     write_column(paths[1], [f"wor {1}{j}" for j in range(9)])
     assert paths[1].stat().st_size == size
     with pytest.raises(DataError, match=r"1\.parquet: it was rewritten since the run started"):
@@ -127,7 +127,7 @@ def test_a_touched_shard_goes_on_and_a_rewritten_one_of_the_same_size_does_not(
 def test_bad_shards_from_the_start_keep_their_place(tmp_path: Path, tokenizer: Any) -> None:
     paths = corpus.write_shards(tmp_path, corpus.short_texts(9, 50), shards=3)
     paths[1].write_bytes(b"PAR1")
-    source = open_source(options_for(tmp_path, skip_bad_shards=True), tokenizer)
+    source = open_stream(options_for(tmp_path, skip_bad_shards=True), tokenizer)
     assert len(source.notices) == 1 and "000_00001.parquet" in source.notices[0]
     while (step := source.source.next_step()).progress.position.file_index == 0:
         pass

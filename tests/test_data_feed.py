@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
-from data_feed import FEED_TIMEOUT, QUEUE_DEPTH, StepBatch, StepFeed
-from data_source import DataProgress, SourceStep, chain_hash
-from data_stream import DataPosition
-from run_errors import DataError, PeerError, RunError
+from argonne.data.feed import FEED_TIMEOUT, QUEUE_DEPTH, StepBatch, StepFeed
+from argonne.data.source import DataProgress, SourceStep, chain_hash
+from argonne.data.stream import DataPosition
+from argonne.errors import DataError, PeerError, RunError
 
 G, B = 4, 8
 

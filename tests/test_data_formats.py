@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from shard_samples import texts_of, write_column
 
-import data_formats
-from data_formats import open_shard
-from data_shards import open_corpus
+import argonne.data.formats as data_formats
+from argonne.data.formats import open_shard
+from argonne.data.shards import open_corpus
 
 
 def text_array(values: list[bytes | None]) -> pa.Array:
@@ -167,7 +167,7 @@ import random, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 import pyarrow as pa
-from data_formats import ShardError, open_shard, read_footer
+from argonne.data.formats import ShardError, open_shard, read_footer
 
 path, rng, errors = Path({path!r}), random.Random(int(sys.argv[1])), 0
 whole = path.read_bytes()

@@ -13,11 +13,11 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 READ_ALL = """
 import resource, sys
 sys.path.insert(0, {root!r})
-from data_open import open_source
-from data_shards import open_corpus
-from data_source import SourceOptions
-from data_stream import DataPosition, DocumentReader
-from data_tokenize import load_tokenizer
+from data_stream import open_stream
+from argonne.data.shards import open_corpus
+from argonne.data.source import SourceOptions
+from argonne.data.stream import DataPosition, DocumentReader
+from argonne.data.tokenizer import load_tokenizer
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -28,7 +28,7 @@ before = peak()
 rows = sum(1 for _ in DocumentReader(shards, "text", DataPosition(), epochs=1))
 reading = peak() - before
 options = SourceOptions(data_glob={path!r}, block_size=1024, samples_per_step=8, num_proc=1)
-source = open_source(options, tokenizer).source
+source = open_stream(options, tokenizer).source
 for _ in range(40):
     source.next_step()
 source.close()

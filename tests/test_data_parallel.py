@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optimizer import GradientTotals, build_adamw, scale_gradients
-from parallel import (
+from argonne.ranks.parallel import (
     apply_ddp,
     apply_fsdp,
     forward_context,
@@ -21,10 +20,11 @@ from parallel import (
     local_parameters,
     recompute_blocks,
 )
-from tp_collectives import SimulatedTPGroup
-from tp_init import initialise_parameters
+from argonne.tp.collectives import SimulatedTPGroup
+from argonne.tp.initial_values import initialise_parameters
+from argonne.training.optimizer import GradientTotals, build_adamw, scale_gradients
+from argonne.verification.simulate import simulate
 from tp_shard import SliceMap, TensorParallelModel, shard_tensor_parallel
-from tp_simulate import simulate
 
 CLIP = 0.5
 

@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import data_stream
-import data_tokenize
-import data_worker
-from data_feed import StepBatch
-from data_open import OpenedSource, open_source
-from data_source import DataProgress, SourceOptions
+import argonne.data.encoder_pool as data_worker
+import argonne.data.stream as data_stream
+import argonne.data.tokenizer as data_tokenize
+from argonne.data.feed import StepBatch
+from argonne.data.source import DataProgress, SourceOptions
+from data_stream import OpenedStream, open_stream
 
 PIECE = 700
 """Stands for 2^20 characters."""
@@ -152,10 +152,10 @@ def gathered(tokens: np.ndarray, split: tuple[int, int, int]) -> list[list[int]]
 
 
 def restart(
-    options: SourceOptions, tokenizer: Any, source: OpenedSource, progress: DataProgress
-) -> OpenedSource:
+    options: SourceOptions, tokenizer: Any, source: OpenedStream, progress: DataProgress
+) -> OpenedStream:
     saved = json.loads(json.dumps([source.position_dict(progress), source.state_dict(progress)]))
-    return open_source(options, tokenizer, saved_position=saved[0], saved_state=saved[1], global_step=1)
+    return open_stream(options, tokenizer, saved_position=saved[0], saved_state=saved[1], global_step=1)
 
 
 def chained(stream_hash: str, sample: list[int]) -> str:
@@ -175,7 +175,7 @@ def run_case(seed: int, folder: Path, tokenizer: Any, monkeypatch: pytest.Monkey
     size = rng.randint(1, 200) if packing else rng.randint(1, max(1, max(sizes) - 1))
     options = SourceOptions(data_glob=str(folder), block_size=size, samples_per_step=1, packing=packing)
     taken, stream_hash, samples, expected = 0, "0" * 32, 0, reference.windows(size)
-    source: OpenedSource | None = None
+    source: OpenedStream | None = None
     progress: DataProgress | None = None
     for _ in range(rng.randint(1, 6)):
         split = random_split(rng)
@@ -185,7 +185,7 @@ def run_case(seed: int, folder: Path, tokenizer: Any, monkeypatch: pytest.Monkey
         monkeypatch.setattr(data_stream, "BATCH_CHARACTERS", rng.choice([1, 300, 1 << 18]))
         options = replace(options, samples_per_step=count, num_proc=rng.randint(1, 3), block_size=size)
         if source is None or progress is None:
-            source = open_source(options, tokenizer)
+            source = open_stream(options, tokenizer)
         else:
             source = restart(options, tokenizer, source, progress)
         for _ in range(rng.randint(1, 5)):
@@ -232,7 +232,7 @@ def run_pipeline_case(seed: int, folder: Path, tokenizer: Any, monkeypatch: pyte
         saved = {"streaming": True, "current_file_idx": reference.names.index(name), "epoch": epoch}
         saved |= {"position_in_file": row, "chunk_offset": chunk, "current_position": 0}
         options = SourceOptions(data_glob=str(folder), block_size=size, samples_per_step=3, num_proc=1)
-        source = open_source(options, tokenizer, saved_position=saved, global_step=global_step)
+        source = open_stream(options, tokenizer, saved_position=saved, global_step=global_step)
         step = source.source.next_step()
         source.source.close()
         assert step.tokens[0].tolist() == reference.tokens(start, size + 1)

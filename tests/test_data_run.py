@@ -15,9 +15,9 @@ import pytest
 import torch
 from launch import SHAPE, checkpoint, launch, metrics, start, status, wait
 
-from data_open import open_source
-from data_source import SourceOptions
-from data_tokenize import load_tokenizer
+from argonne.data.source import SourceOptions
+from argonne.data.tokenizer import load_tokenizer
+from data_stream import open_stream
 
 
 def long_corpus(folder: Path, copies: int) -> None:
@@ -101,7 +101,7 @@ def test_a_signal_while_the_corpus_is_tokenized_acts_at_once(tmp_path: Path, pro
         num_proc=1,
         cache_dir=tmp_path / "cache of its own",
     )
-    source = open_source(options, load_tokenizer(str(tokenizer))).source
+    source = open_stream(options, load_tokenizer(str(tokenizer))).source
     lines = metrics(tmp_path / "out")
     assert [source.next_step().progress.stream_hash for _ in lines] == [line["stream_hash"] for line in lines]
 

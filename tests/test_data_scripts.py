@@ -16,12 +16,12 @@ from inspect_data import build_parser
 from inspect_data import main as inspect
 from prepare_data import main as prepare
 
-from data_open import open_source
-from data_shards import open_corpus
-from data_source import SourceOptions
-from data_tokenize import load_tokenizer
+from argonne.config.command_line import DataOptions, TrainingOptions
+from argonne.data.shards import open_corpus
+from argonne.data.source import SourceOptions
+from argonne.data.tokenizer import load_tokenizer
+from data_stream import open_stream
 from model import ArgonneConfig, ArgonneModel
-from run_config import DataOptions, TrainingOptions
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -227,7 +227,7 @@ def test_the_text_of_a_step_and_of_a_position(
 
     options = SourceOptions(data_glob=small[0], block_size=20, samples_per_step=3, num_proc=1)
     tokenizer = load_tokenizer(small[1])
-    source = open_source(options, tokenizer)
+    source = open_stream(options, tokenizer)
     steps = [source.source.next_step() for _ in range(6)]
     source.source.close()
     texts = [tokenizer.decode(sample[:-1]) for sample in steps[5].tokens]

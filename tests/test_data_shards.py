@@ -15,14 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 from shard_samples import options_for, resume, texts_of, write_column
 
-import data_formats
-import data_shards
-import data_stream
-from data_formats import open_shard
-from data_open import open_source
-from data_shards import find_shards, manifest, manifest_difference, natural_key, open_corpus, shard_names
-from data_tokenize import load_tokenizer
-from run_errors import DataError
+import argonne.data.formats as data_formats
+import argonne.data.shards as data_shards
+import argonne.data.stream as data_stream
+from argonne.data.formats import open_shard
+from argonne.data.shards import (
+    find_shards,
+    manifest,
+    manifest_difference,
+    natural_key,
+    open_corpus,
+    shard_names,
+)
+from argonne.data.tokenizer import load_tokenizer
+from argonne.errors import DataError
+from data_stream import open_stream
 
 
 def test_natural_order() -> None:
@@ -95,7 +102,7 @@ def test_a_shard_of_nulls_is_passed_over_with_a_warning(tmp_path: Path, tokenize
     write_column(tmp_path / "b.parquet", [None, None], pa.string())
     options = options_for(tmp_path, cache_dir=tmp_path / "cache")
     for _ in range(2):  # from the footers, then from the index
-        source = open_source(options, tokenizer)
+        source = open_stream(options, tokenizer)
         assert source.notices == ("without any text in 'text' (--text-column): b.parquet",)
         step = source.source.next_step()
         while step.progress.position.epoch == 0:
@@ -150,7 +157,7 @@ def test_a_changed_file_list_stops_the_resume(
 ) -> None:
     corpus.write_shards(tmp_path, corpus.short_texts(30, 100), shards=3)
     options = options_for(tmp_path)
-    source = open_source(options, tokenizer)
+    source = open_stream(options, tokenizer)
     while (step := source.source.next_step()).progress.position.file_index < 1:
         pass
     source.source.close()
@@ -166,7 +173,7 @@ def test_a_changed_file_list_stops_the_resume(
 def test_appended_shards_and_a_moved_folder_continue(tmp_path: Path, tokenizer: Any) -> None:
     corpus.write_shards(tmp_path / "old", corpus.short_texts(30, 100), shards=3)
     options = options_for(tmp_path / "old")
-    source = open_source(options, tokenizer)
+    source = open_stream(options, tokenizer)
     steps = [source.source.next_step() for _ in range(20)]
     source.source.close()
     changed(tmp_path / "old", "appended")
@@ -185,7 +192,7 @@ def test_appended_shards_and_a_moved_folder_continue(tmp_path: Path, tokenizer: 
 def test_another_tokenizer_or_column_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     corpus.write_shards(tmp_path, corpus.short_texts(10, 100))
     options = options_for(tmp_path)
-    source = open_source(options, tokenizer)
+    source = open_stream(options, tokenizer)
     progress = source.source.next_step().progress
     source.source.close()
     other = load_tokenizer(str(corpus.build_tokenizer(tmp_path / "tokenizer", vocab_size=400)))
@@ -245,7 +252,7 @@ def test_a_resume_reads_nothing_before_its_row_group(
 ) -> None:
     corpus.write_shards(tmp_path, corpus.short_texts(200, 300), shards=20, row_group_rows=2)
     options = options_for(tmp_path, cache_dir=tmp_path / "cache")
-    source = open_source(options, tokenizer)
+    source = open_stream(options, tokenizer)
     while (step := source.source.next_step()).progress.position.file_index < 18:
         pass
     source.source.close()

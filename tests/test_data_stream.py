@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-import data_formats
-import data_stream
-import data_tokenize
-import data_worker
-from data_open import OpenedSource, open_source
-from data_source import DataProgress, SourceOptions, SourceStep, chain_hash
-from data_stream import Counts, DataPosition, Document, encoded_documents
-from run_errors import DataError
+import argonne.data.encoder_pool as data_worker
+import argonne.data.formats as data_formats
+import argonne.data.stream as data_stream
+import argonne.data.tokenizer as data_tokenize
+from argonne.data.source import DataProgress, SourceOptions, SourceStep, chain_hash
+from argonne.data.stream import Counts, DataPosition, Document, encoded_documents
+from argonne.errors import DataError
+from data_stream import OpenedStream, open_stream
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,19 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 
 def opened(
-    reference: Reference, options: SourceOptions, after: tuple[OpenedSource, DataProgress] | None = None
-) -> OpenedSource:
+    reference: Reference, options: SourceOptions, after: tuple[OpenedStream, DataProgress] | None = None
+) -> OpenedStream:
     """A source from the start, or from what a checkpoint of ``after`` would hold (through JSON)."""
     if after is None:
-        return open_source(options, reference.tokenizer)
+        return open_stream(options, reference.tokenizer)
     source, progress = after
     saved = json.loads(json.dumps([source.position_dict(progress), source.state_dict(progress)]))
-    return open_source(
+    return open_stream(
         options, reference.tokenizer, saved_position=saved[0], saved_state=saved[1], global_step=1
     )
 
 
-def steps(source: OpenedSource, count: int) -> Iterator[SourceStep]:
+def steps(source: OpenedStream, count: int) -> Iterator[SourceStep]:
     for _ in range(count):
         yield source.source.next_step()
     source.source.close()
@@ -311,7 +311,7 @@ PIPELINE = {
 @pytest.mark.parametrize("block_size", [16, 9])
 def test_a_pipeline_position_goes_on_behind_its_chunk(reference: Reference, block_size: int) -> None:
     options = replace(reference.options, block_size=block_size)
-    source = open_source(options, reference.tokenizer, saved_position=PIPELINE, global_step=40)
+    source = open_stream(options, reference.tokenizer, saved_position=PIPELINE, global_step=40)
     place = reference.rows.index(("000_00001.parquet", 3))
     start = sum(map(len, reference.documents[:place])) + 2 * block_size
     (step,) = steps(source, 1)
@@ -320,14 +320,14 @@ def test_a_pipeline_position_goes_on_behind_its_chunk(reference: Reference, bloc
 
 
 def test_a_pipeline_position_past_the_row_or_before_any_step(reference: Reference) -> None:
-    past = open_source(
+    past = open_stream(
         reference.options, reference.tokenizer, saved_position=PIPELINE | {"chunk_offset": 999}, global_step=1
     )
     (step,) = steps(past, 1)
     place = reference.rows.index(("000_00001.parquet", 3)) + 1
     start = sum(map(len, reference.documents[:place]))
     assert np.array_equal(step.tokens[0], reference.stream(start + 17)[start:])
-    unused = open_source(
+    unused = open_stream(
         reference.options, reference.tokenizer, saved_position=PIPELINE | {"chunk_offset": 0}, global_step=0
     )
     (step,) = steps(unused, 1)
@@ -341,7 +341,7 @@ def test_a_pipeline_position_at_a_row_without_text(reference: Reference, file_in
     name = f"000_{file_index:05d}.parquet"
     saved = PIPELINE | {"current_file_idx": file_index, "position_in_file": row, "epoch": 0}
     (step,) = steps(
-        open_source(reference.options, reference.tokenizer, saved_position=saved, global_step=9), 1
+        open_stream(reference.options, reference.tokenizer, saved_position=saved, global_step=9), 1
     )
     later = [index for index, place in enumerate(reference.rows) if place >= (name, row)]
     used = 32 if reference.rows[later[0]] == (name, row) else 0
@@ -352,14 +352,14 @@ def test_a_pipeline_position_at_a_row_without_text(reference: Reference, file_in
 
 def test_positions_that_cannot_be_placed(reference: Reference) -> None:
     with pytest.raises(DataError, match=r"shard number 9 .* --data-glob gives 4"):
-        open_source(
+        open_stream(
             reference.options,
             reference.tokenizer,
             saved_position=PIPELINE | {"current_file_idx": 9},
             global_step=1,
         )
     with pytest.raises(DataError, match="--no-streaming"):
-        open_source(
+        open_stream(
             reference.options,
             reference.tokenizer,
             saved_position={"streaming": False, "current_position": 5},

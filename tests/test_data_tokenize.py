@@ -13,8 +13,9 @@ import corpus
 import numpy as np
 import pytest
 
-import data_tokenize
-from data_tokenize import (
+import argonne.data.tokenizer as data_tokenize
+from argonne.data.encoder_pool import EncoderPool, EncoderProcess
+from argonne.data.tokenizer import (
     EncoderRecipe,
     FastEncoder,
     PlainEncoder,
@@ -23,8 +24,7 @@ from data_tokenize import (
     text_pieces,
     tokenizer_fingerprint,
 )
-from data_worker import EncoderPool, EncoderProcess
-from run_errors import DataError
+from argonne.errors import DataError
 
 TEXTS = [
     "plain words",
@@ -237,8 +237,8 @@ def test_a_process_ignores_the_trainers_signals_and_its_death_is_an_error(tokeni
 PARENT = """
 import sys, time
 sys.path.insert(0, {root!r})
-from data_tokenize import EncoderRecipe, load_tokenizer
-from data_worker import EncoderPool
+from argonne.data.tokenizer import EncoderRecipe, load_tokenizer
+from argonne.data.encoder_pool import EncoderPool
 pool = EncoderPool(EncoderRecipe(tokenizer=load_tokenizer({folder!r})), 2, processes=True)
 pool.submit(["text"], [True]).result()
 print(*[process.pid for process in pool._all], flush=True)

@@ -11,9 +11,9 @@ import torch
 from launch import SHAPE, checkpoint, launch, metrics
 from models import random_tokens, relative_error, small_model
 
-from run_config import ParallelOptions, TrainingOptions
+from argonne.config.command_line import ParallelOptions, TrainingOptions
+from argonne.training.build import build_model, fill_weights
 from tp_shard import shard_tensor_parallel
-from training_build import build_model, fill_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,7 +7,9 @@ import torch
 from models import loss_of, random_tokens, relative_error, small_model
 from torch import Tensor
 
-from optimizer import (
+from argonne.tp.plan import ARGONNE_PLAN, build_slice_map
+from argonne.tp.slices import SliceMap
+from argonne.training.optimizer import (
     GradientTotals,
     LossScaler,
     NonFiniteRule,
@@ -16,8 +18,6 @@ from optimizer import (
     scale_gradients,
     set_learning_rate,
 )
-from tp_plan import ARGONNE_PLAN, build_slice_map
-from tp_slices import SliceMap
 
 
 def rate(step: int, warmup: int = 10, total: int = 110) -> float:

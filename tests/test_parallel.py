@@ -9,9 +9,9 @@ from distributed import make_parallel, run_ranks
 from models import loss_of, random_tokens, relative_error, small_model
 from torch import Tensor
 
-import parallel as parallel_module
-from optimizer import GradientTotals
-from parallel import (
+import argonne.ranks.parallel as parallel_module
+from argonne.errors import ConfigError, DeviceError
+from argonne.ranks.parallel import (
     Environment,
     apply_ddp,
     apply_fsdp,
@@ -25,7 +25,7 @@ from parallel import (
     recompute_blocks,
     resolve_tp_size,
 )
-from run_errors import ConfigError, DeviceError
+from argonne.training.optimizer import GradientTotals
 from tp_shard import shard_tensor_parallel
 
 STEPS, BATCH = 2, 4

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-import run_config
-from run_config import (
+from argonne.config.command_line import (
     PRESETS,
     TrainingOptions,
     build_parser,
@@ -23,9 +22,9 @@ from run_config import (
     flag_values,
     parse_command_line,
 )
-from run_errors import ConfigError
-from run_flags import duration
-from run_presets import load_model_settings
+from argonne.config.flags import duration
+from argonne.config.presets import load_model_settings
+from argonne.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ["--tokenizer-path", "tok"]
@@ -154,7 +153,7 @@ def test_only_rank_0_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 
 def test_help_answers_without_torch_and_quickly() -> None:
     script = (
-        "import sys, time\nbegan = time.perf_counter()\nimport run_config\n"
+        "import sys, time\nbegan = time.perf_counter()\nimport argonne.config.command_line as run_config\n"
         "try: run_config.parse_command_line(['--help'])\nexcept SystemExit as stop: assert not stop.code\n"
         "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'pyarrow', 'tqdm'} & set(sys.modules)\n"
         "print(heavy or 'light', time.perf_counter() - began)\n"
@@ -309,8 +308,12 @@ def test_constraints_hold_what_the_package_requires() -> None:
 def test_environment_is_not_needed() -> None:
     clean = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "LANG")}
     done = subprocess.run(
-        [sys.executable, "-c", "import run_config; run_config.parse_command_line(['--bad'])"],
-        cwd=Path(run_config.__file__).parent,
+        [
+            sys.executable,
+            "-c",
+            "import argonne.config.command_line as run_config; run_config.parse_command_line(['--bad'])",
+        ],
+        cwd=ROOT,
         env=clean,
         capture_output=True,
         text=True,

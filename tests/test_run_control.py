@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from run_control import STOP_SIGNALS, RunControl, enable_flight_recorder
-from run_errors import DeviceError
-from run_status import Launch, OutputLock, prepare_output_dir
+from argonne.errors import DeviceError
+from argonne.run.control import STOP_SIGNALS, RunControl, enable_flight_recorder
+from argonne.run.status import Launch, OutputLock, prepare_output_dir
 
 WORKER = Path(__file__).with_name("run_control_worker.py")
 Start = Callable[..., list[subprocess.Popen[str]]]

@@ -12,7 +12,7 @@ import pytest
 from corpus import small_corpus
 from launch import ROOT, SCHEDULE, SHAPE, Finished, command, environment, start, status, wait
 
-from parallel_meeting import await_endpoint
+from argonne.ranks.meeting import await_endpoint
 
 STEPS = 6
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-import run_metrics
-from run_files import read_json, write_json
-from run_metrics import MetricsFile
-from run_report import RunFacts, RunReport, StepRecord, peak_flops
+import argonne.run.metrics as run_metrics
+from argonne.files import read_json, write_json
+from argonne.run.metrics import MetricsFile
+from argonne.run.report import RunFacts, RunReport, StepRecord, peak_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 POSITION = {

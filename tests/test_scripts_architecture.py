@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import visualize_architecture
-from architecture_layout import Layout, holders, lay_out
 from launch import ROOT, environment
 
+from argonne.config.presets import PRESETS
+from argonne.tools.architecture_layout import Layout, holders, lay_out
 from model import ArgonneConfig, ArgonneModel
-from run_presets import PRESETS
 
 FIXTURE = str(ROOT / "tests" / "fixtures" / "streaming_checkpoint_step_40.pth")
 
@@ -160,7 +160,7 @@ def test_wrong_flags_are_one_line(flags: list[str], capsys: pytest.CaptureFixtur
 )
 def test_pictures_hold_their_text(preset: str, tp_size: int, options: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib")
-    import architecture_picture
+    import argonne.tools.architecture_picture as architecture_picture
 
     canvas = architecture_picture.paint(layout_of(preset, tp_size, **options))
     renderer = canvas.figure.canvas.get_renderer()  # type: ignore[attr-defined]

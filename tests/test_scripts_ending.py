@@ -5,14 +5,14 @@ import sys
 
 import pytest
 from launch import ROOT, environment
-from script_parser import run_script
 
-from run_errors import ConfigError, RunError
+from argonne.errors import ConfigError, RunError
+from argonne.tools.script import run_script
 
 ENDING = """
 import sys
 sys.path[:0] = [{root!r}, {scripts!r}]
-from script_parser import run_script
+from argonne.tools.script import run_script
 sys.exit(run_script(lambda: print("x" * {size})))
 """
 

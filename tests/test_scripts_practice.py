@@ -7,17 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import practice_layers
 import pytest
 import tensor_parallel_practice
 import torch
 from launch import ROOT, environment
-from practice_layers import Trial, attention_pair, linear_pair, mlp_pair, naive_mlp_pair, run
-from practice_lesson import teach
 from torch import Tensor
 
-from tp_collectives import SimulatedTPGroup
-from tp_simulate import simulate
+import argonne.tools.practice_layers as practice_layers
+from argonne.tools.practice_layers import Trial, attention_pair, linear_pair, mlp_pair, naive_mlp_pair, run
+from argonne.tools.practice_lesson import teach
+from argonne.tp.collectives import SimulatedTPGroup
+from argonne.verification.simulate import simulate
 
 SCRIPT = str(ROOT / "scripts" / "tensor_parallel_practice.py")
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ import torch
 import verify_tensor_parallel
 from launch import ROOT, environment
 
+from argonne.tp.collectives import SimulatedTPGroup
+from argonne.verification.simulate import measure_simulated
 from model import ArgonneModel
-from tp_collectives import SimulatedTPGroup
 from tp_shard import TensorParallelState
-from tp_simulate import measure_simulated
 
 SCRIPT = str(ROOT / "scripts" / "verify_tensor_parallel.py")
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -134,7 +134,7 @@ def add_a_little(monkeypatch: pytest.MonkeyPatch) -> None:
             measured.gradients["norm.weight"].mul_(1 + 1e-6)
         return ranks, slice_map
 
-    monkeypatch.setattr("tp_simulate.measure_simulated", changed)
+    monkeypatch.setattr("argonne.verification.simulate.measure_simulated", changed)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_collective_too_many_fails(verify: Report, monkeypatch: pytest.MonkeyP
 def test_mistakes_are_one_line(
     flags: list[str], code: int, message: str, verify: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model_sources.available_memory", lambda: 1 << 33)
+    monkeypatch.setattr("argonne.tools.model_sources.available_memory", lambda: 1 << 33)
     found, _, err = verify(*flags)
     assert found == code
     assert err.startswith(f"error: {message}") and err.count("\n") == 1

@@ -12,7 +12,9 @@ from distributed import run_ranks
 from models import loss_of, random_tokens, relative_error, small_model
 from torch import Tensor
 
-from run_errors import ConfigError
+from argonne.errors import ConfigError
+from argonne.verification.compare import difference
+from argonne.verification.simulate import simulate
 from tp_shard import (
     SimulatedTPGroup,
     TensorParallelModel,
@@ -20,8 +22,6 @@ from tp_shard import (
     gather_state_dict,
     shard_tensor_parallel,
 )
-from tp_simulate import simulate
-from tp_verify import difference
 
 Grads = dict[str, Tensor]
 

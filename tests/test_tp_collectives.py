@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tp_layer_ranks import Calls, inputs, on_ranks, seeded
 
-from tp_collectives import (
+from argonne.tp.collectives import (
     SimulatedTPGroup,
     TPGroup,
     copy_to_region,
@@ -19,8 +19,8 @@ from tp_collectives import (
     scatter_to_region,
     split_sequence,
 )
-from tp_layers import ColumnParallelLinear, RowParallelLinear, SequenceState, column_products
-from tp_simulate import simulate
+from argonne.tp.layers import ColumnParallelLinear, RowParallelLinear, SequenceState, column_products
+from argonne.verification.simulate import simulate
 
 # ---------------------------------------------------------------------------------------------------
 # Sequence parallelism

@@ -9,10 +9,9 @@ import torch
 from models import loss_of, random_tokens, small_model
 from torch import nn
 
-from model import ArgonneConfig, ArgonneModel
-from run_presets import PRESETS
-from tp_collectives import SimulatedTPGroup
-from tp_costs import (
+from argonne.config.presets import PRESETS
+from argonne.tp.collectives import SimulatedTPGroup
+from argonne.tp.costs import (
     SHARED,
     ModelOutline,
     SplitCost,
@@ -23,8 +22,9 @@ from tp_costs import (
     readable_bytes,
     tensor_parallel,
 )
+from argonne.verification.simulate import measure_simulated, simulate
+from model import ArgonneConfig, ArgonneModel
 from tp_shard import ColumnParallelLinear, VocabParallelEmbedding, shard_tensor_parallel
-from tp_simulate import measure_simulated, simulate
 
 
 def empty_model(**settings: Any) -> ArgonneModel:

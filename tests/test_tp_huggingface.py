@@ -26,12 +26,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from parallel import World, apply_fsdp, build_parallel, local_gradients, recompute_blocks
-from run_errors import ConfigError
-from tp_collectives import SimulatedTPGroup
+from argonne.errors import ConfigError
+from argonne.ranks.parallel import World, apply_fsdp, build_parallel, local_gradients, recompute_blocks
+from argonne.tp.collectives import SimulatedTPGroup
+from argonne.verification.compare import difference
+from argonne.verification.simulate import simulate
 from tp_shard import TensorParallelState, gather_state_dict, gather_unsharded, shard_tensor_parallel
-from tp_simulate import simulate
-from tp_verify import difference
 
 VOCAB = 131
 COMMON: dict[str, Any] = {

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from tp_layer_ranks import SIZES, Calls, inputs, join, on_ranks, seeded
 
-from tp_collectives import ProcessTPGroup, TPGroup
-from tp_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, column_products
+from argonne.tp.collectives import ProcessTPGroup, TPGroup
+from argonne.tp.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, column_products
 
 # ---------------------------------------------------------------------------------------------------
 # Column

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from distributed import run_ranks
 from torch import Tensor
 
-import tp_loss
-from tp_collectives import ProcessTPGroup, SimulatedTPGroup, TPGroup
-from tp_loss import vocab_parallel_cross_entropy
-from tp_simulate import simulate
-from tp_slices import padded_slice_size
+import argonne.tp.loss as tp_loss
+from argonne.tp.collectives import ProcessTPGroup, SimulatedTPGroup, TPGroup
+from argonne.tp.loss import vocab_parallel_cross_entropy
+from argonne.tp.slices import padded_slice_size
+from argonne.verification.simulate import simulate
 
 Outcome = tuple[Tensor, Tensor, dict[str, int], dict[str, int]]
 

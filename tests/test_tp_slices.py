@@ -9,10 +9,10 @@ import torch
 from models import SMALL, small_model
 from torch import Tensor
 
-from run_errors import ConfigError
-from tp_plan import ARGONNE_PLAN, build_slice_map, check_degree, degree_fits, fitting_degrees
+from argonne.errors import ConfigError
+from argonne.tp.plan import ARGONNE_PLAN, build_slice_map, check_degree, degree_fits, fitting_degrees
+from argonne.tp.slices import Cut, Shape, SliceMap, even_cut, fused_cut, head_cut, padded_slice_size
 from tp_shard import take_slice
-from tp_slices import Cut, Shape, SliceMap, even_cut, fused_cut, head_cut, padded_slice_size
 
 
 def check_map(slice_map: SliceMap, name: str) -> None:

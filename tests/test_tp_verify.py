@@ -11,7 +11,8 @@ from distributed import run_ranks
 from models import random_tokens, small_model
 from torch import Tensor
 
-from parallel import (
+from argonne.errors import PeerError
+from argonne.ranks.parallel import (
     Parallel,
     World,
     apply_ddp,
@@ -20,11 +21,8 @@ from parallel import (
     local_parameters,
     recompute_blocks,
 )
-from run_errors import PeerError
-from tp_collectives import SimulatedTPGroup
-from tp_shard import TensorParallelState, shard_tensor_parallel
-from tp_simulate import compare_ranks, measure, measure_simulated, simulate
-from tp_verify import (
+from argonne.tp.collectives import SimulatedTPGroup
+from argonne.verification.compare import (
     ShardingReport,
     SplitMismatchError,
     check_replicas,
@@ -32,6 +30,8 @@ from tp_verify import (
     compare_with_unsharded,
     relative_error,
 )
+from argonne.verification.simulate import compare_ranks, measure, measure_simulated, simulate
+from tp_shard import TensorParallelState, shard_tensor_parallel
 
 
 def layout(rank: int, world_size: int, tp_size: int) -> Parallel:
@@ -205,7 +205,7 @@ def test_a_slice_that_only_one_rank_holds_is_not_compared() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_checksum_sees_bits_and_places(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tp_verify._CHUNK_ELEMENTS", 16)
+    monkeypatch.setattr("argonne.verification.compare._CHUNK_ELEMENTS", 16)
     values = torch.randn(7, 9, generator=torch.Generator().manual_seed(3)).to(dtype)
     assert torch.equal(checksum(values), checksum(values.clone()))
     changed = values.clone()

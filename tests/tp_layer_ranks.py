@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_collectives import SimulatedTPGroup, TPGroup
-from tp_simulate import simulate
+from argonne.tp.collectives import SimulatedTPGroup, TPGroup
+from argonne.verification.simulate import simulate
 
 SIZES = [1, 2, 3, 4]
 Calls = dict[str, int]

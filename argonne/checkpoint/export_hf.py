@@ -1,0 +1,213 @@
+"""Export to a Hugging Face folder that opens without this repository.
+
+The folder holds safetensors (in shards of at most 5 GB, written one tensor at a time), config.json with the
+``auto_map`` that ``trust_remote_code`` follows, the model's code, generation_config.json and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from argonne.checkpoint.archive import tensor_bytes
+from argonne.checkpoint.commit import failure_reason
+from argonne.checkpoint.convert import row_parts
+from argonne.checkpoint.reader import HEAD, CheckpointReader
+from argonne.checkpoint.save import TensorEntry, check_finite
+from argonne.checkpoint.streamed_file import StreamedFile
+from argonne.data.tokenizer import load_tokenizer
+from argonne.errors import CheckpointError, ConfigError
+from argonne.files import synchronize
+
+SHARD_BYTES = 5_000_000_000
+MODULE = "modeling_argonne"
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def export_hf(
+    reader: CheckpointReader,
+    model_config: Mapping[str, Any],
+    tokenizer_path: str,
+    output_dir: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write the folder and return it.
+
+    It appears whole or not at all: everything is written beside it and renamed. An earlier export in
+    ``output_dir`` is replaced. Raises ConfigError for any other folder that is not empty and for a tokenizer
+    larger than the model's vocabulary, DataError for one that does not load, and CheckpointError where the
+    disk fails or a weight is not finite.
+    """
+    output_dir = Path(output_dir)
+    _check_target(output_dir)
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code)
+    if len(tokenizer) > model_config["vocab_size"]:
+        raise ConfigError(
+            f"--tokenizer-path {tokenizer_path} has {len(tokenizer)} tokens and the model a vocabulary of "
+            f"{model_config['vocab_size']}: give the tokenizer that it was trained with"
+        )
+    temporary = output_dir.parent / f".{output_dir.name}.{os.getpid()}.exporting"
+    try:
+        temporary.mkdir(parents=True)
+        _write_weights(reader, temporary, dtype)
+        _write_config(model_config, tokenizer, temporary, dtype)
+        for path in temporary.iterdir():
+            _sync(path)
+        synchronize(temporary)
+        _replace(temporary, output_dir)
+    except OSError as error:
+        reason = failure_reason(error, output_dir.parent)
+        raise CheckpointError(f"export to {output_dir} failed: {reason}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output_dir
+
+
+def _check_target(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"--output-dir {folder} is a file: name a folder")
+    if any(folder.iterdir()) and not _is_export(folder):
+        raise ConfigError(
+            f"--output-dir {folder} is not empty and not an earlier export: name another folder"
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    return (folder / f"{MODULE}.py").is_file() and (folder / "config.json").is_file()
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(temporary, folder)
+    synchronize(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _write_weights(reader: CheckpointReader, folder: Path, dtype: torch.dtype) -> None:
+    names = [name for name in reader.model if not (reader.tied and name == HEAD)]
+    shards = plan_shards({name: math.prod(reader.shape(name)) * dtype.itemsize for name in names})
+    weight_map: dict[str, str] = {}
+    for index, shard in enumerate(shards):
+        file_name = "model.safetensors"
+        if len(shards) > 1:
+            file_name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        _write_safetensors(folder / file_name, reader, shard, dtype)
+        weight_map.update(dict.fromkeys(shard, file_name))
+    if len(shards) > 1:
+        total = sum(math.prod(reader.shape(name)) * dtype.itemsize for name in names)
+        index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index_json)
+
+
+def plan_shards(sizes: Mapping[str, int], limit: int = SHARD_BYTES) -> list[list[str]]:
+    """Names in order, cut into runs of at most ``limit`` bytes (a larger tensor is alone)."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write_safetensors(
+    path: Path, reader: CheckpointReader, names: Sequence[str], dtype: torch.dtype
+) -> None:
+    """The safetensors layout: length of the header (8 bytes), JSON header, tensors one after the other."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in names:
+        size = math.prod(reader.shape(name)) * dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(reader.shape(name)),
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as opened, StreamedFile(opened.fileno()) as file:
+        file.append(struct.pack("<Q", len(encoded)) + encoded)
+        for name in names:
+            entry = TensorEntry(name, "param", reader.shape(name))
+            for chunk in row_parts(reader.model[name], dtype):
+                check_finite(chunk, entry)
+                file.append(tensor_bytes(chunk))
+        file.finish()
+
+
+def _write_config(model_config: Mapping[str, Any], tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    from transformers import GenerationConfig
+
+    import model
+
+    config = model.ArgonneConfig(**config_arguments(model_config))
+    config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    written = config.to_dict()
+    written["architectures"] = ["ArgonneModel"]
+    written["dtype"] = str(dtype).removeprefix("torch.")
+    written["auto_map"] = {
+        "AutoConfig": f"{MODULE}.ArgonneConfig",
+        "AutoModelForCausalLM": f"{MODULE}.ArgonneModel",
+    }
+    _write_json(folder / "config.json", written)
+    shutil.copyfile(Path(model.__file__), folder / f"{MODULE}.py")
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**{key: value for key, value in ids.items() if value is not None}).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+
+
+_NOT_ARGUMENTS = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "model_type")
+
+
+def config_arguments(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a stored configuration that ``ArgonneConfig`` takes."""
+    return {
+        key: value
+        for key, value in model_config.items()
+        if key not in _NOT_ARGUMENTS and not key.startswith("_")
+    }
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' own messages while a folder is written."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,232 @@
+"""Hand the tokens of each step from rank 0 to every rank, in the background and ahead of the step.
+
+Per optimizer step one broadcast of one int32 tensor over a gloo group of its own: a header, then the step's
+tokens, or the reader's error message, or the word that the feed ends. Each rank keeps QUEUE_DEPTH steps.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from argonne.data.formats import one_line
+from argonne.data.source import DataProgress, TokenSource
+from argonne.data.stream import DataPosition
+from argonne.errors import DataError, PeerError, RunError
+
+QUEUE_DEPTH = 2
+FEED_TIMEOUT = timedelta(days=30)
+"""For the feed's group: ranks wait in the broadcast through the longest save; a dead peer ends it at once."""
+CLOSE_SECONDS = 10.0
+POLL_SECONDS = 0.2
+
+TOKENS, ERROR, END = 0, 1, 2
+HASH_INTS = 4
+HEADER_INTS = 2 + HASH_INTS
+MESSAGE_BYTES = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """The sequences of one optimizer step, the same on every rank."""
+
+    tokens: torch.Tensor
+    """(samples_per_step, block_size + 1) int32 on the CPU, pinned where asked for."""
+    stream_hash: str
+    progress: DataProgress | None
+    """Where the stream stands after this step (rank 0 only)."""
+    wait_seconds: float
+    """Time the caller waited for this batch."""
+
+    @property
+    def position(self) -> DataPosition | None:
+        return self.progress.position if self.progress is not None else None
+
+    def micro_batch(
+        self, micro_step: int, *, batch_size: int, dp_rank: int, dp_size: int, device: torch.device | str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(inputs, targets), each (batch_size, block_size) int64 on ``device``, of one data-parallel rank."""
+        start = (micro_step * dp_size + dp_rank) * batch_size
+        samples = self.tokens[start : start + batch_size].to(device, non_blocking=True).long()
+        return samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+
+
+class StepFeed:
+    """Every rank's end of the hand-out. Rank 0 passes the ``source``, which the feed then owns; others None.
+
+    ``group`` is a gloo group of all ranks that nothing else uses, made with FEED_TIMEOUT; None in a world
+    of one rank. Source rank is global rank 0.
+    """
+
+    def __init__(
+        self,
+        source: TokenSource | None,
+        *,
+        samples_per_step: int,
+        block_size: int,
+        group: dist.ProcessGroup | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self._source = source
+        self._shape = (samples_per_step, block_size + 1)
+        self._group = group
+        self._pin_memory = pin_memory
+        self._queue: queue.Queue[tuple[torch.Tensor, str, DataProgress | None] | RunError] = queue.Queue(
+            QUEUE_DEPTH
+        )
+        self._stop = threading.Event()
+        self._begun = threading.Event()
+        self._failure: RunError | None = None
+        self._device = torch.cuda.current_device() if pin_memory else None
+        self._thread = threading.Thread(target=self._run, name="data-feed", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the first step's tokens, or the reader's error, are here."""
+        while not self._begun.wait(POLL_SECONDS) and self._thread.is_alive():
+            pass
+
+    def next(self) -> StepBatch:
+        """The next step's tokens; DataError (the reader's, on every rank) or PeerError if none can come."""
+        start = time.monotonic()
+        if self._failure is not None:
+            raise self._failure
+        item = self._get()
+        if isinstance(item, RunError):
+            self._failure = item
+            raise item
+        tokens, stream_hash, progress = item
+        wait = time.monotonic() - start
+        return StepBatch(tokens=tokens, stream_hash=stream_hash, progress=progress, wait_seconds=wait)
+
+    def _get(self) -> tuple[torch.Tensor, str, DataProgress | None] | RunError:
+        while True:
+            alive = self._thread.is_alive()  # asked first: what a thread put before it ended is still there
+            try:
+                return self._queue.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                if not alive:
+                    return PeerError("the data feed has ended: rank 0 closed it before this rank")
+
+    def close(self) -> None:
+        """End the hand-out on this rank; rank 0 tells the others, whose threads end too. Never hangs."""
+        self._stop.set()
+        self._thread.join(CLOSE_SECONDS)
+        if self._source is not None:
+            self._source.close()
+            self._thread.join(CLOSE_SECONDS)
+
+    def __enter__(self) -> StepFeed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _put(self, item: tuple[torch.Tensor, str, DataProgress | None] | RunError) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=POLL_SECONDS)
+                self._begun.set()
+                return
+            except queue.Full:
+                continue
+
+    def _message(self) -> torch.Tensor:
+        size = HEADER_INTS + max(self._shape[0] * self._shape[1], MESSAGE_BYTES // 4)
+        return torch.zeros(size, dtype=torch.int32)
+
+    def _broadcast(self, message: torch.Tensor) -> None:
+        if self._group is None:
+            return
+        try:
+            dist.broadcast(message, src=0, group=self._group)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise PeerError(f"another rank is gone (the hand-out of tokens failed: {reason})") from error
+
+    def _tokens_of(self, message: torch.Tensor) -> torch.Tensor:
+        tokens = message[HEADER_INTS : HEADER_INTS + self._shape[0] * self._shape[1]].view(self._shape)
+        return tokens.pin_memory() if self._pin_memory else tokens
+
+    def _run(self) -> None:
+        if self._device is not None:  # a new thread begins on GPU 0, where pinning would open a context
+            torch.cuda.set_device(self._device)
+        if self._source is None:
+            self._receive_steps()
+        else:
+            self._send_steps()
+
+    # rank 0's thread
+
+    def _send_steps(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._send_step()
+            self._send_word(END, "")
+        except PeerError as error:
+            self._put(error)
+
+    def _send_step(self) -> None:
+        assert self._source is not None
+        try:
+            step = self._source.next_step()
+        except DataError as error:
+            self._fail(error)
+            return
+        except Exception as error:  # noqa: BLE001
+            # The thread boundary: the tokenizers library raises bare Exception, a tokenizer that brings its
+            # own code (--trust-remote-code) anything, and if this thread died of it, the other ranks would
+            # wait in their broadcast for ever.
+            failure = DataError(f"the data reader failed: {type(error).__name__}: {one_line(error)}")
+            failure.__cause__ = error
+            self._fail(failure)
+            return
+        message = self._message()
+        message[0] = TOKENS
+        message[2:HEADER_INTS] = torch.from_numpy(
+            np.frombuffer(bytes.fromhex(step.progress.stream_hash), "<i4").copy()
+        )
+        message[HEADER_INTS : HEADER_INTS + step.tokens.size] = torch.from_numpy(step.tokens).flatten()
+        self._broadcast(message)
+        self._put((self._tokens_of(message), step.progress.stream_hash, step.progress))
+
+    def _fail(self, error: DataError) -> None:
+        if self._stop.is_set():  # closing: the source was taken away
+            return
+        self._send_word(ERROR, str(error))
+        self._put(error)
+        self._stop.wait()
+        self._group = None  # the others' threads ended with the message
+
+    def _send_word(self, kind: int, text: str) -> None:
+        message = self._message()
+        encoded = text.encode()[:MESSAGE_BYTES]
+        message[0], message[1] = kind, len(encoded)
+        message.numpy()[HEADER_INTS:].view(np.uint8)[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+        self._broadcast(message)
+
+    # every other rank's thread
+
+    def _receive_steps(self) -> None:
+        try:
+            while True:
+                message = self._message()
+                self._broadcast(message)
+                kind, size = int(message[0]), int(message[1])
+                if kind == TOKENS:
+                    digest = message.numpy()[2:HEADER_INTS].astype("<i4").tobytes().hex()
+                    self._put((self._tokens_of(message), digest, None))
+                    continue
+                if kind == ERROR:
+                    text = message.numpy()[HEADER_INTS:].tobytes()[:size].decode(errors="ignore")
+                    self._put(DataError(text))
+                return
+        except PeerError as error:
+            self._put(error)

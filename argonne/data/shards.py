@@ -1,0 +1,268 @@
+"""Find, order and check the shards of a corpus; compare its file list with the one a checkpoint knew."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import os
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from argonne.data.formats import Footer, ShardError, read_footer, tail_digest
+from argonne.errors import DataError
+
+DEFAULT_TEXT_COLUMN = "text"
+FOOTER_THREADS = 16
+INDEX_VERSION = 2
+SHARD_SUFFIXES = (".parquet", ".arrow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of the corpus, in its place in the natural order."""
+
+    path: Path
+    name: str
+    """Base name; the path below the shards' common folder where base names repeat."""
+    size: int
+    mtime_ns: int
+    digest: str
+    group_rows: tuple[int, ...]
+    null_rows: int = 0
+    """Rows without a text by the footer's statistics (0 where there are none)."""
+    fault: str = ""
+    """Why a bad shard is skipped (then it counts as a shard without rows)."""
+
+    @cached_property
+    def first_rows(self) -> tuple[int, ...]:
+        """The first row of each row group, then the number of rows."""
+        return tuple(itertools.accumulate(self.group_rows, initial=0))
+
+    @property
+    def rows(self) -> int:
+        """Rows of the shard, whatever they hold."""
+        return self.first_rows[-1]
+
+    def group_of(self, row: int) -> int:
+        """The row group that holds ``row`` (the number of row groups where it lies past the end)."""
+        return bisect_right(self.first_rows, row) - 1 if row < self.rows else len(self.group_rows)
+
+
+def is_unchanged(shard: Shard) -> bool:
+    """Whether the file is still the one that was checked; OSError where it cannot be read."""
+    status = shard.path.stat()
+    if (status.st_size, status.st_mtime_ns) == (shard.size, shard.mtime_ns):
+        return True
+    return status.st_size == shard.size and tail_digest(shard.path) == shard.digest  # only touched
+
+
+def natural_key(path: str | Path) -> tuple[Any, ...]:
+    """Sort key: base name with digits as numbers and letters without case, ties by full path."""
+    parts = re.split(r"(\d+)", Path(path).name.lower())
+    # re.split alternates text and digits, so equal places hold equal types
+    return tuple(int(part) if index % 2 else part for index, part in enumerate(parts)), str(path)
+
+
+def find_shards(data_glob: str) -> list[Path]:
+    """The files that ``data_glob`` (pattern, file or folder) names, in natural order; DataError if none."""
+    pattern = os.path.expanduser(data_glob)
+    if os.path.isdir(pattern):
+        found = [os.path.join(pattern, name) for name in os.listdir(pattern) if name.endswith(SHARD_SUFFIXES)]
+    else:
+        found = glob.glob(pattern, recursive=True)
+    paths = sorted((Path(name) for name in found if os.path.isfile(name)), key=natural_key)
+    if not paths:
+        where = os.path.abspath(pattern)
+        raise DataError(
+            f"no shard matches {where!r} (--data-glob): give a pattern that matches parquet files"
+        )
+    return paths
+
+
+def shard_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each path that survives moving the folder: the base name where that is unique."""
+    counts = Counter(path.name for path in paths)
+    if all(count == 1 for count in counts.values()):
+        return [path.name for path in paths]
+    common = os.path.commonpath([str(path.absolute().parent) for path in paths])
+    return [
+        path.name if counts[path.name] == 1 else Path(os.path.relpath(path.absolute(), common)).as_posix()
+        for path in paths
+    ]
+
+
+def open_corpus(
+    data_glob: str,
+    text_column: str | None = None,
+    *,
+    skip_bad_shards: bool = False,
+    cache_dir: Path | None = None,
+) -> list[Shard]:
+    """Find every shard and check it by its footer.
+
+    Footers are read in parallel and remembered in ``cache_dir`` by path, size and mtime. Raises DataError
+    that names every bad shard at once; with ``skip_bad_shards`` they stay in the list without rows, with
+    their ``fault``.
+    """
+    column = text_column or DEFAULT_TEXT_COLUMN
+    paths = find_shards(data_glob)
+    index = _FooterIndex(cache_dir / "shard_index.json" if cache_dir else None, column)
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        checked = list(pool.map(index.footer, paths))
+    index.save()
+    shards = [
+        Shard(
+            path=path,
+            name=name,
+            size=size,
+            mtime_ns=mtime_ns,
+            digest=footer.digest,
+            group_rows=footer.group_rows,
+            null_rows=footer.null_rows,
+            fault=fault,
+        )
+        for path, name, (size, mtime_ns, footer, fault) in zip(
+            paths, shard_names(paths), checked, strict=True
+        )
+    ]
+    _refuse_bad_shards(shards, column, skip_bad_shards)
+    return shards
+
+
+def _refuse_bad_shards(shards: Sequence[Shard], column: str, skip_bad_shards: bool) -> None:
+    bad = [shard for shard in shards if shard.fault]
+    if bad and (len(bad) == len(shards) or not skip_bad_shards):
+        reasons = "; ".join(f"{shard.path}: {shard.fault}" for shard in bad)
+        remedy = "repair or remove them, or --skip-bad-shards"
+        if all(repr(column) in shard.fault for shard in bad):
+            remedy = "name the column of the text with --text-column" + (
+                "" if len(bad) == len(shards) else f", {remedy}"
+            )
+        elif len(bad) == len(shards):
+            remedy = "repair them or give another --data-glob"
+        raise DataError(f"{len(bad)} of {len(shards)} shards cannot be used: {reasons}: {remedy}")
+    if sum(shard.rows for shard in shards) == 0:
+        raise DataError(f"the {len(shards)} shards from {shards[0].path} on hold no row (--data-glob)")
+
+
+def _index_entries(shards: Any) -> dict[str, Any]:
+    """Entries [size, mtime, digest, rows of each row group, null rows] by path, without all that are none."""
+    if not isinstance(shards, dict):
+        return {}
+    return {
+        path: entry
+        for path, entry in shards.items()
+        if isinstance(entry, list)
+        and [type(value) for value in entry] == [int, int, str, list, int]
+        and all(isinstance(rows, int) for rows in entry[3])
+    }
+
+
+class _FooterIndex:
+    """Footers remembered between runs; a missing, foreign or broken index is simply rebuilt."""
+
+    def __init__(self, path: Path | None, column: str) -> None:
+        self._path = path
+        self._column = column
+        self._known: dict[str, Any] = {}
+        self._entries: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                content = None
+            if (
+                isinstance(content, dict)
+                and content.get("version") == INDEX_VERSION
+                and content.get("column") == column
+            ):
+                self._known = _index_entries(content.get("shards"))
+
+    def footer(self, path: Path) -> tuple[int, int, Footer, str]:
+        """(size, mtime_ns, footer, fault) of one shard."""
+        try:
+            status = path.stat()
+        except OSError as error:
+            return 0, 0, Footer(group_rows=(), digest=""), str(error.strerror)
+        key = str(path.absolute())
+        known = self._known.get(key)
+        if known is not None and known[:2] == [status.st_size, status.st_mtime_ns]:
+            self._entries[key] = known
+            footer = Footer(digest=known[2], group_rows=tuple(known[3]), null_rows=known[4])
+            return status.st_size, status.st_mtime_ns, footer, ""
+        try:
+            footer = read_footer(path, self._column)
+        except ShardError as error:
+            return status.st_size, status.st_mtime_ns, Footer(group_rows=(), digest=""), str(error)
+        kept = [footer.digest, list(footer.group_rows), footer.null_rows]
+        self._entries[key] = [status.st_size, status.st_mtime_ns, *kept]
+        return status.st_size, status.st_mtime_ns, footer, ""
+
+    def save(self) -> None:
+        """Write the index where it has changed; a folder that cannot be written is no trouble."""
+        if self._path is None or self._entries == self._known:
+            return
+        content = {
+            "version": INDEX_VERSION,
+            "column": self._column,
+            "shards": {**self._known, **self._entries},
+        }
+        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+            os.replace(temporary, self._path)
+        except OSError:  # only a cache: the next start reads the footers again
+            temporary.unlink(missing_ok=True)
+
+
+def manifest(shards: Sequence[Shard]) -> dict[str, list[Any]]:
+    """The file list as a checkpoint keeps it: columns of names, rows, sizes (bytes) and footer hashes."""
+    return {
+        "names": [shard.name for shard in shards],
+        "rows": [shard.rows for shard in shards],
+        "sizes": [shard.size for shard in shards],
+        "digests": [shard.digest for shard in shards],
+    }
+
+
+def manifest_difference(saved: Mapping[str, Sequence[Any]], shards: Sequence[Shard]) -> str:
+    """What makes today's shards another stream than the saved file list, "" if nothing.
+
+    Shards appended after the last saved one make no difference, nor does a saved shard that is now bad and
+    skipped (the skip is recorded).
+    """
+    now = {shard.name: shard for shard in shards}
+    saved_names = list(saved["names"])
+    changes = []
+    removed = [name for name in saved_names if name not in now]
+    known = set(saved_names)
+    added = [shard.name for shard in shards[: len(saved_names)] if shard.name not in known]
+    if removed:
+        changes.append("removed: " + ", ".join(removed))
+    if added:
+        changes.append("added before the end: " + ", ".join(added))
+    rewritten = []
+    for name, rows, size, digest in zip(
+        saved_names, saved["rows"], saved["sizes"], saved["digests"], strict=True
+    ):
+        shard = now.get(name)
+        if (
+            shard is not None
+            and not shard.fault
+            and (shard.rows, shard.size, shard.digest) != (rows, size, digest)
+        ):
+            rewritten.append(f"{name} ({rows} rows, {size} bytes -> {shard.rows} rows, {shard.size} bytes)")
+    if rewritten:
+        changes.append("rewritten: " + ", ".join(rewritten))
+    if not changes and [shard.name for shard in shards[: len(saved_names)]] != saved_names:
+        changes.append("in another order")
+    return "; ".join(changes)

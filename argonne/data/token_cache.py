@@ -1,0 +1,315 @@
+"""--no-streaming: the corpus tokenized once into a memory-mapped file, its samples in a shuffled order.
+
+A cache is a folder named after a hash of everything its tokens depend on, so it is rebuilt when any of it
+changed. It exists once its ``meta.json`` does; until then ``journal.json`` says how far the build came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from argonne.data.encoder_pool import EncoderPool
+from argonne.data.shards import Shard
+from argonne.data.source import DataProgress, SourceOptions, SourceStep, chain_hash
+from argonne.data.stream import (
+    Counts,
+    DataPosition,
+    Document,
+    DocumentReader,
+    EncodedBatch,
+    encoded_documents,
+)
+from argonne.data.tokenizer import PIECE_CHARACTERS, EncoderRecipe
+from argonne.errors import DataError
+
+CACHE_VERSION = 1
+JOURNAL_SECONDS = 5.0
+"""Time between two journal entries: what an interrupted build has to do again at most."""
+TOKEN_BYTES, START_BYTES = 4, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenCache:
+    """One pass of the packed stream."""
+
+    tokens: np.ndarray
+    """(tokens,) int32, memory-mapped."""
+    starts: np.ndarray
+    """(documents,) int64: where each document begins; memory-mapped."""
+    counts: Counts
+    skipped: tuple[dict[str, Any], ...]
+
+
+def cache_key(shards: Sequence[Shard], tokenizer: str, column: str) -> str:
+    """Hash of everything that the cached tokens depend on (``tokenizer``: its fingerprint, EOS included)."""
+    files = [[s.name, s.size, s.mtime_ns, s.digest, list(s.group_rows), s.fault] for s in shards]
+    content = [CACHE_VERSION, files, tokenizer, column, PIECE_CHARACTERS]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+def open_cache(
+    shards: list[Shard], recipe: EncoderRecipe, tokenizer: str, options: SourceOptions
+) -> TokenCache:
+    """The token cache of a corpus, built first where it is missing or unfinished."""
+    assert options.cache_dir is not None
+    folder = options.cache_dir / f"tokens-{cache_key(shards, tokenizer, options.column)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            _lock(lock, folder)
+            if not (folder / "meta.json").exists():
+                _Build(folder, shards, recipe, options).run()
+            cache = _mapped(folder)
+    except OSError as error:
+        reason = f"cannot keep the token cache in {folder}: {error}"
+        raise DataError(f"{reason}: free space there, or leave --no-streaming out") from error
+    _refuse_skips(cache.skipped, folder, options)
+    return cache
+
+
+def _lock(lock: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        tqdm.write(f"waiting for another run that makes the token cache {folder}", file=sys.stderr)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _refuse_skips(skipped: Sequence[Mapping[str, Any]], folder: Path, options: SourceOptions) -> None:
+    """What a build with --skip-bad-shards left out is not for a run without it."""
+    if skipped and not options.skip_bad_shards:
+        first = skipped[0]
+        raise DataError(
+            f"the token cache {folder} lacks {len(skipped)} row groups or shards that could not be read (the "
+            f"first in {first['file_name']}: {first['reason']}): repair the shards, remove the folder if "
+            "they are sound, or --skip-bad-shards"
+        )
+
+
+def _mapped(folder: Path) -> TokenCache:
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    sizes = {"tokens.bin": meta["tokens"] * TOKEN_BYTES, "starts.bin": meta["documents"] * START_BYTES}
+    for name, size in sizes.items():
+        if (folder / name).stat().st_size != size:
+            raise DataError(
+                f"the token cache {folder} is damaged ({name} is not {size} bytes): remove the folder"
+            )
+    return TokenCache(
+        tokens=np.memmap(folder / "tokens.bin", np.int32, "r"),
+        starts=np.memmap(folder / "starts.bin", np.int64, "r"),
+        counts=Counts(**meta["counts"]),
+        skipped=tuple(meta["skipped"]),
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Build:
+    """Tokenizes the corpus into a cache folder, from where the journal says an earlier build stopped."""
+
+    def __init__(
+        self, folder: Path, shards: list[Shard], recipe: EncoderRecipe, options: SourceOptions
+    ) -> None:
+        self._folder = folder
+        self._shards = shards
+        self._recipe = recipe
+        self._options = options
+        self._place = self._vouched()
+
+    def _vouched(self) -> dict[str, Any]:
+        """What the journal says, if the files hold it; otherwise the very beginning."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            place = json.loads((self._folder / "journal.json").read_text(encoding="utf-8"))
+            sizes = {
+                "tokens.bin": place["tokens"] * TOKEN_BYTES,
+                "starts.bin": place["documents"] * START_BYTES,
+            }
+            if all((self._folder / name).stat().st_size >= size for name, size in sizes.items()):
+                return place
+        return {
+            "file_index": 0,
+            "row": 0,
+            "tokens": 0,
+            "documents": 0,
+            "skipped": [],
+            "counts": Counts()._asdict(),
+        }
+
+    def run(self) -> None:
+        place = self._place
+        _refuse_skips(place["skipped"], self._folder, self._options)
+        reader = DocumentReader(
+            self._shards,
+            self._options.column,
+            DataPosition(file_index=place["file_index"], row=place["row"]),
+            self._options.skip_bad_shards,
+            Counts(**place["counts"]),
+            list(place["skipped"]),
+            epochs=1,
+        )
+        pool = EncoderPool(self._recipe, self._options.num_proc)
+        try:
+            with (
+                self._continued("tokens.bin", place["tokens"] * TOKEN_BYTES) as tokens,
+                self._continued("starts.bin", place["documents"] * START_BYTES) as starts,
+            ):
+                total, documents = self._write(encoded_documents(iter(reader), pool), reader, tokens, starts)
+                _synchronize(tokens, starts)
+        finally:
+            pool.close()
+        if total == 0:
+            raise DataError(f"the {len(self._shards)} shards hold no text (--data-glob, --text-column)")
+        meta = {
+            "tokens": total,
+            "documents": documents,
+            "counts": reader.counts._asdict(),
+            "skipped": reader.skipped,
+        }
+        _write_json(self._folder / "meta.json", meta)
+        (self._folder / "journal.json").unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _continued(self, name: str, size: int) -> Iterator[IO[bytes]]:
+        """The file cut to what the journal vouches for, open at its end."""
+        with open(self._folder / name, "ab") as file:
+            file.truncate(size)
+            file.seek(size)
+            yield file
+
+    def _write(
+        self, batches: Iterator[EncodedBatch], reader: DocumentReader, tokens: IO[bytes], starts: IO[bytes]
+    ) -> tuple[int, int]:
+        """Append every batch; returns (tokens, documents) of the whole cache."""
+        total, documents = self._place["tokens"], self._place["documents"]
+        journaled = time.monotonic()
+        rows_before = [0]
+        for shard in self._shards:
+            rows_before.append(rows_before[-1] + shard.rows)
+        done = rows_before[self._place["file_index"]] + self._place["row"]
+        with tqdm(total=rows_before[-1], initial=done, unit="rows", desc="Tokenizing", disable=None) as bar:
+            for ids, marks in batches:
+                ids.tofile(tokens)
+                np.array([total + offset for offset, _ in marks], dtype=np.int64).tofile(starts)
+                if marks:
+                    offset, document = marks[-1][0], Document.from_mark(marks[-1][1])
+                    bar.update(rows_before[document.file_index] + document.row - bar.n)
+                    if time.monotonic() - journaled >= JOURNAL_SECONDS:
+                        _synchronize(tokens, starts)
+                        self._journal(document, total + offset, documents + len(marks) - 1, reader)
+                        journaled = time.monotonic()
+                total += len(ids)
+                documents += len(marks)
+            bar.update(rows_before[-1] - bar.n)
+        return total, documents
+
+    def _journal(self, document: Document, tokens: int, documents: int, reader: DocumentReader) -> None:
+        """Vouch for everything before ``document``."""
+        place = {
+            "file_index": document.file_index,
+            "row": document.row,
+            "tokens": tokens,
+            "documents": documents,
+        }
+        state = {"counts": document.counts._asdict(), "skipped": reader.skipped[: document.skips]}
+        _write_json(self._folder / "journal.json", place | state)
+
+
+def _synchronize(*files: IO[bytes]) -> None:
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def epoch_order(seed: int, epoch: int, samples: int) -> np.ndarray:
+    """The order of the samples in an epoch: Philox keyed by (seed, epoch)."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(samples)
+
+
+class CachedSource:
+    """Samples of the cached corpus, epoch after epoch, each in its own order.
+
+    The cache is built at the first step, that is in the feed's thread, where nobody's time-out runs.
+    """
+
+    def __init__(
+        self,
+        shards: list[Shard],
+        recipe: EncoderRecipe,
+        tokenizer: str,
+        options: SourceOptions,
+        progress: DataProgress,
+    ) -> None:
+        self._build = lambda: open_cache(shards, recipe, tokenizer, options)
+        self._options = options
+        self._progress = progress
+        self._cache: TokenCache | None = None
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def _open(self) -> TokenCache:
+        cache = self._build()
+        size = self._options.block_size
+        if self._options.packing:
+            self._starts = np.arange(0, max(0, len(cache.tokens) - 1) // size * size, size)
+        else:
+            windows = np.maximum(np.diff(cache.starts, append=len(cache.tokens)) - 1, 0) // size
+            first = np.repeat(np.cumsum(windows) - windows, windows)
+            self._starts = np.repeat(cache.starts, windows) + (np.arange(windows.sum()) - first) * size
+        if len(self._starts) == 0:
+            raise DataError(
+                f"the corpus of {len(cache.tokens)} tokens has no sample of {size + 1}: lower --block-size"
+            )
+        return cache
+
+    def next_step(self) -> SourceStep:
+        cache = self._cache = self._cache or self._open()
+        size, count = self._options.block_size, self._options.samples_per_step
+        epoch, sample = self._progress.position.epoch, self._progress.position.sample or 0
+        epoch, sample = epoch + sample // len(self._starts), sample % len(self._starts)
+        tokens = np.empty((count, size + 1), dtype=np.int32)
+        for index in range(count):
+            start = self._starts[self._epoch_order(epoch)[sample]]
+            tokens[index] = cache.tokens[start : start + size + 1]
+            sample += 1
+            if sample == len(self._starts):
+                epoch, sample = epoch + 1, 0
+        self._progress = DataProgress(
+            position=DataPosition(epoch=epoch, sample=sample, block_size=size),
+            stream_hash=chain_hash(self._progress.stream_hash, tokens),
+            samples=self._progress.samples + count,
+            counts=cache.counts,
+            skipped=cache.skipped,
+        )
+        return SourceStep(tokens=tokens, progress=self._progress)
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, epoch_order(self._options.seed, epoch, len(self._starts))
+        return self._order[1]
+
+    def close(self) -> None:
+        """Nothing to end: the map goes with the object."""

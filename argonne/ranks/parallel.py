@@ -1,0 +1,386 @@
+"""Process groups and meshes, data parallelism, recomputation and compilation.
+
+One object, `Parallel`, owns the degrees and the groups.
+
+Precision rule: parameters and Adam state are float32. With one replica, or with DDP, bf16 and fp16 mean
+autocast. With FSDP2 they mean ``MixedPrecisionPolicy``: parameters are cast when they are gathered and
+gradients are reduced in float32. In both the residual stream has the compute dtype, and softmax, norms
+and cross entropy are float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from argonne.errors import ConfigError, DeviceError, PeerError, RunError
+from argonne.ranks.meeting import Environment, cannot_join
+from argonne.tp.gated import GatedExit
+from argonne.tp.plan import check_degree, degree_fits
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AGREEMENT_TIMEOUT = timedelta(days=7)
+"""Of the gloo groups: ranks wait in them through the longest save; a dead peer ends the wait at once."""
+
+Result = TypeVar("Result")
+
+
+def choose_device(environment: Environment) -> torch.device:
+    """The GPU of this process, or the CPU where there is none.
+
+    A process that is shown a single GPU takes it whatever its local rank (one visible device each).
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if environment.local_rank < count:
+        index = environment.local_rank
+    elif count == 1:
+        index = 0
+    else:
+        raise DeviceError(
+            f"local rank {environment.local_rank} has no GPU: {count} are visible on {socket.gethostname()}; "
+            f"start at most {count} processes there"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """All ranks, before the layout of the model over them is known."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    """Ranks on this host."""
+    device: torch.device
+    control_group: dist.ProcessGroup | None
+    """All ranks over gloo, for agreement, checkpoints and errors; None in a single process."""
+    feed_group: dist.ProcessGroup | None
+    """All ranks over gloo, for the hand-out of tokens, which goes on in the background."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel(World):
+    """Degrees, coordinates and groups of this process. world_size = dp_size * tp_size."""
+
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    mesh: DeviceMesh | None
+    """("dp", "tp"); None in a single process."""
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup | None:
+        """The ranks of this replica; None in a single process."""
+        return None if self.mesh is None else self.mesh.get_group("tp")
+
+    @property
+    def world_group(self) -> dist.ProcessGroup | None:
+        """All ranks, on the device's own backend."""
+        return None if self.mesh is None else dist.group.WORLD
+
+
+def connect(
+    environment: Environment,
+    device: torch.device,
+    store: dist.Store | None,
+    *,
+    timeout: timedelta,
+) -> World:
+    """Join the process group of all ranks, and make the gloo groups beside it.
+
+    To be called once all ranks have come to the ``store`` (``await_ranks``); ``timeout`` bounds each
+    collective of the model. Raises DeviceError naming the endpoint, or the ranks that share a GPU.
+    """
+    local_world_size = 1
+    control = feed = None
+    if store is not None:
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=environment.rank,
+                world_size=environment.world_size,
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
+            )
+        except (RuntimeError, ValueError, TimeoutError) as error:
+            raise cannot_join(environment, error) from error
+        control = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
+        feed = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
+        local_world_size = _check_places(environment, device, control)
+    return World(
+        rank=environment.rank,
+        world_size=environment.world_size,
+        local_rank=environment.local_rank,
+        local_world_size=local_world_size,
+        device=device,
+        control_group=control,
+        feed_group=feed,
+    )
+
+
+def _check_places(environment: Environment, device: torch.device, group: dist.ProcessGroup) -> int:
+    """Ranks on this host; raises DeviceError on all ranks where two of them share a GPU."""
+    if device.type == "cuda":
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+    else:
+        gpu = ""
+    places: list[Any] = [None] * environment.world_size
+    host = socket.gethostname()
+    dist.all_gather_object(places, (host, gpu), group=group)
+    seen: dict[tuple[str, str], int] = {}
+    for rank, place in enumerate(places):
+        if gpu and place in seen:
+            raise DeviceError(
+                f"ranks {seen[place]} and {rank} share one GPU of {place[0]}: start one process per GPU "
+                "(--nproc_per_node, or CUDA_VISIBLE_DEVICES for each process)"
+            )
+        seen[place] = rank
+    return environment.local_world_size or sum(place[0] == host for place in places)
+
+
+def default_tp_size(local_world_size: int, query_heads: int, key_value_heads: int) -> int:
+    """The largest degree that divides the ranks of a node and fits the heads."""
+    degrees = [d for d in range(1, local_world_size + 1) if local_world_size % d == 0]
+    return max(d for d in degrees if degree_fits(query_heads, key_value_heads, d))
+
+
+def resolve_tp_size(
+    requested: int | None, *, world_size: int, local_world_size: int, query_heads: int, key_value_heads: int
+) -> int:
+    """The tensor-parallel degree; raises ConfigError naming the degrees that work."""
+    if requested is None:
+        return default_tp_size(local_world_size, query_heads, key_value_heads)
+    check_degree(query_heads, key_value_heads, requested)
+    if world_size % requested:
+        fitting = [d for d in range(1, world_size + 1) if world_size % d == 0]
+        fitting = [d for d in fitting if degree_fits(query_heads, key_value_heads, d)]
+        raise ConfigError(
+            f"--tensor-parallel-size {requested} does not divide the {world_size} processes started; "
+            f"use {' or '.join(map(str, fitting))}, or start a multiple of {requested} processes"
+        )
+    return requested
+
+
+def build_parallel(world: World, tp_size: int) -> Parallel:
+    """Lay ``tp_size`` neighbouring ranks to a replica and make the mesh. All ranks call this together."""
+    dp_size = world.world_size // tp_size
+    mesh = None
+    if world.world_size > 1:
+        mesh = init_device_mesh(world.device.type, (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
+    return Parallel(
+        **vars(world),
+        tp_rank=world.rank % tp_size,
+        tp_size=tp_size,
+        dp_rank=world.rank // tp_size,
+        dp_size=dp_size,
+        mesh=mesh,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data parallelism, recomputation, compilation
+
+
+def recompute_blocks(blocks: Iterable[nn.Module], mode: str) -> None:
+    """Recompute each block's activations in the backward pass.
+
+    ``full`` keeps a block's input only and runs its forward pass again, collectives included.
+    ``selective`` keeps the outputs of matrix products and collectives and recomputes the rest (attention,
+    norms, the SwiGLU product), so that no collective runs twice.
+    """
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if mode == "selective":
+        options["context_fn"] = _selective_contexts
+    for block in blocks:
+        for module in block.modules():
+            for method in vars(module).values():
+                if isinstance(method, GatedExit):
+                    method.keep_product = True
+        block.forward = _recomputed(block.forward, options)
+
+
+def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    # A plain function: torch.compile does not look into a functools.partial.
+    def recomputed_forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return recomputed_forward
+
+
+def _selective_contexts() -> Any:
+    # The reduction overwrites the partial product it is given: one kept tensor serves as both.
+    return create_selective_checkpoint_contexts(_keep_products, allow_cache_entry_mutation=True)
+
+
+def _keep_products(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    aten = torch.ops.aten
+    kept = (aten.mm.default, aten.addmm.default, aten.linear.default)
+    if op in kept or op.namespace in ("_c10d_functional", "mkldnn"):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """torch.compile each block in place, with static shapes; parameter names do not change."""
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
+def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], parallel: Parallel, dtype: torch.dtype) -> None:
+    """Shard each block, and the rest in the root, over the data-parallel dimension of the mesh."""
+    assert parallel.mesh is not None
+    policy = MixedPrecisionPolicy()
+    if dtype is not torch.float32:
+        # What enters a block is in the compute dtype already, but for the rotary tables, which stay float32.
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    for block in blocks:
+        fully_shard(block, mesh=parallel.mesh["dp"], mp_policy=policy)
+    fully_shard(model, mesh=parallel.mesh["dp"], mp_policy=policy)
+
+
+def apply_ddp(model: nn.Module, parallel: Parallel) -> nn.Module:
+    """DistributedDataParallel over the data-parallel dimension; the returned wrapper is what is called."""
+    assert parallel.mesh is not None
+    return nn.parallel.DistributedDataParallel(
+        model, process_group=parallel.mesh.get_group("dp"), gradient_as_bucket_view=True
+    )
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The plain local part of a parameter or gradient that FSDP may hold as a DTensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Local plain tensors by parameter name, sharing memory with the model's parameters."""
+    return {name: local_tensor(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+def local_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Local plain gradients by parameter name."""
+    return {name: local_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def forward_context(parallel: Parallel, dtype: torch.dtype, *, sharded: bool) -> Callable[[], Any]:
+    """A context manager for each forward pass: autocast, except in float32 and under FSDP's own policy."""
+    if dtype is torch.float32 or sharded:
+        return contextlib.nullcontext
+    return partial(torch.autocast, parallel.device.type, dtype=dtype)
+
+
+def gradient_sync(
+    model: nn.Module, wrapped: nn.Module, *, last: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Context of one micro-batch: data-parallel communication of gradients happens in the last only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not last:
+        return wrapped.no_sync()
+    return contextlib.nullcontext()
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """``value`` of every rank, by rank, on every rank."""
+    if world.control_group is None:
+        return [value]
+    values: list[Any] = [None] * world.world_size
+    dist.all_gather_object(values, value, group=world.control_group)
+    return values
+
+
+def broadcast_object(value: Any, world: World) -> Any:
+    """Rank 0's ``value`` on every rank."""
+    if world.control_group is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=world.control_group)
+    return box[0]
+
+
+def on_rank_0(function: Callable[[], Result], world: World) -> Result:
+    """Run ``function`` on rank 0 and return its (picklable) result on every rank.
+
+    A RunError that it raises is raised on every rank, so that all end and none waits.
+    """
+    outcome: tuple[Result | None, RunError | None] = (None, None)
+    if world.rank == 0:
+        try:
+            outcome = (function(), None)
+        except RunError as error:
+            outcome = (None, error)
+    result, problem = broadcast_object(outcome, world)
+    if problem is not None:
+        raise problem
+    return result
+
+
+def barrier(world: World) -> None:
+    """Wait for all ranks, over gloo."""
+    if world.control_group is not None:
+        dist.barrier(group=world.control_group)
+
+
+def check_same(values: Mapping[str, Any], world: World) -> None:
+    """Raise ConfigError on all ranks where a value (a flag, a version) differs between them."""
+    gathered = gather_objects(dict(values), world)
+    for key, value in gathered[0].items():
+        for rank, other in enumerate(gathered):
+            if other.get(key) != value:
+                raise ConfigError(
+                    f"{key} differs between ranks: {value!r} on rank 0, {other.get(key)!r} on rank {rank}; "
+                    "start all ranks with the same command"
+                )
+
+
+_COLLECTIVE_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def run_error_of(
+    error: RunError | RuntimeError, explain: Callable[[BaseException], RunError]
+) -> RunError | None:
+    """What an error of torch means to the user: a peer's end (``explain`` names it) or too little memory.
+
+    None where it is a fault of this program, whose traceback must be seen.
+    """
+    if isinstance(error, PeerError) and isinstance(error.__cause__, RuntimeError):
+        return explain(error)  # a connection broke: which rank went away is for explain to find out
+    if isinstance(error, RunError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return DeviceError(
+            f"out of GPU memory ({str(error).splitlines()[0]}): lower --batch-size or --block-size, or use "
+            "--activation-checkpointing full, --sequence-parallel or more GPUs"
+        )
+    if isinstance(error, dist.DistError) or any(word in str(error) for word in _COLLECTIVE_WORDS):
+        return explain(error)
+    return None
+
+
+def disconnect() -> None:
+    """Leave the process groups, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

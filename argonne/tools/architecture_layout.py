@@ -1,0 +1,254 @@
+"""What the architecture script shows, worked out once for text and picture: a model laid over the ranks."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from argonne.errors import ConfigError
+from argonne.tp.costs import SplitCost, all_splits, readable_bytes
+from argonne.tp.plan import (
+    HeadCounts,
+    Style,
+    TensorParallelPlan,
+    build_slice_map,
+    plan_for,
+    stores_transposed,
+)
+from argonne.tp.slices import SliceMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """One divided weight of a block, or the embedding or head."""
+
+    name: str
+    short: str
+    style: Style
+    shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    dimension: int
+    """The dimension that is cut, of the weight as it is stored."""
+    is_copied: bool
+    """Whether several ranks hold the same key/value heads."""
+
+    @property
+    def cut_of(self) -> str:
+        """ "rows" or "columns" of the stored weight."""
+        return "rows" if self.dimension == 0 else "columns"
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the last ranks' slices are filled up with zeros."""
+        return not self.is_copied and self.shape[self.dimension] % self.local_shape[self.dimension] != 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Half:
+    """Attention or MLP: a norm, an entrance, column layers, something in between, row layers, an exit."""
+
+    title: str
+    norm: str
+    columns: tuple[Weight, ...]
+    between: str
+    rows: tuple[Weight, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A model on tp_size x dp_size ranks."""
+
+    title: str
+    subtitle: str
+    tp_size: int
+    dp_size: int
+    sequence_parallel: bool
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    tied: bool
+    plan: TensorParallelPlan
+    slice_map: SliceMap
+    halves: tuple[Half, Half]
+    embedding: Weight
+    final_norm: str
+    batch: tuple[int, int]
+    splits: tuple[SplitCost, ...]
+
+    @property
+    def stream(self) -> str:
+        """Shape of the residual stream on a rank."""
+        length = f"seq_len / {self.tp_size}" if self.sequence_parallel and self.tp_size > 1 else "seq_len"
+        return f"(batch, {length}, {self.hidden_size})"
+
+    @property
+    def entrance(self) -> tuple[str, str]:
+        """What a block's entrance does forward and backward."""
+        if self.tp_size == 1:
+            return "identity", "identity"
+        if not self.sequence_parallel:
+            return "identity", "all-reduce"
+        return "all-gather", "reduce-scatter, re-gather" if self.plan.seams else "reduce-scatter"
+
+    @property
+    def head_entrance(self) -> tuple[str, str]:
+        """What happens before the head, which always gathers its input again under sequence parallelism."""
+        if self.tp_size > 1 and self.sequence_parallel:
+            return "all-gather", "reduce-scatter, re-gather"
+        return self.entrance
+
+    @property
+    def block_traffic(self) -> tuple[str, str]:
+        """Collectives of one block, forward and backward."""
+        if self.tp_size == 1:
+            return "nothing", "nothing"
+        if not self.sequence_parallel:
+            return "2 all-reduces", "2 all-reduces"
+        return "2 gathers, 2 scatters", f"{4 if self.plan.seams else 2} gathers, 2 scatters"
+
+    @property
+    def exit(self) -> tuple[str, str]:
+        """What a block's exit does forward and backward."""
+        if self.tp_size == 1:
+            return "identity", "identity"
+        return ("reduce-scatter", "all-gather") if self.sequence_parallel else ("all-reduce", "identity")
+
+    @property
+    def embedding_exit(self) -> tuple[str, str]:
+        """What happens after the embedding's look-up; transformers' models split the sequence later."""
+        return self.exit if self.plan.embedding_splits_sequence or not self.sequence_parallel else (
+            "all-reduce, then split", "all-gather")  # fmt: skip
+
+    def replicas(self) -> str | None:
+        """What data parallelism adds, in one line; None for one replica."""
+        if self.dp_size == 1:
+            return None
+        held = self.splits[1 if self.sequence_parallel else 0].parameters_per_rank
+        return (
+            f"{self.dp_size} replicas (FSDP2): each rank keeps 1/{self.dp_size} of its slice, "
+            f"{readable_bytes(16 * held / self.dp_size)} with gradient and Adam state; a step gathers its "
+            f"slice block by block in 16 bit, forward and backward ({readable_bytes(2 * held)} each), and "
+            f"reduce-scatters {readable_bytes(4 * held)} of gradients"
+        )
+
+
+def holders(layout: Layout, weight: Weight) -> list[tuple[tuple[int, int], list[int]]]:
+    """((start, stop) along the cut dimension, tensor-parallel ranks that hold it), in order of start."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for rank in range(layout.tp_size):
+        for box in layout.slice_map.rectangles(weight.name, rank):
+            start = box.start[weight.dimension]
+            found.setdefault((start, start + box.size[weight.dimension]), []).append(rank)
+    return sorted(found.items())
+
+
+def _weights(model: nn.Module, plan: TensorParallelPlan, slice_map: SliceMap) -> list[Weight]:
+    weights = []
+    for name in slice_map.names:
+        module_name, _, leaf = name.rpartition(".")
+        rule = plan.rule_for(module_name)
+        if leaf != "weight" or rule is None or rule.style in (Style.REPLICATED, Style.RESIDUAL, Style.SUMMED):
+            continue
+        cut = slice_map.cut(name)
+        column = rule.style is not Style.ROW
+        transposed = stores_transposed(model.get_submodule(module_name))
+        weights.append(
+            Weight(
+                name=name,
+                short=module_name.rpartition(".")[2],
+                style=rule.style,
+                shape=slice_map.shape(name),
+                local_shape=slice_map.tp_local_shape(name, 0),
+                dimension=cut.dimension if cut else int(column == transposed),
+                is_copied=cut is not None and cut.sharers > 1,
+            )
+        )
+    return weights
+
+
+def _halves(
+    plan: TensorParallelPlan, slice_map: SliceMap, weights: list[Weight], counts: str
+) -> tuple[Half, Half]:
+    """Attention and MLP of the first block; ``counts`` says how many heads a rank has."""
+    prefix = f"{plan.first_block}."
+
+    def part(pattern: str, style: Style) -> tuple[Weight, ...]:
+        return tuple(
+            weight
+            for weight in weights
+            if weight.name.startswith(prefix)
+            and fnmatch.fnmatchcase(weight.name, f"{pattern}.*")
+            and weight.style is style
+        )
+
+    def is_norm(name: str) -> bool:
+        rule = plan.rule_for(name.rpartition(".")[0])
+        return rule is not None and rule.style is Style.RESIDUAL and name.endswith("weight")
+
+    norms = [
+        name.rpartition(".")[0].rpartition(".")[2]
+        for name in slice_map.names
+        if name.startswith(prefix) and is_norm(name)
+    ]
+    gated = len(part(plan.mlp, Style.COLUMN)) == 2
+    attention = Half(
+        title="attention",
+        norm=norms[0],
+        columns=part(plan.attention, Style.COLUMN),
+        between=f"attention on {counts} heads a rank",
+        rows=part(plan.attention, Style.ROW),
+    )
+    mlp = Half(
+        title="MLP",
+        norm=norms[1],
+        columns=part(plan.mlp, Style.COLUMN),
+        between="SwiGLU: silu(gate) * up" if gated else "GELU",
+        rows=part(plan.mlp, Style.ROW),
+    )
+    return attention, mlp
+
+
+def lay_out(
+    model: nn.Module,
+    title: str,
+    description: str,
+    *,
+    tp_size: int,
+    dp_size: int,
+    sequence_parallel: bool,
+    batch: tuple[int, int],
+) -> Layout:
+    """Work out the layout of a model (meta tensors). Raises ConfigError where the degree does not fit."""
+    plan = plan_for(model)
+    if sequence_parallel and not plan.sequence_parallel:
+        raise ConfigError(f"--sp does not work with {type(model).__name__}; leave it out")
+    slice_map = build_slice_map(model, plan, tp_size)
+    weights = _weights(model, plan, slice_map)
+    heads = HeadCounts.from_config(getattr(model, "config", None)).local(tp_size)
+    counts = f"{heads['query_heads']} query, {heads['key_value_heads']} key/value"
+    embedding = next(weight for weight in weights if weight.name == f"{plan.embedding}.weight")
+    config: Any = model.config
+    ranks = f"{tp_size} tensor-parallel ranks" if tp_size > 1 else "one rank"
+    replicas = f" x {dp_size} replicas" if dp_size > 1 else ""
+    sequence = ", sequence parallel" if sequence_parallel else ""
+    return Layout(
+        title=f"{title} over {ranks}{replicas}{sequence}",
+        subtitle=f"{description}; {slice_map.numel():,} parameters",
+        tp_size=tp_size,
+        dp_size=dp_size,
+        sequence_parallel=sequence_parallel,
+        hidden_size=embedding.shape[1],
+        num_layers=config.num_hidden_layers,
+        vocab_size=embedding.shape[0],
+        tied=f"{plan.head}.weight" not in slice_map.names,
+        plan=plan,
+        slice_map=slice_map,
+        halves=_halves(plan, slice_map, weights, counts),
+        embedding=embedding,
+        final_norm=plan.final_norm,
+        batch=batch,
+        splits=all_splits(model, max(tp_size, 1), batch, 2),
+    )

@@ -1,0 +1,57 @@
+"""How a script begins and ends: its command line, its one line of error, its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from argonne.errors import EXIT_FAILURE, EXIT_USAGE, RunError
+
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+"""What a shell reports of a program that SIGINT or SIGPIPE ends."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says ``error: ...`` in one line and leaves with code 2, without the list of all flags."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+
+
+def silence_stdout() -> None:
+    """Send to nowhere what is printed from now on, and what is buffered: stdout's reader has left."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_script(work: Callable[[], str | None], *, debug: bool = False) -> int:
+    """Do a script's work, which prints its results, and return the exit code.
+
+    ``work`` returns None, or in words what it found to be wrong: that is printed as an error, code 1. So is a
+    RunError, with its own code; ``debug`` lets it through with its traceback. A reader of stdout that has
+    left (``| head``) and Ctrl-C end the script without a word.
+    """
+    try:
+        wrong = work()
+        sys.stdout.flush()  # here, and not when Python ends, is where a reader's leaving can be caught
+    except RunError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        silence_stdout()
+        return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    if wrong is not None:
+        print(f"error: {wrong}", file=sys.stderr)
+        return EXIT_FAILURE
+    return 0

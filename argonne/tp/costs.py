@@ -1,0 +1,417 @@
+"""What a split of a model costs: weights and activations per rank, collectives, bytes sent.
+
+Formulas for one optimizer step of one micro-batch, for tensor parallelism as it is done here and for the
+other ways to put the same model on the same ranks. Payload bytes are those of the unsharded side, as
+``tp_collectives`` counts them; bytes sent per rank follow from the ring algorithms (Thakur, Rabenseifner
+and Gropp 2005, section 4): an all-reduce of S bytes sends 2 (n - 1) / n S from each of n ranks, an
+all-gather or reduce-scatter half of that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from argonne.tp.plan import (
+    Style,
+    TensorParallelPlan,
+    build_slice_map,
+    plan_for,
+    stores_transposed,
+    summed_parameters,
+)
+from argonne.tp.slices import SliceMap, padded_slice_size
+
+STATE_BYTES = 16
+"""Bytes per parameter at rest: float32 weight, gradient and two Adam moments (ZeRO, Rajbhandari et al. 2020,
+section 3.1, without the 16-bit copies)."""
+_LOSS_BYTES = 4
+_MASTER_BYTES = 4
+
+Traffic = dict[str, tuple[int, int]]
+"""Kind of collective -> (calls, payload bytes)."""
+
+SHARED = "all_reduce of shared heads"
+"""The all-reduce over the ranks that hold copies of the same key/value heads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """One linear layer of a block, unsharded."""
+
+    name: str
+    out_features: int
+    in_features: int
+    style: Style
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOutline:
+    """What the formulas need of a model."""
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    projections: tuple[Projection, ...]
+    """The linear layers of one block."""
+    block_parameters: int
+    embedding_parameters: int
+    """Token embedding (and position embedding, where there is one)."""
+    head_parameters: int
+    """Final norm and head; the head counts as well where it is tied, since a last stage needs it."""
+    parameters: int
+    divided: tuple[tuple[int, int], ...]
+    """(output features or vocabulary rows, elements of each) of every parameter that a split divides."""
+    plan: TensorParallelPlan
+    slice_map: SliceMap
+    """At degree 1: names and shapes."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelOutline:
+        """From an unsharded model; meta tensors will do."""
+        plan = plan_for(model)
+        slice_map = build_slice_map(model, plan, 1)
+        modules = dict(model.named_modules())
+        projections = []
+        for name, module in modules.items():
+            rule = plan.rule_for(name)
+            if not name.startswith(f"{plan.first_block}.") or rule is None:
+                continue
+            if rule.style in (Style.COLUMN, Style.ROW):
+                out_features, in_features = slice_map.shape(f"{name}.weight")
+                if stores_transposed(module):
+                    out_features, in_features = in_features, out_features
+                projections.append(
+                    Projection(
+                        name=name.rpartition(".")[2],
+                        out_features=out_features,
+                        in_features=in_features,
+                        style=rule.style,
+                    )
+                )
+        blocks_prefix = plan.first_block.rpartition(".")[0] + "."
+        first = [name for name in slice_map.names if name.startswith(f"{plan.first_block}.")]
+        outside = [name for name in slice_map.names if not name.startswith(blocks_prefix)]
+        end = [name for name in outside if name.startswith((plan.final_norm, plan.head))]
+        vocab_size, hidden_size = slice_map.shape(f"{plan.embedding}.weight")
+        tied = f"{plan.head}.weight" not in slice_map.names
+        return cls(
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            num_layers=len(model.get_submodule(blocks_prefix.rstrip("."))),  # type: ignore[arg-type]
+            projections=tuple(projections),
+            block_parameters=slice_map.numel(first),
+            embedding_parameters=slice_map.numel(name for name in outside if name not in end),
+            head_parameters=slice_map.numel(end) + tied * vocab_size * hidden_size,
+            parameters=slice_map.numel(),
+            divided=tuple(_divided(modules, plan, slice_map)),
+            plan=plan,
+            slice_map=slice_map,
+        )
+
+
+def _divided(
+    modules: Mapping[str, nn.Module], plan: TensorParallelPlan, slice_map: SliceMap
+) -> Iterator[tuple[int, int]]:
+    for name in slice_map.names:
+        module_name, _, leaf = name.rpartition(".")
+        rule = plan.rule_for(module_name)
+        if rule is None or rule.style not in (Style.COLUMN, Style.ROW, Style.VOCABULARY):
+            continue
+        shape = slice_map.shape(name)
+        transposed = leaf == "weight" and stores_transposed(modules[module_name])
+        outputs = shape[1] if transposed else shape[0]
+        yield outputs, math.prod(shape) // outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitCost:
+    """One way to put a model on ``ranks`` ranks, for a micro-batch of so many tokens."""
+
+    name: str
+    ranks: int
+    parameters_per_rank: int
+    """On the rank that holds most."""
+    activation_bytes: int
+    """Kept for the backward pass on the rank that keeps most, 16-bit, nothing recomputed, without logits."""
+    forward: Traffic
+    step: Traffic
+    """Forward, backward and what the step adds."""
+    waits: str
+    """What the ranks wait for, in words."""
+    source: str
+    remark: str = field(default="")
+    sharers: int = 1
+    """Ranks that hold copies of the same key/value heads."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Weights, gradients and Adam state on the fullest rank."""
+        return STATE_BYTES * self.parameters_per_rank
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes each rank sends in a step."""
+        factors = {
+            "all_reduce": 2 * (self.ranks - 1) / self.ranks,
+            "all_gather": (self.ranks - 1) / self.ranks,
+            "reduce_scatter": (self.ranks - 1) / self.ranks,
+            "send": 1.0,
+            SHARED: 2 * (self.sharers - 1) / self.sharers,
+        }
+        return round(sum(factors[kind] * payload for kind, (_, payload) in self.step.items()))
+
+
+def calls(traffic: Traffic) -> int:
+    """Number of collectives."""
+    return sum(count for count, _ in traffic.values())
+
+
+def payload(traffic: Traffic) -> int:
+    """Bytes of all collectives."""
+    return sum(size for _, size in traffic.values())
+
+
+def readable_bytes(count: float) -> str:
+    """``1.5 GB``: decimal units, two significant places or so."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 999.5 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def activation_bytes(outline: ModelOutline, tokens: int, tp_size: int, *, sequence_parallel: bool) -> int:
+    """16-bit activations kept for the backward pass (Korthikanti et al. 2022, section 4, for this block).
+
+    Per token and layer, in elements: the inputs of both norms and what the norms give (4 h); then, divided
+    over the ranks, the outputs of all column layers and the inputs of the row layers, but for those that the
+    backward pass makes again (``tp_gated``). Once for the model: the final norm's input and the head's (2 h).
+    Sequence parallelism divides what is counted in h too.
+    """
+    columns = sum(p.out_features for p in outline.projections if p.style is Style.COLUMN)
+    remade = () if outline.plan.gated_exit is None else outline.plan.gated_exit.members
+    kept = (p for p in outline.projections if p.style is Style.ROW and p.name not in remade)
+    rows = sum(p.in_features for p in kept)
+    width = outline.hidden_size / (tp_size if sequence_parallel else 1)
+    per_layer = 4 * width + (columns + rows) / tp_size
+    return round(2 * tokens * (outline.num_layers * per_layer + 2 * width))
+
+
+def _add(*parts: Traffic) -> Traffic:
+    total: Traffic = {}
+    for part in parts:
+        for kind, (count, size) in part.items():
+            before = total.get(kind, (0, 0))
+            total[kind] = (before[0] + count, before[1] + size)
+    return total
+
+
+def tensor_parallel(
+    outline: ModelOutline,
+    model: nn.Module,
+    ranks: int,
+    tokens: tuple[int, int],
+    element_bytes: int,
+    *,
+    sequence_parallel: bool = False,
+) -> SplitCost:
+    """This suite's split: one entrance and one exit per block half (Shoeybi et al. 2019, section 3).
+
+    ``tokens`` is (batch, seq_len); a sequence that the ranks do not divide is padded where it is scattered.
+    """
+    batch, seq_len = tokens
+    layers, width = outline.num_layers, outline.hidden_size * element_bytes
+    plain = batch * seq_len * width
+    padded = batch * ranks * math.ceil(seq_len / ranks) * width
+    loss: Traffic = {"all_reduce": (2, 3 * batch * seq_len * max(_LOSS_BYTES, element_bytes))}
+    if not sequence_parallel:
+        entrances: Traffic = {"all_reduce": (2 * layers + 1, (2 * layers + 1) * plain)}
+        forward = backward = entrances
+    else:
+        forward, backward = _sequence_parallel_traffic(outline.plan, layers, plain, padded)
+    slice_map = build_slice_map(model, outline.plan, ranks)
+    summed = summed_parameters(model, outline.plan, sequence_parallel=sequence_parallel)
+    completed: Traffic = {}
+    if summed:
+        completed["all_reduce"] = (1, slice_map.numel(summed) * max(_MASTER_BYTES, element_bytes))
+    cuts = {name: cut for name in slice_map.names if (cut := slice_map.cut(name)) is not None}
+    copied = [name for name, cut in cuts.items() if cut.sharers > 1]
+    if copied:
+        held = sum(math.prod(slice_map.tp_local_shape(name, 0)) for name in copied)
+        completed[SHARED] = (1, held * max(_MASTER_BYTES, element_bytes))
+    local = [
+        sum(math.prod(slice_map.tp_local_shape(name, rank)) for name in slice_map.names)
+        for rank in range(ranks)
+    ]
+    per_block = "2 a layer each way"
+    return SplitCost(
+        name="tensor + sequence parallel" if sequence_parallel else "tensor parallel (here)",
+        ranks=ranks,
+        parameters_per_rank=max(local),
+        activation_bytes=activation_bytes(
+            outline, batch * seq_len, ranks, sequence_parallel=sequence_parallel
+        ),
+        forward=_add(forward, loss),
+        step=_add(forward, backward, loss, completed),
+        waits=f"{per_block}, re-gathers overlapped" if sequence_parallel else per_block,
+        source="Korthikanti et al. 2022, section 4"
+        if sequence_parallel
+        else "Shoeybi et al. 2019, section 3",
+        sharers=max((cut.sharers for cut in cuts.values()), default=1),
+    )
+
+
+def _sequence_parallel_traffic(
+    plan: TensorParallelPlan, layers: int, plain: int, padded: int
+) -> tuple[Traffic, Traffic]:
+    """Forward and backward. A gather at each entrance, a reduce-scatter at each exit, mirrored backward."""
+    if plan.seams:
+        # The embedding's sum is scattered; column layers keep their slice of the input and gather it again.
+        gathers, regathers = 2 * layers + 1, 2 * layers + 1
+        return (
+            {"all_gather": (gathers, gathers * padded), "reduce_scatter": (gathers, gathers * padded)},
+            {
+                "all_gather": (gathers + regathers, (gathers + regathers) * padded),
+                "reduce_scatter": (gathers, gathers * padded),
+            },
+        )
+    # Transformers' own models: the embedding's sum is whole, the sequence is split at the first block.
+    return (
+        {
+            "all_reduce": (1, plain),
+            "all_gather": (2 * layers + 1, (2 * layers + 1) * padded),
+            "reduce_scatter": (2 * layers, 2 * layers * padded),
+        },
+        {
+            "all_gather": (2 * layers + 2, (2 * layers + 2) * padded),
+            "reduce_scatter": (2 * layers + 1, (2 * layers + 1) * padded),
+        },
+    )
+
+
+def naive_split(outline: ModelOutline, ranks: int, tokens: int, element_bytes: int) -> SplitCost:
+    """Every projection split for itself: its output gathered forward, its input's gradient reduced backward.
+
+    What ``ColumnParallelLinear(gather_output=True)`` in place of every linear layer does, the head included.
+    """
+    unit = tokens * element_bytes
+    layers, count = outline.num_layers, len(outline.projections)
+
+    def whole(features: int) -> int:
+        """With the padding that a gather carries along."""
+        return ranks * padded_slice_size(features, ranks)
+
+    gathered = layers * sum(whole(p.out_features) for p in outline.projections) + whole(outline.vocab_size)
+    reduced = layers * sum(p.in_features for p in outline.projections) + outline.hidden_size
+    forward: Traffic = {
+        "all_gather": (layers * count + 1, unit * gathered),
+        "all_reduce": (1, unit * outline.hidden_size),
+    }
+    local = sum(padded_slice_size(outputs, ranks) * each for outputs, each in outline.divided)
+    undivided = outline.parameters - sum(outputs * each for outputs, each in outline.divided)
+    return SplitCost(
+        name="naive (projections alone)",
+        ranks=ranks,
+        parameters_per_rank=local + undivided,
+        activation_bytes=activation_bytes(outline, tokens, 1, sequence_parallel=False),
+        forward=forward,
+        step=_add(forward, {"all_reduce": (layers * count + 1, unit * reduced)}),
+        waits=f"{count} a layer each way",
+        source="one gather, one reduction per linear layer",
+        remark="full logits on every rank",
+    )
+
+
+def pipeline(outline: ModelOutline, ranks: int, tokens: int, element_bytes: int) -> SplitCost:
+    """Stages of whole layers; activations and gradients go from stage to stage (Narayanan et al. 2021).
+
+    Of the stage that sends most. The batch may be cut into micro-batches: the bytes stay the same, and at
+    most as many micro-batches as there are stages are under way at once. The ends of a tied model exchange
+    the gradients of their copies of the embedding.
+    """
+    layers = outline.num_layers
+    held = []
+    for stage in range(ranks):
+        own = layers // ranks + (stage < layers % ranks)
+        parameters = own * outline.block_parameters
+        parameters += outline.embedding_parameters * (stage == 0)
+        parameters += outline.head_parameters * (stage == ranks - 1)
+        held.append(parameters)
+    message = tokens * outline.hidden_size * element_bytes
+    tied = f"{outline.plan.head}.weight" not in outline.slice_map.names
+    inner, end = 2 * message * (ranks > 2), message
+    copies = tied * outline.vocab_size * outline.hidden_size * _MASTER_BYTES
+    step: Traffic = {"send": (2, inner)}
+    if end + copies > inner:
+        step = {"send": (1 + tied, end + copies)}
+    whole = activation_bytes(outline, tokens, 1, sequence_parallel=False)
+    return SplitCost(
+        name="pipeline parallel",
+        ranks=ranks,
+        parameters_per_rank=max(held),
+        activation_bytes=round(whole * math.ceil(layers / ranks) / layers),
+        forward={"send": (1, message)},
+        step=step,
+        waits=f"neighbours; idle {ranks - 1} of m + {ranks - 1} slots",
+        source="Narayanan et al. 2021, section 2.2 (1F1B)",
+        remark="m micro-batches; tied ends exchange the embedding's gradient" if tied else "m micro-batches",
+    )
+
+
+def fully_sharded(outline: ModelOutline, ranks: int, tokens: int, element_bytes: int) -> SplitCost:
+    """FSDP: the batch is divided, weights gathered block by block (Rajbhandari et al. 2020, section 7)."""
+    blocks = outline.num_layers * outline.block_parameters
+    units = outline.num_layers + 1
+    forward: Traffic = {"all_gather": (units, outline.parameters * element_bytes)}
+    backward: Traffic = {
+        "all_gather": (units - 1, blocks * element_bytes),
+        "reduce_scatter": (units, outline.parameters * _MASTER_BYTES),
+    }
+    return SplitCost(
+        name="FSDP (ZeRO-3)",
+        ranks=ranks,
+        parameters_per_rank=math.ceil(outline.parameters / ranks),
+        activation_bytes=activation_bytes(outline, math.ceil(tokens / ranks), 1, sequence_parallel=False),
+        forward=forward,
+        step=_add(forward, backward),
+        waits="each block's weights, twice; overlapped",
+        source="Rajbhandari et al. 2020, section 7",
+        remark="bytes do not depend on the batch",
+    )
+
+
+def data_parallel(outline: ModelOutline, ranks: int, tokens: int) -> SplitCost:
+    """DDP: whole model on every rank, the batch divided, gradients averaged once a step."""
+    return SplitCost(
+        name="data parallel (DDP)",
+        ranks=ranks,
+        parameters_per_rank=outline.parameters,
+        activation_bytes=activation_bytes(outline, math.ceil(tokens / ranks), 1, sequence_parallel=False),
+        forward={},
+        step={"all_reduce": (1, outline.parameters * _MASTER_BYTES)},
+        waits="gradients, once; overlapped",
+        source="Li et al. 2020 (PyTorch Distributed), section 3",
+        remark="in buckets",
+    )
+
+
+def all_splits(
+    model: nn.Module, ranks: int, tokens: tuple[int, int], element_bytes: int
+) -> tuple[SplitCost, ...]:
+    """Every way to put ``model`` (meta tensors will do) on ``ranks`` ranks, this suite's first."""
+    outline = ModelOutline.of(model)
+    count = tokens[0] * tokens[1]
+    ours = [tensor_parallel(outline, model, ranks, tokens, element_bytes)]
+    if outline.plan.sequence_parallel:
+        ours.append(tensor_parallel(outline, model, ranks, tokens, element_bytes, sequence_parallel=True))
+    return (
+        *ours,
+        naive_split(outline, ranks, count, element_bytes),
+        pipeline(outline, ranks, count, element_bytes),
+        fully_sharded(outline, ranks, count, element_bytes),
+        data_parallel(outline, ranks, count),
+    )

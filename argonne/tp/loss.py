@@ -1,0 +1,143 @@
+"""Cross entropy on vocabulary slices.
+
+The logits of one token lie on all ranks of the tensor-parallel group, a slice of the vocabulary each.
+One max and one stacked sum are reduced; full logits are never gathered, and full-precision copies are
+made a few hundred rows at a time. (Megatron-LM, Shoeybi et al. 2019, section 3.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from argonne.tp.collectives import TPGroup
+
+IGNORE_INDEX = -100
+_CHUNK_ELEMENTS = 1 << 24
+"""Elements of the logits that are held in the loss's own precision at one time."""
+
+
+def _loss_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _row_chunks(logits: Tensor) -> list[slice]:
+    rows = max(1, _CHUNK_ELEMENTS // max(1, logits.shape[1]))
+    return [slice(first, first + rows) for first in range(0, logits.shape[0], rows)]
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Per-token losses (tokens,) from logits (tokens, local_vocab); gradient entirely local."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        group: TPGroup,
+        vocab_start: int,
+        valid: int,
+        ignore_index: int,
+    ) -> Tensor:
+        dtype = _loss_dtype(logits)
+        rows = logits.shape[0]
+        held = logits[:, :valid]
+        if valid:
+            largest = held.amax(dim=1).to(dtype)
+        else:
+            largest = torch.full((rows,), -torch.inf, dtype=dtype, device=logits.device)
+        largest = group.all_reduce(largest, "max")
+
+        ignored = targets == ignore_index
+        local_target = targets - vocab_start
+        mine = (local_target >= 0) & (local_target < valid) & ~ignored
+        local_target = torch.where(mine, local_target, 0)
+
+        sums = torch.zeros((2, rows), dtype=dtype, device=logits.device)
+        if valid:
+            for chunk in _row_chunks(held):
+                sums[0, chunk] = (held[chunk].to(dtype) - largest[chunk, None]).exp_().sum(dim=1)
+            picked = held.gather(1, local_target[:, None]).squeeze(1).to(dtype) - largest
+            sums[1] = torch.where(mine, picked, 0.0)
+        sums = group.all_reduce(sums, owned=True)
+
+        log_sum = sums[0].log()
+        loss = torch.where(ignored, torch.zeros((), dtype=dtype, device=logits.device), log_sum - sums[1])
+        ctx.save_for_backward(logits, largest + log_sum, local_target, mine, ignored)
+        ctx.valid = valid
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, log_normalizer, local_target, mine, ignored = ctx.saved_tensors
+        valid = ctx.valid
+        weight = torch.where(ignored, 0.0, grads[0])
+        grad = torch.empty_like(logits)
+        grad[:, valid:] = 0
+        in_place = grad.dtype == log_normalizer.dtype
+        for chunk in _row_chunks(logits):
+            part = grad[chunk, :valid] if in_place else logits[chunk, :valid].to(log_normalizer.dtype)
+            torch.sub(logits[chunk, :valid], log_normalizer[chunk, None], out=part).exp_()
+            if valid:
+                part.scatter_add_(1, local_target[chunk, None], -mine[chunk, None].to(part.dtype))
+            part.mul_(weight[chunk, None])
+            # An ignored row may hold a non-finite logit that must not reach the gradient as NaN * 0. To ask
+            # whether there is one costs a GPU more than the pass.
+            if part.device.type != "cpu" or bool(ignored[chunk].any()):
+                part.masked_fill_(ignored[chunk, None], 0.0)
+            if not in_place:
+                grad[chunk, :valid] = part.to(grad.dtype)
+        return grad, None, None, None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    group: TPGroup,
+    *,
+    vocab_size: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross entropy of logits whose last dimension is this rank's slice of the vocabulary.
+
+    Args:
+        logits: (..., local_vocab_size); rank r holds the entries from r * local_vocab_size on. Any floating
+            dtype; the loss is computed in float32 (float64 for float64 logits).
+        targets: (...), int64 ids in the whole vocabulary, equal on all ranks, or ``ignore_index``.
+        group: the tensor-parallel group.
+        vocab_size: size of the whole vocabulary; entries of the slices beyond it are padding and take no
+            part in the loss. None: local_vocab_size * group.size.
+        reduction: "none", "sum" or "mean" (over the targets that are not ignored; NaN when all are, as
+            ``torch.nn.functional.cross_entropy`` gives; the gradient is zero then).
+
+    Returns:
+        The loss, equal on all ranks. Its gradient with respect to ``logits`` needs no communication.
+
+    Raises:
+        ValueError: unknown reduction, or shapes that do not belong together.
+        IndexError: a target outside the vocabulary.
+    """
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction is {reduction!r}; use 'none', 'sum' or 'mean'")
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not match")
+    local_vocab_size = logits.shape[-1]
+    total = local_vocab_size * group.size if vocab_size is None else vocab_size
+    flat_targets = targets.reshape(-1)
+    if flat_targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = ((flat_targets < 0) | (flat_targets >= total)) & (flat_targets != ignore_index)
+        if bool(outside.any()):
+            raise IndexError(f"a target is outside the vocabulary of {total}")
+    vocab_start = group.rank * local_vocab_size
+    valid = max(0, min(local_vocab_size, total - vocab_start))
+    losses = _VocabParallelCrossEntropy.apply(
+        logits.reshape(-1, local_vocab_size), flat_targets, group, vocab_start, valid, ignore_index
+    )
+    if reduction == "none":
+        return losses.view(targets.shape)
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (flat_targets != ignore_index).sum()

@@ -1,0 +1,327 @@
+"""The tensor-parallel plan: which style each module of a model gets, and the cuts that follow.
+
+A plan is a table of (module name pattern, style, unit). The style says how the module's parameters lie on
+the ranks and where collectives stand; the unit says in what portions the cut dimension is dealt out. The
+plan alone drives splitting, gathering, initial values, clipping and checkpoints, through the slice map.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import nn
+
+from argonne.errors import ConfigError
+from argonne.tp.slices import Cut, Shape, SliceMap, even_cut, fused_cut, head_cut
+
+
+class Style(Enum):
+    """How the parameters of a module lie on the ranks of the tensor-parallel group."""
+
+    COLUMN = "column"
+    """Output features divided, biases with them."""
+    ROW = "row"
+    """Input features divided; the bias whole, added once after the reduction."""
+    VOCABULARY = "vocabulary"
+    """Vocabulary rows divided (embedding, head)."""
+    REPLICATED = "replicated"
+    """Whole on every rank, with equal gradients."""
+    RESIDUAL = "residual"
+    """Whole on every rank and applied to the residual stream: under sequence parallelism each rank sees
+    its own positions only, and the gradient is summed over the group."""
+    SUMMED = "summed"
+    """Whole on every rank but applied to local heads: the gradient is always summed over the group."""
+
+
+class Unit(Enum):
+    """What the divided dimension is made of."""
+
+    QUERY_HEADS = "query heads"
+    KEY_VALUE_HEADS = "key/value heads"
+    FUSED_HEADS = "query, key and value heads in one parameter"
+    FEATURES = "features"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One row of the plan; ``pattern`` is matched against module names, first match wins."""
+
+    pattern: str
+    style: Style
+    unit: Unit = Unit.FEATURES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seam:
+    """A method of a block that makes several column products of one input: they share one entrance."""
+
+    pattern: str
+    method: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorParallelPlan:
+    """The table for one architecture, and the names of the places where regions begin and end."""
+
+    rules: tuple[Rule, ...]
+    attention: str
+    """Pattern of the attention modules, whose head counts are rewritten."""
+    mlp: str
+    first_block: str
+    final_norm: str
+    embedding: str
+    head: str
+    seams: tuple[Seam, ...] = ()
+    """Empty: the entrance is a hook on the attention and MLP modules instead."""
+    gated_exit: Seam | None = None
+    """The method that takes gate and up to the MLP's output, silu(gate) * up through its one member."""
+    head_attributes: tuple[tuple[str, str], ...] = ()
+    """(attribute of the attention module, quantity) pairs; quantities are those of `local_head_counts`."""
+    embedding_splits_sequence: bool = False
+    """Under sequence parallelism the embedding's sum is scattered over the sequence. Otherwise the sequence
+    is split at the first block's entrance, for models that derive positions from the embedding's length."""
+    sequence_parallel: bool = True
+    """Whether the model's own code allows the residual stream to be a slice of the sequence."""
+
+    def rule_for(self, module_name: str) -> Rule | None:
+        """The first rule that matches, or None: the module's parameters are replicated."""
+        return next((rule for rule in self.rules if fnmatch.fnmatchcase(module_name, rule.pattern)), None)
+
+
+_GATED_MLP = (
+    Rule(pattern="*.gate_proj", style=Style.COLUMN),
+    Rule(pattern="*.up_proj", style=Style.COLUMN),
+    Rule(pattern="*.down_proj", style=Style.ROW),
+)
+_SEPARATE_HEADS = (
+    Rule(pattern="*.q_proj", style=Style.COLUMN, unit=Unit.QUERY_HEADS),
+    Rule(pattern="*.k_proj", style=Style.COLUMN, unit=Unit.KEY_VALUE_HEADS),
+    Rule(pattern="*.v_proj", style=Style.COLUMN, unit=Unit.KEY_VALUE_HEADS),
+    Rule(pattern="*.o_proj", style=Style.ROW, unit=Unit.QUERY_HEADS),
+)
+_HEAD = Rule(pattern="lm_head", style=Style.VOCABULARY)
+
+ARGONNE_PLAN = TensorParallelPlan(
+    rules=(
+        Rule(pattern="embed_tokens", style=Style.VOCABULARY),
+        *_SEPARATE_HEADS,
+        *_GATED_MLP,
+        Rule(pattern="*norm", style=Style.RESIDUAL),
+        _HEAD,
+    ),
+    attention="blocks.*.attn",
+    mlp="blocks.*.mlp",
+    first_block="blocks.0",
+    final_norm="norm",
+    embedding="embed_tokens",
+    head="lm_head",
+    seams=(
+        Seam(pattern="blocks.*.attn", method="qkv", members=("q_proj", "k_proj", "v_proj")),
+        Seam(pattern="blocks.*.mlp", method="gate_up", members=("gate_proj", "up_proj")),
+    ),
+    gated_exit=Seam(pattern="blocks.*.mlp", method="down", members=("down_proj",)),
+    head_attributes=(
+        ("num_heads", "query_heads"),
+        ("num_kv_heads", "key_value_heads"),
+        ("num_key_value_groups", "groups"),
+    ),
+    embedding_splits_sequence=True,
+)
+
+LLAMA_PLAN = TensorParallelPlan(
+    rules=(
+        Rule(pattern="model.embed_tokens", style=Style.VOCABULARY),
+        *_SEPARATE_HEADS,
+        Rule(pattern="*.self_attn.q_norm", style=Style.SUMMED),
+        Rule(pattern="*.self_attn.k_norm", style=Style.SUMMED),
+        *_GATED_MLP,
+        Rule(pattern="*norm", style=Style.RESIDUAL),
+        _HEAD,
+    ),
+    attention="model.layers.*.self_attn",
+    mlp="model.layers.*.mlp",
+    first_block="model.layers.0",
+    final_norm="model.norm",
+    embedding="model.embed_tokens",
+    head="lm_head",
+    head_attributes=(("num_key_value_groups", "groups"),),
+)
+
+GPT2_PLAN = TensorParallelPlan(
+    rules=(
+        Rule(pattern="transformer.wte", style=Style.VOCABULARY),
+        Rule(pattern="transformer.wpe", style=Style.REPLICATED),
+        Rule(pattern="*.attn.c_attn", style=Style.COLUMN, unit=Unit.FUSED_HEADS),
+        Rule(pattern="*.attn.c_proj", style=Style.ROW, unit=Unit.QUERY_HEADS),
+        Rule(pattern="*.mlp.c_fc", style=Style.COLUMN),
+        Rule(pattern="*.mlp.c_proj", style=Style.ROW),
+        Rule(pattern="*.ln_*", style=Style.RESIDUAL),
+        _HEAD,
+    ),
+    attention="transformer.h.*.attn",
+    mlp="transformer.h.*.mlp",
+    first_block="transformer.h.0",
+    final_norm="transformer.ln_f",
+    embedding="transformer.wte",
+    head="lm_head",
+    head_attributes=(
+        ("num_heads", "query_heads"),
+        ("split_size", "query_width"),
+        ("embed_dim", "query_width"),
+    ),
+    sequence_parallel=False,  # it reshapes what its last norm returns by the length of the whole sequence
+)
+
+PLANS: dict[str, TensorParallelPlan] = {
+    "argonne2": ARGONNE_PLAN,
+    "llama": LLAMA_PLAN,
+    "mistral": LLAMA_PLAN,
+    "qwen2": LLAMA_PLAN,
+    "qwen3": LLAMA_PLAN,
+    "gpt2": GPT2_PLAN,
+}
+
+
+def plan_for(model: nn.Module) -> TensorParallelPlan:
+    """The plan of the model's ``config.model_type``. Raises ConfigError for an architecture without one."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in PLANS:
+        raise ConfigError(
+            f"no tensor-parallel plan for model type {model_type!r}: known are {', '.join(PLANS)}"
+        )
+    return PLANS[model_type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadCounts:
+    """Attention heads of the unsharded model."""
+
+    query_heads: int
+    key_value_heads: int
+    head_dim: int
+
+    @classmethod
+    def from_config(cls, config: Any) -> HeadCounts:
+        """By the names that Hugging Face configurations share; AttributeError where one has no heads.
+
+        Without a number of key/value heads there are as many as query heads.
+        """
+        query_heads = config.num_attention_heads
+        key_value_heads = getattr(config, "num_key_value_heads", None) or query_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+        return cls(query_heads=query_heads, key_value_heads=key_value_heads, head_dim=head_dim)
+
+    def local(self, tp_size: int) -> dict[str, int]:
+        """The quantities that attention modules keep, per rank."""
+        query_heads = self.query_heads // tp_size
+        key_value_heads = max(1, self.key_value_heads // tp_size)
+        return {
+            "query_heads": query_heads,
+            "key_value_heads": key_value_heads,
+            "groups": query_heads // key_value_heads,
+            "query_width": query_heads * self.head_dim,
+        }
+
+
+def degree_fits(query_heads: int, key_value_heads: int, tp_size: int) -> bool:
+    """Whole query heads per rank, and key/value heads that are dealt out whole or shared evenly."""
+    return query_heads % tp_size == 0 and (key_value_heads % tp_size == 0 or tp_size % key_value_heads == 0)
+
+
+def fitting_degrees(query_heads: int, key_value_heads: int) -> list[int]:
+    """All tensor-parallel degrees the heads allow, ascending."""
+    return [
+        degree for degree in range(1, query_heads + 1) if degree_fits(query_heads, key_value_heads, degree)
+    ]
+
+
+def check_degree(query_heads: int, key_value_heads: int, tp_size: int) -> None:
+    """Raise ConfigError, naming the degrees that work, where ``tp_size`` does not fit the heads."""
+    if degree_fits(query_heads, key_value_heads, tp_size):
+        return
+    degrees = [str(degree) for degree in fitting_degrees(query_heads, key_value_heads)]
+    listed = degrees[0] if len(degrees) == 1 else f"{', '.join(degrees[:-1])} or {degrees[-1]}"
+    raise ConfigError(
+        f"--tensor-parallel-size {tp_size} does not divide {key_value_heads} key/value heads or "
+        f"{query_heads} attention heads; use {listed}"
+    )
+
+
+def _weight_cut(rule: Rule, shape: Shape, heads: HeadCounts, tp_size: int, dimension: int) -> Cut:
+    if rule.unit is Unit.FEATURES:
+        return even_cut(shape[dimension], tp_size, dimension)
+    query = head_cut(heads.query_heads, heads.head_dim, tp_size, dimension)
+    if rule.unit is Unit.QUERY_HEADS:
+        return query
+    key_value = head_cut(heads.key_value_heads, heads.head_dim, tp_size, dimension)
+    if rule.unit is Unit.KEY_VALUE_HEADS:
+        return key_value
+    widths = [heads.query_heads * heads.head_dim] + 2 * [heads.key_value_heads * heads.head_dim]
+    return fused_cut([query, key_value, key_value], widths)
+
+
+def parameter_cut(
+    rule: Rule | None, leaf: str, shape: Shape, heads: HeadCounts, tp_size: int, *, transposed: bool
+) -> Cut | None:
+    """How one parameter (``leaf`` is "weight" or "bias") of a planned module is cut; None: held whole.
+
+    ``transposed`` marks weights stored as (in_features, out_features), as GPT-2's are.
+    """
+    if rule is None or tp_size == 1:
+        return None
+    if rule.style is Style.VOCABULARY:
+        return even_cut(shape[0], tp_size, 0)
+    if rule.style is Style.COLUMN:
+        dimension = 1 if transposed and leaf == "weight" else 0
+        return _weight_cut(rule, shape, heads, tp_size, dimension)
+    if rule.style is Style.ROW and leaf == "weight":
+        return _weight_cut(rule, shape, heads, tp_size, 0 if transposed else 1)
+    return None
+
+
+def stores_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight as (in_features, out_features): transformers' Conv1D."""
+    return type(module).__name__ == "Conv1D"
+
+
+def build_slice_map(model: nn.Module, plan: TensorParallelPlan, tp_size: int) -> SliceMap:
+    """The slice map of an unsharded model (meta tensors will do), in the order of its parameters.
+
+    Raises ConfigError where the degree does not fit the heads.
+    """
+    heads = HeadCounts.from_config(getattr(model, "config", None))
+    check_degree(heads.query_heads, heads.key_value_heads, tp_size)
+    modules = dict(model.named_modules())
+    cuts: dict[str, tuple[Shape, Cut | None]] = {}
+    for name, parameter in model.named_parameters():
+        module_name, leaf = name.rsplit(".", 1)
+        cut = parameter_cut(
+            plan.rule_for(module_name),
+            leaf,
+            tuple(parameter.shape),
+            heads,
+            tp_size,
+            transposed=stores_transposed(modules[module_name]),
+        )
+        cuts[name] = (tuple(parameter.shape), cut)
+    return SliceMap(cuts, tp_size=tp_size)
+
+
+def summed_parameters(
+    model: nn.Module, plan: TensorParallelPlan, *, sequence_parallel: bool
+) -> tuple[str, ...]:
+    """Names of the replicated parameters whose gradients are partial and summed over the group."""
+    names = []
+    for name, _ in model.named_parameters():
+        module_name, leaf = name.rsplit(".", 1)
+        rule = plan.rule_for(module_name)
+        if rule is None:
+            continue
+        on_residual = rule.style is Style.RESIDUAL or (rule.style is Style.ROW and leaf == "bias")
+        if rule.style is Style.SUMMED or (sequence_parallel and on_residual):
+            names.append(name)
+    return tuple(names)

@@ -1,0 +1,100 @@
+"""What a sharded model carries with it: group, slice map, and the gradients that are still partial.
+
+Also the way back, for tests and checks: whole tensors from the slices of all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from argonne.tp.collectives import TPGroup
+from argonne.tp.layers import SequenceState
+from argonne.tp.plan import TensorParallelPlan
+from argonne.tp.slices import SliceMap
+
+
+def take_slice(unsharded: Tensor, slice_map: SliceMap, name: str, rank: int) -> Tensor:
+    """A new tensor with the local slice of ``unsharded`` that ``rank`` holds; padding is zero."""
+    local = torch.zeros(slice_map.local_shape(name, rank), dtype=unsharded.dtype, device=unsharded.device)
+    for box in slice_map.rectangles(name, rank):
+        local[box.local_index] = unsharded[box.unsharded_index]
+    return local
+
+
+@dataclass(eq=False, kw_only=True)
+class TensorParallelState:
+    """What a sharded model carries with it, as ``model.tensor_parallel``."""
+
+    group: TPGroup
+    slice_map: SliceMap
+    """Tensor-parallel cuts alone (one replica); parallel.py lays data parallelism over it."""
+    sequence: SequenceState
+    plan: TensorParallelPlan
+    summed: tuple[str, ...]
+    """Replicated parameters whose gradients are partial: summed over the whole group once a step."""
+    sharers: TPGroup | None
+    """The ranks that hold copies of the same key/value heads; None where no head is copied."""
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Parameters of which other ranks hold copies: their gradients are summed over ``sharers``."""
+        if self.sharers is None:
+            return ()
+        cuts = {name: self.slice_map.cut(name) for name in self.slice_map.names}
+        return tuple(name for name, cut in cuts.items() if cut is not None and cut.sharers > 1)
+
+    def sum_partial_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Complete, in place, the gradients of replicated parameters; once per optimizer step.
+
+        ``gradients`` are local plain tensors by parameter name. One bucket, and one more over the ranks
+        that share key/value heads.
+        """
+        _reduce_bucket([gradients[name] for name in self.summed if name in gradients], self.group)
+        if self.sharers is not None:
+            _reduce_bucket([gradients[name] for name in self.shared if name in gradients], self.sharers)
+
+
+def _reduce_bucket(gradients: list[Tensor], group: TPGroup) -> None:
+    if not gradients or group.size == 1:
+        return
+    bucket = torch.cat(
+        [
+            gradient.reshape(-1).float() if gradient.dtype != torch.float64 else gradient.reshape(-1)
+            for gradient in gradients
+        ]
+    )
+    bucket = group.all_reduce(bucket, owned=True)
+    for gradient, part in zip(gradients, bucket.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def gather_unsharded(local: Tensor, name: str, state: TensorParallelState) -> Tensor:
+    """The unsharded tensor of parameter ``name``, from its slices on all ranks; collective over the group."""
+    group, slice_map = state.group, state.slice_map
+    parts = group.all_gather(local.contiguous().unsqueeze(0)) if group.size > 1 else local.unsqueeze(0)
+    whole = torch.full(slice_map.shape(name), math.nan, dtype=local.dtype, device=local.device)
+    for rank in range(group.size):
+        for box in slice_map.owned(name, rank):
+            whole[box.unsharded_index] = parts[rank][box.local_index]
+    return whole
+
+
+def gather_state_dict(model: nn.Module, *, gradients: bool = False) -> dict[str, Tensor]:
+    """The unsharded parameters (or gradients) of a sharded model, on every rank: for tests and checks.
+
+    Collective over the tensor-parallel group. Training saves through ``checkpointing``, which never holds
+    the whole model.
+    """
+    state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
+    locals_ = {
+        name: parameter.grad if gradients else parameter.detach()
+        for name, parameter in model.named_parameters()
+    }
+    return {
+        name: gather_unsharded(local, name, state) for name, local in locals_.items() if local is not None
+    }

@@ -1,0 +1,211 @@
+"""From options to a model on its ranks: shape, degree, split, weights, optimizer.
+
+Nothing here holds the whole model: it is described on the meta device, split there, and each rank then
+makes and fills its own slices.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from argonne.config.command_line import ModelOptions, ParallelOptions, TrainingOptions
+from argonne.config.presets import PRESETS, REFERENCE
+from argonne.errors import ConfigError
+from argonne.ranks.parallel import (
+    DTYPES,
+    Parallel,
+    World,
+    apply_ddp,
+    apply_fsdp,
+    compile_blocks,
+    local_parameters,
+    local_tensor,
+    recompute_blocks,
+    resolve_tp_size,
+)
+from argonne.training.optimizer import build_adamw
+from checkpointing import CheckpointView, LoadReport, check_model_config, infer_model_config, load_slices
+from model import ArgonneConfig, ArgonneModel, initial_std
+from tp_shard import SliceMap, TensorParallelState, initialise_parameters, shard_tensor_parallel
+
+
+@dataclass(eq=False, kw_only=True)
+class TrainedModel:
+    """The split model of this rank with its optimizer and the map of its slices."""
+
+    model: ArgonneModel
+    """The sharded model itself: parameter names are the unsharded ones."""
+    wrapped: nn.Module
+    """What a training forward pass calls: the model, or DDP around it."""
+    slice_map: SliceMap
+    """Tensor and data parallelism together."""
+    optimizer: torch.optim.AdamW
+    parallel: Parallel
+    dtype: torch.dtype
+    """Compute dtype; parameters are float32."""
+    fsdp: bool
+
+    @property
+    def tensor_parallel(self) -> TensorParallelState:
+        return self.model.tensor_parallel  # type: ignore[return-value]
+
+    @property
+    def tied(self) -> bool:
+        return self.model.lm_head.weight is self.model.embed_tokens.weight
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Local plain tensors by unsharded name."""
+        return local_parameters(self.model)
+
+    def adam(self) -> dict[str, dict[str, Tensor]]:
+        """Local plain Adam state by unsharded name."""
+        return {
+            name: {key: local_tensor(value) for key, value in self.optimizer.state[parameter].items()}
+            for name, parameter in self.model.named_parameters()
+        }
+
+
+def _explicit_keys(options: ModelOptions) -> set[str]:
+    """Keys that --model-config itself states (a file's other keys are Argonne 2.0's values filled in)."""
+    assert options.model_config is not None and options.settings is not None
+    if options.model_config in PRESETS:
+        return set(options.settings)
+    path = Path(options.model_config).expanduser()
+    document = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+    return set(document) & set(options.settings)
+
+
+def model_settings(
+    options: ModelOptions, view: CheckpointView | None, tokenizer_length: int
+) -> dict[str, Any]:
+    """Keyword arguments of ArgonneConfig for this run.
+
+    Without a checkpoint: what --model-config says, else Argonne 2.0. With one: the checkpoint's own; where
+    it carries no configuration, its tensors', and the heads of --model-config. Raises ConfigError or
+    CheckpointError naming both values where two of these, or the tokenizer, disagree.
+    """
+    given = dict(options.settings or PRESETS[REFERENCE])
+    if view is None:
+        settings = given
+        if settings.get("vocab_size") is None:
+            settings["vocab_size"] = tokenizer_length
+    else:
+        settings = infer_model_config(view, given)  # type: ignore[arg-type]
+        if options.settings is not None:
+            explicit = _explicit_keys(options)
+            if "model_config" not in view.metadata and options.model_config in PRESETS:
+                explicit = {
+                    "num_attention_heads",
+                    "num_key_value_heads",
+                }  # its shape is read from the tensors
+            check_model_config(settings, {key: given[key] for key in explicit}, view.path)
+    if settings["vocab_size"] < tokenizer_length:
+        source = "the checkpoint" if view is not None else "--model-config"
+        raise ConfigError(
+            f"the tokenizer has {tokenizer_length} tokens and {source} a vocabulary of "
+            f"{settings['vocab_size']}: give the tokenizer that belongs to it (--tokenizer-path)"
+        )
+    known = set(PRESETS[REFERENCE]) | {"vocab_size", "head_dim"}
+    return {key: value for key, value in settings.items() if key in known and value is not None}
+
+
+def choose_tp_size(settings: Mapping[str, Any], requested: int | None, world: World) -> int:
+    """The tensor-parallel degree, checked against heads and processes."""
+    return resolve_tp_size(
+        requested,
+        world_size=world.world_size,
+        local_world_size=world.local_world_size,
+        query_heads=settings["num_attention_heads"],
+        key_value_heads=settings["num_key_value_heads"],
+    )
+
+
+def choose_dtype(requested: str | None, device: torch.device) -> torch.dtype:
+    """The compute dtype: bfloat16 on a GPU and float32 on a CPU unless asked otherwise."""
+    return DTYPES[requested or ("bf16" if device.type == "cuda" else "fp32")]
+
+
+def build_model(
+    settings: Mapping[str, Any], options: ParallelOptions, training: TrainingOptions, parallel: Parallel
+) -> TrainedModel:
+    """The split model on this rank's device, its slices not yet filled."""
+    dtype = choose_dtype(training.dtype, parallel.device)
+    with torch.device("meta"):
+        model = ArgonneModel(ArgonneConfig(**settings))
+    shard_tensor_parallel(model, parallel.tp_group, sequence_parallel=options.sequence_parallel)
+    recompute_blocks(model.blocks, options.activation_checkpointing)
+    if options.compile:
+        compile_blocks(model.blocks)
+    fsdp = parallel.dp_size > 1 and options.data_parallel == "fsdp"
+    if fsdp:
+        apply_fsdp(model, model.blocks, parallel, dtype)
+    model.to_empty(device=parallel.device)
+    model.train()
+    wrapped: nn.Module = model
+    if parallel.dp_size > 1 and not fsdp:
+        _zero_parameters(model)  # DDP compares and broadcasts what the replicas hold when it is made
+        wrapped = apply_ddp(model, parallel)
+    state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
+    optimizer = build_adamw(
+        dict(model.named_parameters()),
+        lr=training.learning_rate,
+        betas=training.adam_betas,
+        weight_decay=training.weight_decay,
+        device=parallel.device,
+    )
+    return TrainedModel(
+        model=model,
+        wrapped=wrapped,
+        slice_map=state.slice_map.with_data_parallel(parallel.dp_size, sharded=fsdp),
+        optimizer=optimizer,
+        parallel=parallel,
+        dtype=dtype,
+        fsdp=fsdp,
+    )
+
+
+def _zero_parameters(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.detach().zero_()
+
+
+def fill_weights(trained: TrainedModel, view: CheckpointView | None, seed: int) -> LoadReport | None:
+    """Draw initial weights, or load weights and Adam state from a checkpoint; collective."""
+    parameters, rank = trained.parameters(), trained.parallel.rank
+    if view is None:
+        config = trained.model.config
+        initialise_parameters(
+            parameters, trained.slice_map, rank, lambda name: initial_std(config, name), seed
+        )
+        return None
+    for local in parameters.values():
+        local.zero_()  # padding stays zero
+    return load_slices(
+        view,
+        slice_map=trained.slice_map,
+        rank=rank,
+        parameters=parameters,
+        adam=trained.adam(),
+        control_group=trained.parallel.control_group,
+    )
+
+
+def flops_per_token(trained: TrainedModel, block_size: int) -> float:
+    """Training FLOPs of one token, forward and backward, with causal attention counted at half.
+
+    6 N + 6 L s h a (PaLM, Chowdhery et al. 2022, appendix B, halved attention term), N without an untied
+    embedding, which multiplies nothing.
+    """
+    config, slice_map = trained.model.config, trained.slice_map
+    weights = slice_map.numel()
+    if not trained.tied:
+        weights -= slice_map.numel(["embed_tokens.weight"])
+    width = config.num_attention_heads * config.head_dim
+    return 6.0 * weights + 6.0 * config.num_hidden_layers * block_size * width

@@ -1,0 +1,244 @@
+"""Save at intervals, read back in the background, prune what has a verified successor."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from argonne.checkpoint.streamed_file import StreamedFile
+from argonne.config.command_line import CheckpointOptions
+from argonne.errors import CheckpointError
+from argonne.files import read_json
+from argonne.ranks.parallel import broadcast_object
+from argonne.run.control import RunControl
+from argonne.run.report import RunReport
+from argonne.training.build import TrainedModel
+from checkpointing import (
+    BackgroundVerifier,
+    checkpoint_path,
+    estimate_checkpoint_bytes,
+    own_checkpoints,
+    prune,
+    require_room,
+    save_checkpoint,
+)
+
+_ASSUMED_RATE = 1e9
+_TRIAL_BYTES = 32 << 20
+_TRIES_AGAIN = 2
+"""Spoiled checkpoints in a row that are saved again at once; a failing disk must not save at every step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveEstimate:
+    """What saves will cost."""
+
+    size: int
+    """Bytes of one checkpoint."""
+    seconds: float
+    share: float | None
+    """Of the run's time, 0 to 1; None where no step has been timed yet."""
+
+
+def estimate_save(trained: TrainedModel, options: CheckpointOptions, output_dir: Path) -> SaveEstimate:
+    """From what an earlier run into this folder measured, else from a trial write of a few megabytes."""
+    size = estimate_checkpoint_bytes(trained.slice_map)
+    measured = list((output_dir / "stats").glob("current_training_stats_tensor_parallel_step_*.json"))
+    newest = max(measured, key=lambda path: int(path.stem.rpartition("_")[2]), default=None)
+    stats = (read_json(newest) if newest is not None else None) or {}
+    bytes_then, seconds_then = stats.get("checkpoint_bytes"), stats.get("checkpoint_seconds")
+    rate = (
+        bytes_then / seconds_then if bytes_then and seconds_then else _trial_rate(output_dir / "pretrained")
+    )
+    seconds, step_seconds = size / rate, stats.get("step_seconds")
+    share = seconds / (seconds + options.checkpoint_interval * step_seconds) if step_seconds else None
+    return SaveEstimate(size=size, seconds=seconds, share=share)
+
+
+def _trial_rate(folder: Path) -> float:
+    """Bytes a second that the disk takes, fsync included."""
+    with contextlib.suppress(OSError):
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            started = time.monotonic()
+            with StreamedFile(trial.fileno()) as file:
+                file.append(bytes(_TRIAL_BYTES))
+                file.finish()
+            os.fsync(trial.fileno())
+            return _TRIAL_BYTES / max(time.monotonic() - started, 1e-3)
+    return _ASSUMED_RATE
+
+
+def check_room(
+    trained: TrainedModel, options: CheckpointOptions, folder: Path, *, first_step: int, total_steps: int
+) -> None:
+    """CheckpointError where the disk cannot take the checkpoints that are kept and one more (rank 0)."""
+    interval = options.checkpoint_interval
+    saves = total_steps // interval - first_step // interval + (total_steps % interval != 0)
+    there = len(own_checkpoints(folder)) if folder.is_dir() else 0
+    count = min(max(0, saves), max(1, options.keep_checkpoints + 1 - there))
+    require_room(folder, count * estimate_checkpoint_bytes(trained.slice_map), count)
+
+
+class CheckpointKeeper:
+    """All ranks take part in a save; rank 0 writes, verifies and prunes."""
+
+    def __init__(
+        self,
+        trained: TrainedModel,
+        options: CheckpointOptions,
+        output_dir: Path,
+        control: RunControl,
+        report: RunReport,
+    ) -> None:
+        self._trained = trained
+        self._options = options
+        self._folder = output_dir / "pretrained"
+        self._control = control
+        self._report = report
+        self._verifier = BackgroundVerifier(self._prune)
+        self.newest: Path | None = None
+        """The newest checkpoint that this run wrote."""
+        self._postponed = False
+        self._since = time.monotonic()
+        self._verified: Path | None = None
+        self._spoiled: list[Path] = []
+        self._spoiled_in_a_row = 0
+
+    @property
+    def busy(self) -> bool:
+        """Rank 0 still reads its last checkpoint back."""
+        return self._verifier.busy
+
+    def spoiled(self) -> bool:
+        """Whether rank 0 found its last checkpoint spoiled and saves again at once; said when it is found."""
+        problem = self._verifier.poll()
+        if problem is None:
+            return False
+        self._tell_verified()
+        if self.newest is not None:
+            self._spoiled.append(self.newest)
+        self._spoiled_in_a_row += 1
+        again = self._spoiled_in_a_row <= _TRIES_AGAIN
+        then = "another is saved at once" if again else "the next one waits for its step: look at this disk"
+        self._report.warn(f"{problem}; earlier checkpoints were kept, and {then}")
+        return again
+
+    def due(self, step: int, *, busy: bool, spoiled: bool = False) -> bool:
+        """Whether to save after ``step`` steps; a save that falls due while the last is read back waits.
+
+        ``spoiled``: the last checkpoint was found spoiled.
+        """
+        due = step % self._options.checkpoint_interval == 0 or self._postponed or spoiled
+        if due and busy:
+            if not self._postponed:
+                self._report.warn(
+                    "a checkpoint that falls due waits until the last one has been read back: "
+                    "--checkpoint-interval is short for this disk",
+                    f"(step {step})",
+                )
+            self._postponed = True
+            return False
+        return due
+
+    def save(self, step: int, metadata: Mapping[str, Any]) -> Path:
+        """Write the checkpoint after ``step`` steps; collective. Raises CheckpointError on all ranks."""
+        trained = self._trained
+        path = checkpoint_path(self._folder, step)
+        self.spoiled()
+        with self._control.phase("save"):
+            report = save_checkpoint(
+                path,
+                slice_map=trained.slice_map,
+                rank=trained.parallel.rank,
+                parameters=trained.parameters(),
+                adam=trained.adam(),
+                param_group=_options_of(trained),
+                metadata=metadata,
+                tied=trained.tied,
+                control_group=trained.parallel.control_group,
+            )
+        self.newest, self._postponed = path, False
+        if report is not None:
+            share = report.seconds / max(time.monotonic() - self._since, report.seconds)
+            self._since = time.monotonic()
+            self._report.checkpoint_saved(step, path, bytes=report.size, seconds=report.seconds, share=share)
+            if self._control.status is not None:
+                self._control.status.update(checkpoint=str(path), step=step)
+            self._verifier.start(path)
+        return path
+
+    def close(self, save_again: Callable[[], object]) -> None:
+        """Wait until the last checkpoint has been read back; where it is not whole, ``save_again``.
+
+        Collective. Raises CheckpointError on all ranks where the disk spoils that one too.
+        """
+        problem = self._wait()
+        if problem is None:
+            return
+        self._report.warn(f"{problem}; earlier checkpoints were kept, and it is written again")
+        save_again()
+        problem = self._wait()
+        if problem is not None:
+            self._tell_verified()
+            raise problem
+
+    def _wait(self) -> CheckpointError | None:
+        with self._control.phase("save"):
+            problem: CheckpointError | None = broadcast_object(self._verifier.wait(), self._trained.parallel)
+        return problem
+
+    def _tell_verified(self) -> None:
+        """The status no longer names a checkpoint that did not verify."""
+        if self._control.status is not None:
+            self._control.status.update(checkpoint=str(self._verified) if self._verified else None)
+
+    def _prune(self, verified: Path) -> None:
+        self._verified = verified
+        self._spoiled_in_a_row = 0
+        prune(
+            self._folder,
+            newest_verified=verified,
+            keep=self._options.keep_checkpoints,
+            keep_every=self._options.keep_every,
+            spoiled=self._spoiled,
+        )
+
+
+def _options_of(trained: TrainedModel) -> dict[str, Any]:
+    group = trained.optimizer.param_groups[0]
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def checkpoint_metadata(
+    *,
+    step: int,
+    tokens_processed: int,
+    loss: float,
+    trained: TrainedModel,
+    settings: Mapping[str, Any],
+    data: Mapping[str, Any],
+    scaler: Mapping[str, Any],
+    global_batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The keys of a checkpoint beside weights and optimizer; ``data`` holds its position and state."""
+    return {
+        "global_step": step,
+        "tokens_processed": tokens_processed,
+        "scheduler_state_dict": {"step": step - 1},
+        "loss": loss if math.isfinite(loss) else None,
+        "model_dtype": str(trained.dtype),
+        "model_config": {"model_type": "argonne2", **settings},
+        "loss_scaler": dict(scaler),
+        "global_batch_size": global_batch_size,
+        "seed": seed,
+        "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **data,
+    }

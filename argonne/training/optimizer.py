@@ -1,0 +1,196 @@
+"""AdamW over local slices, the learning rate, clipping by the true norm, and the non-finite rule.
+
+torch.nn.utils.clip_grad_norm_ is wrong on hand-sliced parameters: it sees one rank's slices. Here the sum
+of squares runs over the elements a rank owns in the slice map, and one small all-reduce a step carries
+the norm, the loss, whether all is finite, and whether someone wants to stop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tp_shard import SliceMap
+
+
+def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: int, total_steps: int) -> float:
+    """The rate applied at ``step`` (0-based, before the update).
+
+    Linear from ``minimum`` to ``peak`` over the warm-up, then cosine to ``minimum`` at ``total_steps``,
+    where it stays.
+    """
+    if step < warmup_steps:
+        return minimum + (peak - minimum) * step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return minimum + (peak - minimum) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def build_adamw(
+    parameters: Mapping[str, Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    device: torch.device,
+) -> torch.optim.AdamW:
+    """torch's AdamW over the local slices, one group, fused (one pass over memory); state at step 0."""
+    optimizer = torch.optim.AdamW(
+        list(parameters.values()), lr=lr, betas=betas, weight_decay=weight_decay, fused=True
+    )
+    for parameter in parameters.values():
+        step_device = parameter.device if device.type == "cuda" else "cpu"
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=step_device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of the next update, for all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTotals:
+    """What all ranks agree on after the backward pass of an optimizer step."""
+
+    grad_norm: float
+    """Norm of the unsharded, unscaled gradient before clipping; not finite when a gradient is not."""
+    loss: float
+    """Mean loss over the step's tokens."""
+    stop: bool
+    """Some rank was asked to stop."""
+    busy: bool
+    """Some rank still works on the last checkpoint."""
+    spoiled: bool
+    """Some rank found the last checkpoint spoiled, which is to be saved again."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step may be applied."""
+        return math.isfinite(self.grad_norm) and math.isfinite(self.loss)
+
+
+class GradientTotals:
+    """Sums over the slice map: each element of the unsharded gradient counts once."""
+
+    def __init__(self, slice_map: SliceMap, rank: int, group: dist.ProcessGroup | None) -> None:
+        self._slice_map = slice_map
+        self._rank = rank
+        self._group = group
+
+    def owned(self, gradients: Mapping[str, Tensor]) -> list[Tensor]:
+        """Views of the gradient elements this rank owns."""
+        return [
+            gradient[box.local_index]
+            for name, gradient in gradients.items()
+            for box in self._slice_map.owned(name, self._rank)
+        ]
+
+    def reduce(
+        self,
+        gradients: Mapping[str, Tensor],
+        *,
+        loss_share: Tensor,
+        stop: bool,
+        busy: bool = False,
+        spoiled: bool = False,
+        scale: float = 1.0,
+    ) -> StepTotals:
+        """One all-reduce over all ranks.
+
+        Args:
+            gradients: local gradients by parameter name, complete but not clipped, times ``scale``.
+            loss_share: 0-d; the shares of all ranks add up to the step's mean loss.
+            stop: whether this rank was asked to stop.
+            busy: whether this rank still works on the last checkpoint.
+            spoiled: whether this rank found it spoiled.
+            scale: the loss scale the gradients still carry.
+        """
+        parts = self.owned(gradients)
+        device = loss_share.device
+        squares = torch.zeros((), dtype=torch.float64, device=device)
+        if parts:
+            norms = torch.stack(torch._foreach_norm(parts)).to(torch.float64)
+            squares = norms.square().sum()
+        flags = [float(stop), float(busy), float(spoiled)]
+        words = torch.tensor(flags, dtype=torch.float64, device=device)
+        totals = torch.cat([squares[None], loss_share.detach().double()[None], words])
+        if self._group is not None and dist.get_world_size(self._group) > 1:
+            dist.all_reduce(totals, group=self._group)
+        square_sum, loss, *raised = totals.tolist()
+        norm = math.sqrt(square_sum) / scale if square_sum >= 0 else math.nan
+        stop, busy, spoiled = (count > 0 for count in raised)
+        return StepTotals(grad_norm=norm, loss=loss, stop=stop, busy=busy, spoiled=spoiled)
+
+
+def scale_gradients(
+    gradients: Mapping[str, Tensor], *, grad_norm: float, max_norm: float, scale: float
+) -> None:
+    """Undo the loss scale and clip to ``max_norm`` (0: no clipping), in place, with one multiplication."""
+    factor = 1.0 / scale
+    if max_norm > 0:
+        factor *= min(1.0, max_norm / (grad_norm + 1e-6))
+    if factor != 1.0:
+        torch._foreach_mul_(list(gradients.values()), factor)
+
+
+class LossScaler:
+    """Dynamic loss scale for float16; its inputs are totals that all ranks share, so all decide alike.
+
+    The scale halves on a non-finite gradient and doubles after ``growth_interval`` finite steps, as
+    torch.amp.GradScaler's does. With ``enabled=False`` the scale is 1 for ever.
+    """
+
+    def __init__(self, *, enabled: bool, initial_scale: float = 2.0**16, growth_interval: int = 2000) -> None:
+        self.enabled = enabled
+        self.scale = initial_scale if enabled else 1.0
+        self._growth_interval = growth_interval
+        self._finite_steps = 0
+
+    def update(self, finite: bool) -> None:
+        """Take note of a step, and move the scale for the next one."""
+        if not self.enabled:
+            return
+        if not finite:
+            self.scale = max(self.scale * 0.5, 2.0**-24)
+            self._finite_steps = 0
+            return
+        self._finite_steps += 1
+        if self._finite_steps == self._growth_interval:
+            self.scale *= 2.0
+            self._finite_steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"scale": self.scale, "finite_steps": self._finite_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's; nothing to do without scaling, or where the run had none."""
+        if self.enabled and state:
+            self.scale = float(state["scale"])
+            self._finite_steps = int(state["finite_steps"])
+
+
+class NonFiniteRule:
+    """Counts skipped steps; ``limit`` in a row are too many. Loss-scale searches do not count."""
+
+    def __init__(self, limit: int = 10) -> None:
+        self.limit = limit
+        self.in_a_row = 0
+        self.total = 0
+
+    def record(self, *, skipped: bool) -> bool:
+        """Take note of one step; True when the run must stop."""
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        self.total += skipped
+        return self.in_a_row >= self.limit

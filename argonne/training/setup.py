@@ -1,0 +1,287 @@
+"""What happens once around the loop: folder and tokenizer, data, the header, the export."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from argonne.config.command_line import RunConfig
+from argonne.errors import RunError
+from argonne.ranks.parallel import World, on_rank_0
+from argonne.run.control import RunControl
+from argonne.run.report import RunFacts, RunReport, peak_flops
+from argonne.run.status import Launch, already_ended, prepare_output_dir
+from argonne.training.build import TrainedModel, flops_per_token, model_settings
+from argonne.training.keeper import check_room, estimate_save
+from argonne.verification.compare import compare_with_unsharded
+from checkpointing import (
+    CheckpointView,
+    clean_temporary_files,
+    export_hf,
+    later_checkpoints,
+    open_chosen,
+    verify_checkpoint,
+)
+from data_stream import OpenedStream, SourceOptions, StepFeed, load_tokenizer, open_stream
+
+VERIFIED_TOKENS = 128
+"""Sequence length of --verify-sharding's batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a run begins with."""
+
+    tokenizer: Any
+    """Rank 0's; None elsewhere."""
+    view: CheckpointView | None
+    """The checkpoint it goes on from; None: from scratch."""
+    reason: str
+    """One line for the console."""
+    settings: dict[str, Any]
+    """Keyword arguments of ArgonneConfig."""
+
+
+def claim_output(
+    output_dir: Path, control: RunControl, launch: Launch, world: World
+) -> tuple[str, str | None] | None:
+    """Make, lock and clean the output folder on rank 0.
+
+    Returns None, or the (state, reason) in which an earlier attempt of this same launch stopped or finished,
+    so that a restart has nothing to do. Raises RunError on all ranks where it failed for a reason that lasts,
+    and where the folder cannot be used or another run has it.
+    """
+
+    def claim() -> tuple[str, str | None] | None:
+        ended = already_ended(output_dir, launch)
+        if ended is not None and ended["state"] == "failed":
+            raise RunError(f"a restart would end the same way, for the first attempt said: {ended['reason']}")
+        if ended is not None:
+            return str(ended["state"]), ended["reason"]
+        prepare_output_dir(output_dir)
+        control.claim()
+        clean_temporary_files(output_dir / "pretrained")
+        return None
+
+    return on_rank_0(claim, world)
+
+
+def tokenizer_on_rank_0(config: RunConfig, world: World) -> tuple[Any, int]:
+    """(tokenizer on rank 0 and None elsewhere, number of ids on every rank)."""
+    box: list[Any] = [None]
+
+    def load() -> int:
+        tokenizer = load_tokenizer(config.data.tokenizer_path, config.data.trust_remote_code)
+        box[0] = tokenizer
+        return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+    size = on_rank_0(load, world)
+    return box[0], size
+
+
+def choose_start(config: RunConfig, control: RunControl, report: RunReport, world: World) -> Start:
+    """Tokenizer, checkpoint and shape of the model, the same on all ranks."""
+    tokenizer, tokenizer_size = tokenizer_on_rank_0(config, world)
+    view, reason, warnings = open_chosen(
+        config.checkpoint.checkpoint_path,
+        Path(config.output.output_dir),
+        force_from_scratch=config.checkpoint.force_from_scratch,
+        rank=world.rank,
+        control_group=world.control_group,
+        written_before=control.written_before,
+    )
+    for warning in warnings:
+        report.warn(warning)
+    settings = model_settings(config.model, view, tokenizer_size)
+    return Start(tokenizer=tokenizer, view=view, reason=reason, settings=settings)
+
+
+def source_options(config: RunConfig, samples_per_step: int) -> SourceOptions:
+    """What decides the tokens of each step."""
+    data, training = config.data, config.training
+    cache = data.data_cache_dir or str(Path(config.output.output_dir) / "cache")
+    return SourceOptions(
+        data_glob=data.data_glob,
+        block_size=training.block_size,
+        samples_per_step=samples_per_step,
+        text_column=data.text_column,
+        streaming=data.streaming,
+        packing=data.packing,
+        seed=training.seed,
+        num_proc=data.num_proc,
+        trust_remote_code=data.trust_remote_code,
+        skip_bad_shards=data.skip_bad_shards,
+        allow_data_change=data.allow_data_change,
+        cache_dir=Path(cache),
+    )
+
+
+def data_on_rank_0(
+    config: RunConfig, tokenizer: Any, view: CheckpointView | None, samples_per_step: int, world: World
+) -> OpenedStream | None:
+    """Rank 0's source (None elsewhere), at the checkpoint's place; DataError on all ranks."""
+    box: list[OpenedStream | None] = [None]
+
+    def open_it() -> None:
+        metadata = view.metadata if view is not None else {}
+        box[0] = open_stream(
+            source_options(config, samples_per_step),
+            tokenizer,
+            saved_position=metadata.get("data_position"),
+            saved_state=metadata.get("data_state"),
+            global_step=view.step if view is not None else 0,
+        )
+
+    on_rank_0(open_it, world)
+    return box[0]
+
+
+def open_feed(
+    config: RunConfig, start: Start, samples_per_step: int, report: RunReport, world: World
+) -> tuple[OpenedStream | None, StepFeed]:
+    """Rank 0's source and every rank's feed, which tokenizes the first texts while the model is built."""
+    opened = data_on_rank_0(config, start.tokenizer, start.view, samples_per_step, world)
+    for notice in opened.notices if opened is not None else ():
+        report.warn(notice)
+    feed = StepFeed(
+        opened.source if opened is not None else None,
+        samples_per_step=samples_per_step,
+        block_size=config.training.block_size,
+        group=world.feed_group,
+        pin_memory=world.device.type == "cuda",
+    )
+    return opened, feed
+
+
+def check_room_on_rank_0(config: RunConfig, trained: TrainedModel, first_step: int, world: World) -> None:
+    """CheckpointError on all ranks where the disk cannot take the run's checkpoints."""
+    folder = Path(config.output.output_dir) / "pretrained"
+    total = config.training.total_steps
+    on_rank_0(
+        lambda: check_room(trained, config.checkpoint, folder, first_step=first_step, total_steps=total),
+        world,
+    )
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads a process)"
+
+
+def introduce(
+    config: RunConfig,
+    trained: TrainedModel,
+    opened: OpenedStream | None,
+    samples_per_step: int,
+    first_step: int,
+    chosen: str,
+    control: RunControl,
+    report: RunReport,
+) -> None:
+    """Open the metrics at the run's first step and print the header."""
+    control.progress.collectives = trained.tensor_parallel.group.counters
+    parallel, training = trained.parallel, config.training
+    device = device_name(parallel.device)
+    precision = str(trained.dtype).removeprefix("torch.")
+    peak = peak_flops(device, training.dtype or ("bf16" if parallel.device.type == "cuda" else "fp32"))
+    report.begin(
+        first_step=first_step,
+        total_steps=training.total_steps,
+        flops_per_token=flops_per_token(trained, training.block_size),
+        peak_flops_total=None if peak is None else peak * parallel.world_size,
+    )
+    output_dir = Path(config.output.output_dir)
+    save = estimate_save(trained, config.checkpoint, output_dir) if report.active else None
+    if save is not None and (grace := control.grace_warning(save.seconds)) is not None:
+        report.warn(grace)
+    automatic = config.checkpoint.checkpoint_path is None and not config.checkpoint.force_from_scratch
+    if not automatic and (later := later_checkpoints(output_dir / "pretrained", first_step)) is not None:
+        report.warn(later)
+    shards = 0 if opened is None else len(opened.shards)
+    begins = "" if opened is None else f", from {_place(opened)}"
+    options = config.parallel
+    extra = {
+        label: text
+        for label, text in (
+            ("Sequence parallel", "on" if options.sequence_parallel else ""),
+            ("Recomputation", options.activation_checkpointing),
+            ("Compiled", "each block" if options.compile else ""),
+        )
+        if text not in ("", "none")
+    }
+    report.header(
+        RunFacts(
+            model=config.model.model_config or "argonne",
+            parameters=trained.slice_map.numel(),
+            tp_size=parallel.tp_size,
+            dp_size=parallel.dp_size,
+            device=device,
+            precision=precision,
+            batch_size=training.batch_size,
+            accumulation=samples_per_step // (training.batch_size * parallel.dp_size),
+            block_size=training.block_size,
+            data=f"{shards} shards of {config.data.data_glob}{begins}",
+            checkpoint=chosen,
+            output_dir=str(output_dir.resolve()),
+            save_bytes=save.size if save is not None else None,
+            save_seconds=save.seconds if save is not None else None,
+            save_share=save.share if save is not None else None,
+            extra=extra,
+        )
+    )
+
+
+def _place(opened: OpenedStream) -> str:
+    position = opened.start.position
+    if position.sample is not None:
+        return f"sample {position.sample} of epoch {position.epoch}"
+    return f"{position.file_name} row {position.row} token {position.token_offset}, epoch {position.epoch}"
+
+
+def verify_if_asked(config: RunConfig, trained: TrainedModel, control: RunControl, report: RunReport) -> None:
+    """--verify-sharding: one small batch through the split and the unsharded model; all ranks."""
+    if not config.parallel.verify_sharding:
+        return
+    training, parallel = config.training, trained.parallel
+    # A compiled block is made for the training shape; otherwise a short sequence tells as much.
+    compiled = config.parallel.compile
+    batch = training.batch_size if compiled else 1
+    length = training.block_size if compiled else min(training.block_size, VERIFIED_TOKENS)
+    generator = torch.Generator().manual_seed(training.seed)
+    tokens = torch.randint(trained.model.config.vocab_size, (batch, length + 1), generator=generator)
+    with control.phase("verify"):
+        result = compare_with_unsharded(trained.model, trained.wrapped, parallel, tokens, dtype=trained.dtype)
+    report.info(f"Verified the split: {result.summary()}")
+
+
+def export_if_asked(
+    config: RunConfig,
+    checkpoint: Path | None,
+    settings: Mapping[str, Any],
+    world: World,
+    control: RunControl,
+    report: RunReport,
+) -> None:
+    """Export the finished run's last checkpoint to --final-model-dir; on rank 0, the others wait."""
+    target = config.output.final_model_dir
+    if target is None or checkpoint is None:
+        return
+
+    def export() -> None:
+        export_hf(
+            verify_checkpoint(checkpoint),
+            dict(settings),
+            config.data.tokenizer_path,
+            Path(target),
+            trust_remote_code=config.data.trust_remote_code,
+        )
+
+    with control.phase("export"):
+        on_rank_0(export, world)
+    report.info(f"Exported the model to {target}")

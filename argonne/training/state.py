@@ -1,0 +1,163 @@
+"""The state of a run between steps, and what is recorded and saved of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from argonne.config.command_line import RunConfig
+from argonne.errors import NonFiniteError
+from argonne.run.control import RunControl
+from argonne.run.report import RunReport, StepRecord
+from argonne.training.build import TrainedModel
+from argonne.training.generation import generate_text
+from argonne.training.keeper import CheckpointKeeper, checkpoint_metadata
+from argonne.training.step import StepResult, TrainingStep
+from argonne.verification.compare import check_replicas
+from checkpointing import CheckpointView
+from data_stream import DataProgress, OpenedStream, StepBatch, StepFeed
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass(eq=False, kw_only=True)
+class Run:
+    """Everything the loop works with. ``opened`` and ``tokenizer`` are rank 0's, None elsewhere."""
+
+    config: RunConfig
+    settings: Mapping[str, Any]
+    """Keyword arguments of ArgonneConfig."""
+    trained: TrainedModel
+    one_step: TrainingStep
+    feed: StepFeed
+    opened: OpenedStream | None
+    tokenizer: Any
+    keeper: CheckpointKeeper
+    control: RunControl
+    report: RunReport
+    samples_per_step: int
+    step: int = 0
+    """Optimizer steps completed since training began."""
+    tokens_processed: int = 0
+    loss: float = 0.0
+    """Of the last step."""
+    progress: DataProgress | None = None
+    """Where the data stands after the last batch trained on (rank 0)."""
+
+    def restore(self, view: CheckpointView | None) -> None:
+        """Counters from the checkpoint; where the data begins, from the source."""
+        if self.opened is not None:
+            self.progress = self.opened.start
+            self.report.note(data_skipped=list(self.progress.skipped))
+        if view is None:
+            return
+        self.step = view.step
+        if self.control.status is not None:
+            self.control.status.update(checkpoint=str(view.path))
+        self.tokens_processed = int(view.metadata.get("tokens_processed") or 0)
+        self.loss = float(view.metadata.get("loss") or 0.0)
+        self.one_step.scaler.load_state_dict(view.metadata.get("loss_scaler") or {})
+
+    def complete(self, batch: StepBatch, result: StepResult, step_seconds: float) -> None:
+        """Count and record a step; NonFiniteError on all ranks where too many in a row were skipped."""
+        self.step += 1
+        tokens = self.samples_per_step * self.config.training.block_size
+        self.tokens_processed += tokens
+        self.loss = result.totals.loss
+        extra = self._data_progress(batch.progress)
+        position = self._position()
+        if result.skipped:
+            extra["skipped"] = "non-finite loss or gradient"
+            self.report.warn(
+                "a step was skipped: loss or gradient is not finite", f"(step {self.step}, loss {self.loss})"
+            )
+        self.report.step(
+            StepRecord(
+                step=self.step,
+                loss=self.loss,
+                lr=result.lr,
+                grad_norm=result.totals.grad_norm,
+                tokens=tokens,
+                tokens_processed=self.tokens_processed,
+                step_seconds=step_seconds,
+                data_wait_seconds=batch.wait_seconds,
+                peak_memory_bytes=peak_memory_bytes(self.trained.parallel.device),
+                position=position,
+                extra=extra,
+            )
+        )
+        self.control.boundary(self.step)
+        if result.too_many_skipped:
+            raise NonFiniteError(
+                f"loss or gradient was not finite in too many steps in a row, up to step {self.step} "
+                f"(loss {self.loss}): lower --learning-rate, or look at the data with scripts/inspect_data.py"
+            )
+
+    def _data_progress(self, progress: DataProgress | None) -> dict[str, Any]:
+        """Go on to the place after this step; its keys for the metrics. What was newly skipped is told."""
+        known = len(self.progress.skipped) if self.progress is not None else 0
+        self.progress = progress
+        if progress is None:
+            return {}
+        extra = dict(progress.metrics())
+        if new := progress.skipped[known:]:
+            extra["data_skipped"] = list(new)
+            self.report.note(data_skipped=list(progress.skipped))
+            for skip in new:
+                what = f"{skip['rows']} rows from row {skip['row']} on of {skip['file_name']}"
+                self.report.warn("data was skipped (--skip-bad-shards):", f"{what}: {skip['reason']}")
+        return extra
+
+    def _position(self) -> dict[str, Any]:
+        if self.opened is None or self.progress is None:
+            return {}
+        return self.opened.position_dict(self.progress)
+
+    def check_replicas_if_due(self) -> None:
+        """Compare what several ranks hold alike; PeerError on all ranks where a copy has drifted."""
+        interval = self.config.parallel.replica_check_interval
+        if interval and self.step % interval == 0:
+            check_replicas(self.trained.parameters(), self.trained.slice_map, self.trained.parallel)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the run as it stands; collective."""
+        data: dict[str, Any] = {}
+        if self.opened is not None and self.progress is not None:
+            data = {"data_position": self._position(), "data_state": self.opened.state_dict(self.progress)}
+        metadata = checkpoint_metadata(
+            step=self.step,
+            tokens_processed=self.tokens_processed,
+            loss=self.loss,
+            trained=self.trained,
+            settings=self.settings,
+            data=data,
+            scaler=self.one_step.scaler.state_dict(),
+            global_batch_size=self.samples_per_step,
+            seed=self.config.training.seed,
+        )
+        return self.keeper.save(self.step, metadata)
+
+    def sample(self) -> None:
+        """Generate and print a text; collective."""
+        with self.control.phase("sample"):
+            text = generate_text(self.trained, self.tokenizer, seed=self.config.training.seed + self.step)
+        self.report.sample(self.step, text)
+
+
+def stopwatch() -> float:
+    """Seconds on a clock that does not jump."""
+    return time.monotonic()

@@ -1,0 +1,107 @@
+"""One optimizer step: micro-batches, gradients over the slice map, clipping, the update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from argonne.config.command_line import TrainingOptions
+from argonne.ranks.parallel import forward_context, gradient_sync, local_gradients
+from argonne.training.build import TrainedModel
+from argonne.training.optimizer import (
+    GradientTotals,
+    LossScaler,
+    NonFiniteRule,
+    StepTotals,
+    learning_rate,
+    scale_gradients,
+    set_learning_rate,
+)
+from data_stream import StepBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did; the same on all ranks."""
+
+    totals: StepTotals
+    lr: float
+    """Rate of the update."""
+    skipped: bool
+    """Loss or gradient was not finite, and the weights were left alone."""
+    too_many_skipped: bool
+
+
+class TrainingStep:
+    """Takes the batch of one step through the model.
+
+    Micro-batch m of data-parallel rank d is the batch_size samples from (m * dp_size + d) * batch_size on.
+    """
+
+    def __init__(self, trained: TrainedModel, options: TrainingOptions, accumulation: int) -> None:
+        self._trained = trained
+        self._options = options
+        self._accumulation = accumulation
+        parallel = trained.parallel
+        self._context = forward_context(parallel, trained.dtype, sharded=trained.fsdp)
+        self._totals = GradientTotals(trained.slice_map, parallel.rank, parallel.world_group)
+        self.scaler = LossScaler(enabled=trained.dtype is torch.float16)
+        self._rule = NonFiniteRule()
+
+    def run(
+        self, batch: StepBatch, step: int, *, stop: bool, busy: bool, spoiled: bool = False
+    ) -> StepResult:
+        """``step`` is 0-based; ``stop``, ``busy`` and ``spoiled`` are this rank's words in the all-reduce."""
+        options, trained = self._options, self._trained
+        trained.optimizer.zero_grad(set_to_none=True)
+        loss = self._accumulate(batch)
+        gradients = local_gradients(trained.model)
+        trained.tensor_parallel.sum_partial_gradients(gradients)
+        # Equal on the ranks of a replica, different between replicas: this rank's share of the mean.
+        share = loss / trained.parallel.world_size
+        totals = self._totals.reduce(
+            gradients,
+            loss_share=share,
+            stop=stop,
+            busy=busy,
+            spoiled=spoiled,
+            scale=self.scaler.scale,
+        )
+        lr = learning_rate(
+            step,
+            peak=options.learning_rate,
+            minimum=options.min_learning_rate,
+            warmup_steps=options.warmup_steps,
+            total_steps=options.total_steps,
+        )
+        set_learning_rate(trained.optimizer, lr)
+        if totals.finite:
+            scale_gradients(
+                gradients, grad_norm=totals.grad_norm, max_norm=options.grad_clip, scale=self.scaler.scale
+            )
+            trained.optimizer.step()
+        searching = self.scaler.enabled and self.scaler.scale > 1.0
+        too_many = self._rule.record(skipped=not totals.finite and not searching)
+        self.scaler.update(totals.finite)
+        return StepResult(totals=totals, lr=lr, skipped=not totals.finite, too_many_skipped=too_many)
+
+    def _accumulate(self, batch: StepBatch) -> torch.Tensor:
+        """Forward and backward of all micro-batches; returns this replica's mean loss, 0-d on the device."""
+        trained, parallel = self._trained, self._trained.parallel
+        total = torch.zeros((), device=parallel.device)
+        for micro_step in range(self._accumulation):
+            inputs, targets = batch.micro_batch(
+                micro_step,
+                batch_size=self._options.batch_size,
+                dp_rank=parallel.dp_rank,
+                dp_size=parallel.dp_size,
+                device=parallel.device,
+            )
+            last = micro_step == self._accumulation - 1
+            with gradient_sync(trained.model, trained.wrapped, last=last):
+                with self._context():
+                    loss = trained.wrapped(input_ids=inputs, shift_labels=targets).loss / self._accumulation
+                (loss * self.scaler.scale).backward()
+            total += loss.detach()
+        return total
