@@ -18,15 +18,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from argonne.config.command_line import RunConfig, derive_accumulation, flag_values, parse_command_line
+from argonne.config.command_line import flag_values, parse_command_line
+from argonne.config.options import RunConfig, derive_accumulation
 from argonne.errors import RunError
 
 if TYPE_CHECKING:
-    from argonne.ranks.meeting import Environment
-    from argonne.ranks.parallel import World
+    from argonne.ranks.launch import Environment
+    from argonne.ranks.world import World
     from argonne.run.control import RunControl
+    from argonne.run.processes import Launch
     from argonne.run.report import RunReport
-    from argonne.run.status import Launch
     from argonne.training.setup import Start
     from argonne.training.state import Run
 
@@ -38,11 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run and end the process: 0 (done), 1 (failed), 2 (wrong flags) or 75 (stopped by a signal, saved)."""
     config = parse_command_line(argv)
 
-    from argonne.ranks.meeting import Environment
-    from argonne.ranks.parallel import disconnect, run_error_of
+    from argonne.ranks.launch import Environment, read_launch
+    from argonne.ranks.world import disconnect, run_error_of
     from argonne.run.control import RunControl, enable_flight_recorder
     from argonne.run.report import RunReport
-    from argonne.run.status import Launch
 
     output_dir = Path(config.output.output_dir)
     try:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     enable_flight_recorder(output_dir / "stats", os.environ)
-    launch = Launch.read()
+    launch = read_launch()
     report = RunReport(output_dir, rank=environment.rank, log_interval=config.output.log_interval)
     control = RunControl(
         output_dir,
@@ -113,8 +113,9 @@ def train(
 
 def connect_ranks(config: RunConfig, environment: Environment, control: RunControl) -> World:
     """Meet the other ranks, look after each other from then on, and agree that all were started alike."""
+    from argonne.ranks.agree import check_same
     from argonne.ranks.meeting import await_ranks, open_store, private_store
-    from argonne.ranks.parallel import AGREEMENT_TIMEOUT, check_same, choose_device, connect
+    from argonne.ranks.world import AGREEMENT_TIMEOUT, choose_device, connect
     from argonne.training.build import choose_tp_size
     from checkpointing import require_safe_torch
 
@@ -139,10 +140,11 @@ def connect_ranks(config: RunConfig, environment: Environment, control: RunContr
 
 def build_run(config: RunConfig, start: Start, control: RunControl, report: RunReport, world: World) -> Run:
     """The data at its place, the split model with its weights, and what else the loop works with."""
-    from argonne.ranks.parallel import build_parallel
+    from argonne.ranks.world import build_parallel
     from argonne.training.build import build_model, choose_tp_size, fill_weights
+    from argonne.training.header import introduce
     from argonne.training.keeper import CheckpointKeeper
-    from argonne.training.setup import check_room_on_rank_0, introduce, open_feed, verify_if_asked
+    from argonne.training.setup import check_room_on_rank_0, open_feed, verify_if_asked
     from argonne.training.state import Run
     from argonne.training.step import TrainingStep
 
@@ -220,7 +222,7 @@ def loop(run: Run) -> bool:
 
 def close(run: Run, stopped: bool) -> int:
     """Prove the last checkpoint, export a finished model where asked, end together; the exit code."""
-    from argonne.ranks.parallel import barrier
+    from argonne.ranks.agree import barrier
     from argonne.training.setup import export_if_asked
 
     control, report, world = run.control, run.report, run.trained.parallel

@@ -20,27 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from argonne.errors import ConfigError
-from argonne.tp.collectives import (
-    ProcessTPGroup,
-    SimulatedTPGroup,
-    TPGroup,
-    copy_to_region,
-    gather_from_region,
-    gather_sequence,
-    reduce_from_region,
-    reduce_scatter_sequence,
-    scatter_to_region,
-    split_sequence,
-)
-from argonne.tp.gated import GatedExit
+from argonne.tp.architectures import plan_for
+from argonne.tp.fused import ColumnGroup, GatedExit, SequenceState
+from argonne.tp.group import ProcessTPGroup, SimulatedTPGroup, TPGroup
 from argonne.tp.initial_values import initialise_parameters
-from argonne.tp.layers import (
-    ColumnGroup,
-    ColumnParallelLinear,
-    RowParallelLinear,
-    SequenceState,
-    VocabParallelEmbedding,
-)
+from argonne.tp.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from argonne.tp.loss import IGNORE_INDEX, vocab_parallel_cross_entropy
 from argonne.tp.plan import (
     HeadCounts,
@@ -50,14 +34,24 @@ from argonne.tp.plan import (
     build_slice_map,
     check_degree,
     fitting_degrees,
-    plan_for,
     stores_transposed,
     summed_parameters,
+)
+from argonne.tp.precision import DTYPES
+from argonne.tp.regions import (
+    copy_to_region,
+    gather_from_region,
+    gather_sequence,
+    reduce_from_region,
+    reduce_scatter_sequence,
+    scatter_to_region,
+    split_sequence,
 )
 from argonne.tp.slices import SliceMap
 from argonne.tp.state import TensorParallelState, gather_state_dict, gather_unsharded, take_slice
 
 __all__ = [
+    "DTYPES",
     "ColumnParallelLinear",
     "ProcessTPGroup",
     "RowParallelLinear",

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
 
-from argonne.ranks.parallel import local_gradients
+from argonne.ranks.replicas import local_gradients
 from argonne.tp.costs import ModelOutline, SplitCost, tensor_parallel
 from model import ArgonneConfig, ArgonneModel
 

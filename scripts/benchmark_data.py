@@ -22,9 +22,10 @@ from quickstart_corpus import documents
 
 from argonne.data.encoder_pool import EncoderPool
 from argonne.data.feed import StepFeed
+from argonne.data.position import DataPosition
 from argonne.data.shards import DEFAULT_TEXT_COLUMN, open_corpus
 from argonne.data.source import SourceOptions
-from argonne.data.stream import DataPosition, DocumentReader, encoded_documents, text_batches
+from argonne.data.stream import DocumentReader, encoded_documents, text_batches
 from argonne.data.tokenizer import EncoderRecipe, load_tokenizer, plain_ids
 from argonne.errors import DataError
 from data_stream import open_stream

@@ -22,9 +22,9 @@ from benchmark_gpu_attention import attention_rows, backend_of
 from benchmark_models import Shape, alone, our_step, training_options
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from argonne.config.command_line import ParallelOptions
+from argonne.config.options import ParallelOptions
 from argonne.errors import DeviceError
-from argonne.ranks.parallel import Parallel, World, build_parallel
+from argonne.ranks.world import Parallel, World, build_parallel
 from argonne.run.report import peak_flops
 from argonne.tp.costs import ModelOutline, tensor_parallel
 from argonne.training.build import TrainedModel, build_model, flops_per_token

@@ -14,8 +14,9 @@ from benchmark_models import SHAPES, Shape, our_model, peer_model, split_over, s
 from distributed import run_ranks
 
 from argonne.config.presets import PRESETS, REFERENCE
+from argonne.tp.architectures import plan_for
 from argonne.tp.costs import ModelOutline, activation_bytes
-from argonne.tp.plan import build_slice_map, plan_for
+from argonne.tp.plan import build_slice_map
 from model import ArgonneConfig, ArgonneModel
 
 RANKS = 2

@@ -71,7 +71,8 @@ def _main() -> None:
 
     from argonne.checkpoint.load import load_slices, view_of
     from argonne.checkpoint.parts import open_any
-    from argonne.tp.plan import build_slice_map, plan_for
+    from argonne.tp.architectures import plan_for
+    from argonne.tp.plan import build_slice_map
     from model import ArgonneConfig, ArgonneModel
     from tp_shard import take_slice
 

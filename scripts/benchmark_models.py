@@ -26,10 +26,10 @@ from torch.distributed.tensor.parallel import (
 )
 from transformers import LlamaForCausalLM
 
-from argonne.config.command_line import ParallelOptions, TrainingOptions
+from argonne.config.options import ParallelOptions, TrainingOptions
 from argonne.data.feed import StepBatch
-from argonne.ranks.parallel import Parallel, World, build_parallel
-from argonne.tp.collectives import TPGroup
+from argonne.ranks.world import Parallel, World, build_parallel
+from argonne.tp.group import TPGroup
 from argonne.training.build import TrainedModel, build_model, fill_weights
 from argonne.training.step import TrainingStep
 from model import ArgonneConfig

@@ -13,7 +13,7 @@ from benchmark_common import ROUNDS, Report, Row, interleaved, summary, timed_ro
 from benchmark_models import SHAPES, alone, our_model, our_step, peer_model, peer_step, split_over, split_peer
 from distributed import run_ranks
 
-import argonne.tp.products as tp_products
+import argonne.tp.cpu_products as tp_products
 
 RANKS = 2
 FRESH = ("ours tp2", "dtensor tp2", "dtensor tp2 naive", "ours 1 thread", "llama 1 thread")

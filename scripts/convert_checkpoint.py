@@ -47,9 +47,10 @@ def convert(options: argparse.Namespace) -> str:
     from inspect_checkpoint import newest_in
 
     from argonne.checkpoint.convert import DTYPES, write_converted
-    from argonne.checkpoint.reader import infer_model_config
+    from argonne.checkpoint.shape import infer_model_config
+    from argonne.checkpoint.verifier import verify_checkpoint
     from argonne.config.presets import load_model_settings
-    from checkpointing import checkpoint_path, require_safe_torch, verify_checkpoint
+    from checkpointing import checkpoint_path, require_safe_torch
 
     require_safe_torch()
     reader = verify_checkpoint(newest_in(Path(options.checkpoint_path)))

@@ -26,8 +26,8 @@ from argonne.tools.script import OneLineParser, run_script
 if TYPE_CHECKING:
     import torch
 
-    from argonne.ranks.meeting import Environment
-    from argonne.ranks.parallel import Parallel, World
+    from argonne.ranks.launch import Environment
+    from argonne.ranks.world import Parallel, World
     from model import ArgonneModel
     from tp_shard import SliceMap, TensorParallelState
 
@@ -99,7 +99,7 @@ def empty_model(settings: dict[str, Any], options: argparse.Namespace, world: Wo
     """The split model on this rank's device, its slices not yet filled."""
     import torch
 
-    from argonne.ranks.parallel import build_parallel
+    from argonne.ranks.world import build_parallel
     from argonne.training.build import choose_dtype, choose_tp_size
     from model import ArgonneConfig, ArgonneModel
     from tp_shard import shard_tensor_parallel
@@ -122,7 +122,7 @@ def empty_model(settings: dict[str, Any], options: argparse.Namespace, world: Wo
 
 def load_checkpoint(options: argparse.Namespace, world: World) -> LoadedModel:
     """The model of a checkpoint; every rank reads its own slices, or gets them from rank 0."""
-    from argonne.ranks.parallel import local_parameters
+    from argonne.ranks.replicas import local_parameters
     from checkpointing import infer_model_config, load_slices, open_chosen
 
     view, reason, warnings = open_chosen(
@@ -156,7 +156,7 @@ def load_export(folder: Path, options: argparse.Namespace, world: World) -> Load
     """The model of an exported folder; every rank reads it, one tensor at a time, and keeps its slices."""
     from safetensors import SafetensorError
 
-    from argonne.ranks.parallel import local_parameters
+    from argonne.ranks.replicas import local_parameters
 
     loaded = empty_model(load_model_settings(str(folder)), options, world)
     missing = set(local_parameters(loaded.model))
@@ -179,7 +179,7 @@ def take_slices(path: Path, loaded: LoadedModel, wanted: set[str]) -> set[str]:
     """Fill this rank's slices of the ``wanted`` weights that a file holds; returns the names of these."""
     from safetensors import safe_open
 
-    from argonne.ranks.parallel import local_parameters
+    from argonne.ranks.replicas import local_parameters
     from tp_shard import take_slice
 
     slice_map, parameters = loaded.slice_map, local_parameters(loaded.model)
@@ -200,8 +200,9 @@ def run(options: argparse.Namespace, environment: Environment) -> str:
     """Connect, load, generate; the text on rank 0 and "" elsewhere."""
     from argonne.checkpoint.export_hf import quiet_transformers
     from argonne.data.tokenizer import load_tokenizer
+    from argonne.ranks.agree import on_rank_0
     from argonne.ranks.meeting import await_ranks, open_store
-    from argonne.ranks.parallel import choose_device, connect, disconnect, on_rank_0
+    from argonne.ranks.world import choose_device, connect, disconnect
     from argonne.training.generation import generate_text
     from checkpointing import require_safe_torch
 
@@ -246,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         check(options)
 
-        from argonne.ranks.meeting import Environment
+        from argonne.ranks.launch import Environment
 
         environment = Environment.read()
         try:

@@ -42,7 +42,7 @@ def newest_in(path: Path) -> Path:
 def describe(options: argparse.Namespace) -> dict[str, Any]:
     """All that the file says, and its health."""
     from argonne.checkpoint.parts import open_any
-    from argonne.checkpoint.reader import infer_shape
+    from argonne.checkpoint.shape import infer_shape
     from checkpointing import require_safe_torch
 
     require_safe_torch()
@@ -80,7 +80,7 @@ def _proof(sealed: bool, has_checksums: bool) -> str:
 
 
 def _slice_warning(shape: dict[str, Any], metadata: dict[str, Any], model_config: str | None) -> list[str]:
-    from argonne.checkpoint.reader import sliced_over
+    from argonne.checkpoint.shape import sliced_over
     from argonne.config.presets import load_model_settings
 
     heads = metadata.get("model_config") or (load_model_settings(model_config) if model_config else {})
@@ -94,9 +94,9 @@ def _slice_warning(shape: dict[str, Any], metadata: dict[str, Any], model_config
 
 def _health(reader: Any) -> str:
     """Verify the bytes, then look for values that are not finite."""
+    from argonne.checkpoint.contents import TensorEntry, check_finite
     from argonne.checkpoint.convert import row_parts
-    from argonne.checkpoint.save import TensorEntry, check_finite
-    from checkpointing import verify_file
+    from argonne.checkpoint.verifier import verify_file
 
     for file in reader.files:
         verify_file(file.path, file.serialization)

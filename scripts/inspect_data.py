@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from argonne.config.command_line import DataOptions, TrainingOptions
+from argonne.config.options import DataOptions, TrainingOptions
 from argonne.errors import ConfigError, DataError
 from argonne.tools.script import OneLineParser, run_script
 

@@ -193,7 +193,7 @@ def verify(options: argparse.Namespace) -> list[str]:
         print_verdict,
         print_weights,
     )
-    from argonne.tp.costs import all_splits
+    from argonne.tp.strategies import all_splits
 
     size, batch = options.tensor_parallel_size, (options.batch_size, options.seq_len)
     source, asked = choose(options)

@@ -19,7 +19,8 @@ import torch
 from checkpoint_samples import save_sample
 
 import argonne.checkpoint.streamed_file as checkpoint_output
-from checkpointing import choose_checkpoint, clean_temporary_files, prune, verify_checkpoint
+from argonne.checkpoint.verifier import verify_checkpoint
+from checkpointing import choose_checkpoint, clean_temporary_files, prune
 
 OPERATIONS = ("open", "write", "pwrite", "ftruncate", "fsync", "replace", "unlink", "close")
 OLD, NEW = 5, 7

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from argonne.ranks.parallel import Parallel, World, build_parallel
+from argonne.ranks.world import Parallel, World, build_parallel
 
 
 def _rank_main(rank: int, world_size: int, folder: str, tasks: Connection) -> None:

@@ -130,7 +130,7 @@ def spoil(fault: Fault) -> None:
 
 
 def slow(fault: Fault) -> None:
-    import checkpointing
+    import argonne.checkpoint.verifier as checkpointing
 
     verify = checkpointing.verify_checkpoint
 

@@ -13,8 +13,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from argonne.errors import DataError, RunError
+from argonne.ranks.launch import read_launch
 from argonne.run.control import RunControl
-from argonne.run.status import Launch, already_ended, prepare_output_dir
+from argonne.run.status import already_ended, prepare_output_dir
 
 
 class FolderStore:
@@ -91,7 +92,7 @@ def main() -> int:
     options = json.loads(sys.argv[1])
     output_dir = Path(options["output_dir"])
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    launch = Launch.read()
+    launch = read_launch()
     store = FolderStore(output_dir / f"store_{options.get('attempt', launch.restart_count)}")
     control = RunControl(
         output_dir,

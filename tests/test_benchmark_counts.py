@@ -10,8 +10,9 @@ from saved_activations import saved_bytes
 from torch import nn
 
 from argonne.config.presets import PRESETS
-from argonne.tp.collectives import SimulatedTPGroup
-from argonne.tp.plan import ARGONNE_PLAN, build_slice_map
+from argonne.tp.architectures import ARGONNE_PLAN
+from argonne.tp.group import SimulatedTPGroup
+from argonne.tp.plan import build_slice_map
 from argonne.verification.simulate import simulate
 from model import ArgonneConfig, ArgonneModel
 from tp_shard import shard_tensor_parallel

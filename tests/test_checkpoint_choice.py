@@ -8,9 +8,9 @@ import pytest
 import torch
 from checkpoint_samples import FIXTURES, save_sample
 
+from argonne.checkpoint.verifier import BackgroundVerifier
 from argonne.errors import CheckpointError, DeviceError
 from checkpointing import (
-    BackgroundVerifier,
     checkpoint_path,
     choose_checkpoint,
     later_checkpoints,

@@ -21,7 +21,8 @@ from pipeline_samples import (
 )
 
 from argonne.checkpoint.parts import open_any
-from argonne.checkpoint.reader import check_model_config, infer_model_config, open_checkpoint
+from argonne.checkpoint.reader import open_checkpoint
+from argonne.checkpoint.shape import check_model_config, infer_model_config
 from argonne.errors import CheckpointError
 from model import ArgonneConfig, ArgonneModel
 

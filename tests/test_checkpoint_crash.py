@@ -15,7 +15,8 @@ from checkpoint_crash import BUFFER_BYTES, NEW, OLD, ForgetfulDisk, assert_old_o
 from checkpoint_samples import save_sample
 
 import argonne.checkpoint.streamed_file as checkpoint_output
-from checkpointing import clean_temporary_files, verify_checkpoint
+from argonne.checkpoint.verifier import verify_checkpoint
+from checkpointing import clean_temporary_files
 
 
 def test_kill_at_every_file_operation_of_a_save(tmp_path: Path) -> None:

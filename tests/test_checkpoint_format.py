@@ -17,11 +17,11 @@ from argonne.checkpoint.archive import (
     tensor_bytes,
     verify_archive,
 )
+from argonne.checkpoint.contents import begin_archive, finish_archive
 from argonne.checkpoint.safe_pickle import contiguous_ref
-from argonne.checkpoint.save import begin_archive, finish_archive
 from argonne.checkpoint.tensor_file import TensorFile, read_rectangle
+from argonne.checkpoint.verifier import verify_checkpoint
 from argonne.errors import CheckpointError
-from checkpointing import verify_checkpoint
 from model import ArgonneConfig, ArgonneModel
 
 

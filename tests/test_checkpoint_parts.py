@@ -10,7 +10,7 @@ from pipeline_samples import assert_whole, pipeline_checkpoint, write_stages
 from torch import Tensor
 
 from argonne.checkpoint.parts import cut_dimension, open_any, part_name
-from argonne.checkpoint.reader import infer_model_config
+from argonne.checkpoint.shape import infer_model_config
 from argonne.errors import CheckpointError
 from checkpointing import choose_checkpoint
 

@@ -19,8 +19,8 @@ from argonne.checkpoint.archive import RecordSpan, read_archive_index
 from argonne.checkpoint.reader import open_checkpoint
 from argonne.checkpoint.safe_pickle import StorageRef, TensorRef, check_tensor, dump_tree
 from argonne.checkpoint.tensor_file import TensorFile, read_rectangle
+from argonne.checkpoint.verifier import verify_checkpoint
 from argonne.errors import CheckpointError
-from checkpointing import verify_checkpoint
 
 STEPS = (25, 40)
 

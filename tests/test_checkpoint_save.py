@@ -27,8 +27,9 @@ from checkpoint_samples import (
 )
 from distributed import run_ranks
 
-import argonne.checkpoint.save as checkpoint_save
 import argonne.checkpoint.streamed_file as checkpoint_output
+from argonne.checkpoint import rows, transfer
+from argonne.checkpoint.verifier import verify_checkpoint
 from argonne.errors import CheckpointError, PeerError
 from checkpointing import (
     CheckpointView,
@@ -36,7 +37,6 @@ from checkpointing import (
     estimate_checkpoint_bytes,
     load_slices,
     open_chosen,
-    verify_checkpoint,
 )
 
 
@@ -64,12 +64,12 @@ def _assert_loaded(view: CheckpointView, rank: int, tp_size: int, dp_size: int =
 @contextlib.contextmanager
 def _small_chunks() -> Iterator[None]:
     """Several chunks a tensor and many writes a file, although both are small."""
-    usual = checkpoint_save.CHUNK_BYTES, checkpoint_output.BUFFER_BYTES
-    checkpoint_save.CHUNK_BYTES, checkpoint_output.BUFFER_BYTES = 1000, 4096
+    usual = rows.CHUNK_BYTES, checkpoint_output.BUFFER_BYTES
+    rows.CHUNK_BYTES, checkpoint_output.BUFFER_BYTES = 1000, 4096
     try:
         yield
     finally:
-        checkpoint_save.CHUNK_BYTES, checkpoint_output.BUFFER_BYTES = usual
+        rows.CHUNK_BYTES, checkpoint_output.BUFFER_BYTES = usual
 
 
 @_small_chunks()
@@ -264,8 +264,8 @@ def test_another_models_checkpoint_is_refused_naming_both_shapes(tmp_path: Path)
 def _rank_dies(rank: int, folder: str) -> None:
     """Rank 1 disappears at the sixth tensor; rank 0 writes down what it raised and when."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    checkpoint_save.CHUNK_BYTES = 1000
-    await_word, words = checkpoint_save._Peers.await_word, [0]
+    rows.CHUNK_BYTES = 1000
+    await_word, words = transfer.SlicePeers.await_word, [0]
 
     def dying(self: Any) -> None:
         words[0] += 1
@@ -273,7 +273,7 @@ def _rank_dies(rank: int, folder: str) -> None:
             os._exit(0)
         await_word(self)
 
-    checkpoint_save._Peers.await_word = dying  # type: ignore[method-assign]
+    transfer.SlicePeers.await_word = dying  # type: ignore[method-assign]
     started = time.monotonic()
     try:
         save_sample(Path(folder), rank=rank, tp_size=2)

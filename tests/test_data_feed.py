@@ -14,8 +14,8 @@ import torch.distributed as dist
 from distributed import run_ranks
 
 from argonne.data.feed import FEED_TIMEOUT, QUEUE_DEPTH, StepBatch, StepFeed
+from argonne.data.position import DataPosition
 from argonne.data.source import DataProgress, SourceStep, chain_hash
-from argonne.data.stream import DataPosition
 from argonne.errors import DataError, PeerError, RunError
 
 G, B = 4, 8

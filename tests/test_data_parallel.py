@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from argonne.ranks.parallel import (
+from argonne.ranks.recompute import recompute_blocks
+from argonne.ranks.replicas import (
     apply_ddp,
     apply_fsdp,
     forward_context,
     gradient_sync,
     local_gradients,
     local_parameters,
-    recompute_blocks,
 )
-from argonne.tp.collectives import SimulatedTPGroup
+from argonne.tp.group import SimulatedTPGroup
 from argonne.tp.initial_values import initialise_parameters
 from argonne.training.optimizer import GradientTotals, build_adamw, scale_gradients
 from argonne.verification.simulate import simulate

@@ -16,7 +16,7 @@ from inspect_data import build_parser
 from inspect_data import main as inspect
 from prepare_data import main as prepare
 
-from argonne.config.command_line import DataOptions, TrainingOptions
+from argonne.config.options import DataOptions, TrainingOptions
 from argonne.data.shards import open_corpus
 from argonne.data.source import SourceOptions
 from argonne.data.tokenizer import load_tokenizer

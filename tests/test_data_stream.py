@@ -17,8 +17,9 @@ import argonne.data.encoder_pool as data_worker
 import argonne.data.formats as data_formats
 import argonne.data.stream as data_stream
 import argonne.data.tokenizer as data_tokenize
+from argonne.data.position import DataPosition
 from argonne.data.source import DataProgress, SourceOptions, SourceStep, chain_hash
-from argonne.data.stream import Counts, DataPosition, Document, encoded_documents
+from argonne.data.stream import Counts, Document, encoded_documents
 from argonne.errors import DataError
 from data_stream import OpenedStream, open_stream
 

@@ -11,7 +11,7 @@ import torch
 from launch import SHAPE, checkpoint, launch, metrics
 from models import random_tokens, relative_error, small_model
 
-from argonne.config.command_line import ParallelOptions, TrainingOptions
+from argonne.config.options import ParallelOptions, TrainingOptions
 from argonne.training.build import build_model, fill_weights
 from tp_shard import shard_tensor_parallel
 

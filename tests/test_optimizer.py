@@ -7,7 +7,8 @@ import torch
 from models import loss_of, random_tokens, relative_error, small_model
 from torch import Tensor
 
-from argonne.tp.plan import ARGONNE_PLAN, build_slice_map
+from argonne.tp.architectures import ARGONNE_PLAN
+from argonne.tp.plan import build_slice_map
 from argonne.tp.slices import SliceMap
 from argonne.training.optimizer import (
     GradientTotals,

@@ -9,22 +9,18 @@ from distributed import make_parallel, run_ranks
 from models import loss_of, random_tokens, relative_error, small_model
 from torch import Tensor
 
-import argonne.ranks.parallel as parallel_module
+import argonne.ranks.world as parallel_module
 from argonne.errors import ConfigError, DeviceError
-from argonne.ranks.parallel import (
-    Environment,
+from argonne.ranks.recompute import compile_blocks, recompute_blocks
+from argonne.ranks.replicas import (
     apply_ddp,
     apply_fsdp,
-    choose_device,
-    compile_blocks,
-    default_tp_size,
     forward_context,
     gradient_sync,
     local_gradients,
     local_parameters,
-    recompute_blocks,
-    resolve_tp_size,
 )
+from argonne.ranks.world import Environment, choose_device, default_tp_size, resolve_tp_size
 from argonne.training.optimizer import GradientTotals
 from tp_shard import shard_tensor_parallel
 

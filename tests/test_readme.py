@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from argonne.config.command_line import build_parser, flag_table
+from argonne.config.command_line import build_parser
+from argonne.config.flags import flag_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,18 +12,15 @@ from typing import Any
 import pytest
 
 from argonne.config.command_line import (
-    PRESETS,
-    TrainingOptions,
     build_parser,
-    derive_accumulation,
     differing_flags,
     fingerprint,
-    flag_table,
     flag_values,
     parse_command_line,
 )
-from argonne.config.flags import duration
-from argonne.config.presets import load_model_settings
+from argonne.config.flags import duration, flag_table
+from argonne.config.options import TrainingOptions, derive_accumulation
+from argonne.config.presets import PRESETS, load_model_settings
 from argonne.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from argonne.errors import DeviceError
+from argonne.ranks.launch import read_launch
 from argonne.run.control import STOP_SIGNALS, RunControl, enable_flight_recorder
-from argonne.run.status import Launch, OutputLock, prepare_output_dir
+from argonne.run.lock import OutputLock
+from argonne.run.status import prepare_output_dir
 
 WORKER = Path(__file__).with_name("run_control_worker.py")
 Start = Callable[..., list[subprocess.Popen[str]]]
@@ -337,7 +339,7 @@ def test_the_status_of_a_restart_keeps_its_launchs_checkpoint(tmp_path: Path) ->
     (tmp_path / "stats").mkdir()
     path = tmp_path / "stats" / "run_status.json"
     path.write_text(json.dumps({**written, "heartbeat": time.strftime("%Y-%m-%dT%H:%M:%S%z")}))
-    launch = Launch.read(elastic(restart=1, most=3))
+    launch = read_launch(elastic(restart=1, most=3))
     control = RunControl(tmp_path, rank=0, world_size=1, launch=launch, warn=print)
     control.claim()
     assert control.written_before == Path("out/pretrained/c.pth")
@@ -381,7 +383,7 @@ def test_a_second_run_in_one_folder_is_refused_and_names_the_first(start: Start,
 def lock_file(tmp_path: Path, **holder: Any) -> OutputLock:
     (tmp_path / "stats").mkdir(exist_ok=True)
     (tmp_path / "stats" / "run.lock").write_text(json.dumps({"owner": "ada", "run_id": "other", **holder}))
-    return OutputLock(tmp_path, Launch.read({}))
+    return OutputLock(tmp_path, read_launch({}))
 
 
 def test_a_lock_of_a_dead_process_or_an_old_heartbeat_is_taken_over(tmp_path: Path) -> None:
@@ -399,7 +401,7 @@ def test_a_lock_of_a_dead_process_or_an_old_heartbeat_is_taken_over(tmp_path: Pa
 
 def test_a_fork_does_not_keep_the_lock(tmp_path: Path) -> None:
     (tmp_path / "stats").mkdir()
-    lock = OutputLock(tmp_path, Launch.read({}))
+    lock = OutputLock(tmp_path, read_launch({}))
     lock.acquire()
     child = os.fork()
     if child == 0:
@@ -407,7 +409,7 @@ def test_a_fork_does_not_keep_the_lock(tmp_path: Path) -> None:
         os._exit(0)
     try:
         lock.release()
-        second = OutputLock(tmp_path, Launch.read({}))
+        second = OutputLock(tmp_path, read_launch({}))
         second.acquire(patience=3.0)  # the child closes its copy as soon as it runs
         second.release()
     finally:
@@ -423,9 +425,9 @@ def test_flight_recorder_keeps_what_the_user_set(tmp_path: Path) -> None:
 
 
 def test_a_save_longer_than_the_grace_time_is_said(tmp_path: Path) -> None:
-    alone = RunControl(tmp_path, rank=0, world_size=1, launch=Launch.read({}), warn=print)
+    alone = RunControl(tmp_path, rank=0, world_size=1, launch=read_launch({}), warn=print)
     assert alone.grace_warning(1000.0) is None
-    launched = RunControl(tmp_path, rank=0, world_size=1, launch=Launch.read(elastic()), warn=print)
+    launched = RunControl(tmp_path, rank=0, world_size=1, launch=read_launch(elastic()), warn=print)
     assert launched.launch.grace_seconds({}) == 30.0
     assert launched.launch.grace_seconds({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}) == 90.0
     warning = launched.grace_warning(100.0)

@@ -19,7 +19,8 @@ from corpus import small_corpus
 from launch import SCHEDULE, SHAPE, Finished, checkpoint, environment, launch, metrics, start, status, wait
 from launch import command as command_of
 
-from checkpointing import choose_checkpoint, verify_checkpoint
+from argonne.checkpoint.verifier import verify_checkpoint
+from checkpointing import choose_checkpoint
 
 STEPS, INTERVAL = 12, 4
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import argonne.tools.practice_layers as practice_layers
 from argonne.tools.practice_layers import Trial, attention_pair, linear_pair, mlp_pair, naive_mlp_pair, run
 from argonne.tools.practice_lesson import teach
-from argonne.tp.collectives import SimulatedTPGroup
+from argonne.tp.group import SimulatedTPGroup
 from argonne.verification.simulate import simulate
 
 SCRIPT = str(ROOT / "scripts" / "tensor_parallel_practice.py")

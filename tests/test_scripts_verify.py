@@ -13,7 +13,7 @@ import torch
 import verify_tensor_parallel
 from launch import ROOT, environment
 
-from argonne.tp.collectives import SimulatedTPGroup
+from argonne.tp.group import SimulatedTPGroup
 from argonne.verification.simulate import measure_simulated
 from model import ArgonneModel
 from tp_shard import TensorParallelState

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from tp_layer_ranks import Calls, inputs, on_ranks, seeded
 
-from argonne.tp.collectives import (
-    SimulatedTPGroup,
-    TPGroup,
+from argonne.tp.fused import SequenceState, column_products
+from argonne.tp.group import SimulatedTPGroup, TPGroup
+from argonne.tp.layers import ColumnParallelLinear, RowParallelLinear
+from argonne.tp.regions import (
     copy_to_region,
     gather_from_region,
     gather_sequence,
@@ -19,7 +20,6 @@ from argonne.tp.collectives import (
     scatter_to_region,
     split_sequence,
 )
-from argonne.tp.layers import ColumnParallelLinear, RowParallelLinear, SequenceState, column_products
 from argonne.verification.simulate import simulate
 
 # ---------------------------------------------------------------------------------------------------

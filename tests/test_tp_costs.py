@@ -10,18 +10,18 @@ from models import loss_of, random_tokens, small_model
 from torch import nn
 
 from argonne.config.presets import PRESETS
-from argonne.tp.collectives import SimulatedTPGroup
 from argonne.tp.costs import (
     SHARED,
     ModelOutline,
     SplitCost,
     activation_bytes,
-    all_splits,
     calls,
     payload,
     readable_bytes,
     tensor_parallel,
 )
+from argonne.tp.group import SimulatedTPGroup
+from argonne.tp.strategies import all_splits
 from argonne.verification.simulate import measure_simulated, simulate
 from model import ArgonneConfig, ArgonneModel
 from tp_shard import ColumnParallelLinear, VocabParallelEmbedding, shard_tensor_parallel

@@ -27,8 +27,10 @@ from transformers import (
 )
 
 from argonne.errors import ConfigError
-from argonne.ranks.parallel import World, apply_fsdp, build_parallel, local_gradients, recompute_blocks
-from argonne.tp.collectives import SimulatedTPGroup
+from argonne.ranks.recompute import recompute_blocks
+from argonne.ranks.replicas import apply_fsdp, local_gradients
+from argonne.ranks.world import World, build_parallel
+from argonne.tp.group import SimulatedTPGroup
 from argonne.verification.compare import difference
 from argonne.verification.simulate import simulate
 from tp_shard import TensorParallelState, gather_state_dict, gather_unsharded, shard_tensor_parallel

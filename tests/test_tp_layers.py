@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from tp_layer_ranks import SIZES, Calls, inputs, join, on_ranks, seeded
 
-from argonne.tp.collectives import ProcessTPGroup, TPGroup
-from argonne.tp.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, column_products
+from argonne.tp.fused import column_products
+from argonne.tp.group import ProcessTPGroup, TPGroup
+from argonne.tp.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 # ---------------------------------------------------------------------------------------------------
 # Column

@@ -10,7 +10,7 @@ from distributed import run_ranks
 from torch import Tensor
 
 import argonne.tp.loss as tp_loss
-from argonne.tp.collectives import ProcessTPGroup, SimulatedTPGroup, TPGroup
+from argonne.tp.group import ProcessTPGroup, SimulatedTPGroup, TPGroup
 from argonne.tp.loss import vocab_parallel_cross_entropy
 from argonne.tp.slices import padded_slice_size
 from argonne.verification.simulate import simulate

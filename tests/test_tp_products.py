@@ -9,9 +9,9 @@ from models import random_tokens, relative_error, small_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import argonne.tp.products as tp_products
-from argonne.ranks.parallel import recompute_blocks
-from argonne.tp.products import add_matrix_product, linear, matrix_product, times_transposed
+import argonne.tp.cpu_products as tp_products
+from argonne.ranks.recompute import recompute_blocks
+from argonne.tp.cpu_products import add_matrix_product, linear, matrix_product, times_transposed
 from tp_shard import shard_tensor_parallel
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")

@@ -10,7 +10,8 @@ from models import SMALL, small_model
 from torch import Tensor
 
 from argonne.errors import ConfigError
-from argonne.tp.plan import ARGONNE_PLAN, build_slice_map, check_degree, degree_fits, fitting_degrees
+from argonne.tp.architectures import ARGONNE_PLAN
+from argonne.tp.plan import build_slice_map, check_degree, degree_fits, fitting_degrees
 from argonne.tp.slices import Cut, Shape, SliceMap, even_cut, fused_cut, head_cut, padded_slice_size
 from tp_shard import take_slice
 

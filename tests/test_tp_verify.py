@@ -12,16 +12,10 @@ from models import random_tokens, small_model
 from torch import Tensor
 
 from argonne.errors import PeerError
-from argonne.ranks.parallel import (
-    Parallel,
-    World,
-    apply_ddp,
-    apply_fsdp,
-    build_parallel,
-    local_parameters,
-    recompute_blocks,
-)
-from argonne.tp.collectives import SimulatedTPGroup
+from argonne.ranks.recompute import recompute_blocks
+from argonne.ranks.replicas import apply_ddp, apply_fsdp, local_parameters
+from argonne.ranks.world import Parallel, World, build_parallel
+from argonne.tp.group import SimulatedTPGroup
 from argonne.verification.compare import (
     ShardingReport,
     SplitMismatchError,

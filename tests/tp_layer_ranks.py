@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from argonne.tp.collectives import SimulatedTPGroup, TPGroup
+from argonne.tp.group import SimulatedTPGroup, TPGroup
 from argonne.verification.simulate import simulate
 
 SIZES = [1, 2, 3, 4]

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from argonne.checkpoint.archive import verify_structure
+from argonne.checkpoint.room import require_room
 from argonne.checkpoint.tensor_file import TensorFile
 from argonne.errors import CheckpointError
 from argonne.files import synchronize
@@ -42,17 +43,6 @@ def temporary_file(path: Path, need: int) -> Iterator[tuple[int, Path]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         os.close(descriptor)
-
-
-def require_room(folder: Path, need: int, count: int = 1) -> None:
-    """CheckpointError where the disk has fewer than ``need`` bytes free, for ``count`` checkpoints."""
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        purpose = f" for {count} checkpoints (those kept and one more)" if count > 1 else ""
-        raise CheckpointError(
-            f"{folder} needs {need:,} bytes free{purpose} and has {free:,}: make room or lower "
-            "--keep-checkpoints"
-        )
 
 
 def commit(descriptor: int, temporary: Path, path: Path, size: int) -> None:

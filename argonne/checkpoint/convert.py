@@ -15,16 +15,16 @@ import torch
 
 from argonne.checkpoint.archive import ArchiveWriter, tensor_bytes
 from argonne.checkpoint.commit import commit, failure_reason, temporary_file
-from argonne.checkpoint.reader import FORMAT_KEY, FORMAT_VERSION, CheckpointReader
-from argonne.checkpoint.save import (
+from argonne.checkpoint.contents import (
     TensorEntry,
     begin_archive,
     build_tree,
     check_finite,
     finish_archive,
-    row_chunks,
     tensor_entries,
 )
+from argonne.checkpoint.reader import FORMAT_KEY, FORMAT_VERSION, CheckpointReader
+from argonne.checkpoint.rows import row_chunks
 from argonne.checkpoint.tensor_file import TensorSource, read_rectangle
 from argonne.errors import CheckpointError
 

@@ -20,9 +20,9 @@ import torch
 
 from argonne.checkpoint.archive import tensor_bytes
 from argonne.checkpoint.commit import failure_reason
+from argonne.checkpoint.contents import TensorEntry, check_finite
 from argonne.checkpoint.convert import row_parts
 from argonne.checkpoint.reader import HEAD, CheckpointReader
-from argonne.checkpoint.save import TensorEntry, check_finite
 from argonne.checkpoint.streamed_file import StreamedFile
 from argonne.data.tokenizer import load_tokenizer
 from argonne.errors import CheckpointError, ConfigError

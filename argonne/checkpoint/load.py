@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,10 @@ import torch
 import torch.distributed as dist
 
 from argonne.checkpoint.reader import ADAM_KEYS, CheckpointReader
-from argonne.checkpoint.save import clip_rows, row_chunks
-from argonne.checkpoint.tensor_file import Shape, read_rectangle
-from argonne.errors import CheckpointError, PeerError
-from argonne.tp.slices import Rectangle, SliceMap
-
-LOAD_CHUNK_BYTES = 4 << 20
-"""Small, for it is what a rank holds beyond its slices."""
+from argonne.checkpoint.tensor_file import Shape
+from argonne.checkpoint.transfer import read_chunks, receive_chunks, serve_chunks
+from argonne.errors import CheckpointError
+from argonne.tp.slices import SliceMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,16 +157,16 @@ def load_slices(
             local = parameters[name] if key == "param" else adam[name][key]
             boxes = slice_map.rectangles(name, rank)
             if view.reader is not None:
-                chunks = _read_chunks(view.reader, name, key, boxes)
+                chunks = read_chunks(view.reader, name, key, boxes)
             else:
-                chunks = _receive_chunks(slice_map.shape(name), boxes, control_group)
+                chunks = receive_chunks(slice_map.shape(name), boxes, control_group)
             for target, values in chunks:
                 if problem is None and not _is_finite(values):
                     problem = CheckpointError(_not_finite(view.path, name, key))
                 local.detach()[target].copy_(values)
             if rank == 0:
                 assert view.reader is not None
-                _serve(view.reader, name, key, slice_map, view.blind_ranks, control_group)
+                serve_chunks(view.reader, name, key, slice_map, view.blind_ranks, control_group)
         if with_adam:
             steps = view.adam_steps[name]
             if problem is None and not 0 <= steps < math.inf:
@@ -205,48 +202,3 @@ def _is_finite(values: torch.Tensor) -> bool:
 def _not_finite(path: Path, name: str, key: str) -> str:
     what = name if key == "param" else f"{key} of {name}"
     return f"checkpoint {path}: {what} holds NaN or infinite values; take an earlier checkpoint"
-
-
-def _read_chunks(
-    reader: CheckpointReader, name: str, key: str, boxes: Sequence[Rectangle]
-) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
-    """Chunks of a rank's boxes: where in the local tensor they go, and the values read."""
-    source = reader.source(name, key)
-    for first, last in row_chunks(source.shape, LOAD_CHUNK_BYTES):
-        for box, low, high in clip_rows(boxes, first, last):
-            values = read_rectangle(source, (low, *box.start[1:]), (high - low, *box.size[1:]))
-            yield _target(box, low, high), values
-
-
-def _target(box: Rectangle, low: int, high: int) -> tuple[slice, ...]:
-    shift = box.local_start[0] - box.start[0]
-    return (slice(low + shift, high + shift), *box.local_index[1:])
-
-
-def _serve(
-    reader: CheckpointReader,
-    name: str,
-    key: str,
-    slice_map: SliceMap,
-    blind_ranks: Sequence[int],
-    group: dist.ProcessGroup | None,
-) -> None:
-    for rank in blind_ranks:
-        for _, values in _read_chunks(reader, name, key, slice_map.rectangles(name, rank)):
-            try:
-                dist.send(values.contiguous(), rank, group=group)
-            except RuntimeError as error:
-                raise PeerError(f"rank {rank} left while its slices were sent ({str(error)[:80]})") from error
-
-
-def _receive_chunks(
-    shape: Shape, boxes: Sequence[Rectangle], group: dist.ProcessGroup | None
-) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
-    for first, last in row_chunks(shape, LOAD_CHUNK_BYTES):
-        for box, low, high in clip_rows(boxes, first, last):
-            values = torch.empty((high - low, *box.size[1:]), dtype=torch.float32)
-            try:
-                dist.recv(values, 0, group=group)
-            except RuntimeError as error:
-                raise PeerError(f"rank 0 left while slices were received ({str(error)[:80]})") from error
-            yield _target(box, low, high), values

@@ -21,20 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from argonne.checkpoint.adam import adam_of
 from argonne.checkpoint.reader import (
     ADAM_KEYS,
     EMBEDDING,
     HEAD,
     CheckpointReader,
-    adam_of,
     check_metadata,
-    infer_shape,
     model_tensors,
     parameter_names,
     plain_metadata,
     reader_of_file,
     same_bytes,
 )
+from argonne.checkpoint.shape import infer_shape
 from argonne.checkpoint.tensor_file import FileTensor, JoinedTensor, Shape, TensorFile, TensorSource
 from argonne.errors import CheckpointError
 

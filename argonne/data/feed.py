@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from argonne.data.formats import one_line
+from argonne.data.position import DataPosition
 from argonne.data.source import DataProgress, TokenSource
-from argonne.data.stream import DataPosition
 from argonne.errors import DataError, PeerError, RunError
 
 QUEUE_DEPTH = 2

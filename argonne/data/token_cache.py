@@ -22,16 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 from argonne.data.encoder_pool import EncoderPool
+from argonne.data.position import DataPosition
 from argonne.data.shards import Shard
 from argonne.data.source import DataProgress, SourceOptions, SourceStep, chain_hash
-from argonne.data.stream import (
-    Counts,
-    DataPosition,
-    Document,
-    DocumentReader,
-    EncodedBatch,
-    encoded_documents,
-)
+from argonne.data.stream import Counts, Document, DocumentReader, EncodedBatch, encoded_documents
 from argonne.data.tokenizer import PIECE_CHARACTERS, EncoderRecipe
 from argonne.errors import DataError
 

@@ -6,59 +6,16 @@ The ranks and their endpoint are read from the environment here and nowhere else
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from argonne.errors import ConfigError, DeviceError
-from argonne.run.peers import rank_list
-
-
-@dataclass(frozen=True, kw_only=True)
-class Environment:
-    """What the launcher says of this process."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int | None
-    """None where the launcher does not say; ranks of a host are then counted through the store."""
-    master: str
-    """host:port of the rendezvous."""
-    run_id: str | None
-    """torchrun's run id; None without torchrun."""
-    attempt: int = 0
-    """How often torchrun has started the workers again."""
-
-    @classmethod
-    def read(cls, local_rank_flag: int | None = None) -> Environment:
-        """From torchrun's variables, from ones set by hand, or a single process when there are none."""
-        environ = os.environ
-        rank = int(environ.get("RANK", "0"))
-        world_size = int(environ.get("WORLD_SIZE", "1"))
-        if not 0 <= rank < world_size:
-            raise ConfigError(
-                f"RANK is {rank} and WORLD_SIZE is {world_size}: set RANK from 0 to WORLD_SIZE - 1"
-            )
-        if world_size > 1:
-            environ.setdefault("MASTER_ADDR", "localhost")
-            environ.setdefault("MASTER_PORT", "29500")
-        fallback = local_rank_flag if local_rank_flag is not None else rank if world_size > 1 else 0
-        local_world_size = environ.get("LOCAL_WORLD_SIZE")
-        return cls(
-            rank=rank,
-            world_size=world_size,
-            local_rank=int(environ.get("LOCAL_RANK", fallback)),
-            local_world_size=int(local_world_size) if local_world_size else 1 if world_size == 1 else None,
-            master=f"{environ.get('MASTER_ADDR', 'localhost')}:{environ.get('MASTER_PORT', '29500')}",
-            run_id=environ.get("TORCHELASTIC_RUN_ID"),
-            attempt=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-        )
+from argonne.errors import DeviceError
+from argonne.ranks.launch import Environment
+from argonne.run.stalls import rank_list
 
 
 def await_endpoint(host: str, port: int, seconds: float) -> bool:

@@ -20,17 +20,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from argonne.errors import EXIT_FAILURE, PeerError, RunError
-from argonne.run.peers import KeyStore, Note, Peers, Progress, Verdict, rank_list
-from argonne.run.status import (
-    HEARTBEAT_SECONDS,
-    Launch,
-    OutputLock,
-    RunStatus,
-    earlier_attempt,
-    is_final,
-    kill_children,
-    mark_failed,
-)
+from argonne.run.lock import OutputLock
+from argonne.run.peers import KeyStore, Note, Peers
+from argonne.run.processes import Launch, kill_children
+from argonne.run.stalls import Progress, Verdict, rank_list
+from argonne.run.status import HEARTBEAT_SECONDS, RunStatus, earlier_attempt, is_final, mark_failed
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 BOUNDARY_SECONDS = 10.0

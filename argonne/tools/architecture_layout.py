@@ -9,16 +9,11 @@ from typing import Any
 from torch import nn
 
 from argonne.errors import ConfigError
-from argonne.tp.costs import SplitCost, all_splits, readable_bytes
-from argonne.tp.plan import (
-    HeadCounts,
-    Style,
-    TensorParallelPlan,
-    build_slice_map,
-    plan_for,
-    stores_transposed,
-)
+from argonne.tp.architectures import plan_for
+from argonne.tp.costs import SplitCost, readable_bytes
+from argonne.tp.plan import HeadCounts, Style, TensorParallelPlan, build_slice_map, stores_transposed
 from argonne.tp.slices import SliceMap
+from argonne.tp.strategies import all_splits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from argonne.checkpoint.parts import open_any
-from argonne.checkpoint.reader import infer_model_config
+from argonne.checkpoint.shape import infer_model_config
 from argonne.config.presets import REFERENCE, load_model_settings
 from argonne.errors import CheckpointError, ConfigError
-from argonne.tp.plan import HeadCounts, check_degree, degree_fits, plan_for
+from argonne.tp.architectures import plan_for
+from argonne.tp.plan import HeadCounts, check_degree, degree_fits
 from model import ArgonneConfig, ArgonneModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")

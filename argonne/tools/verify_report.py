@@ -11,8 +11,9 @@ from dataclasses import replace
 from torch import nn
 
 from argonne.tools.model_sources import REFERENCE_VOCAB_SIZE, ModelSource
-from argonne.tp.costs import SplitCost, all_splits, calls, payload, readable_bytes
+from argonne.tp.costs import SplitCost, calls, payload, readable_bytes
 from argonne.tp.slices import SliceMap
+from argonne.tp.strategies import all_splits
 from argonne.verification.simulate import Comparison, Measured
 
 

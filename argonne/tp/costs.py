@@ -15,21 +15,15 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from argonne.tp.plan import (
-    Style,
-    TensorParallelPlan,
-    build_slice_map,
-    plan_for,
-    stores_transposed,
-    summed_parameters,
-)
-from argonne.tp.slices import SliceMap, padded_slice_size
+from argonne.tp.architectures import plan_for
+from argonne.tp.plan import Style, TensorParallelPlan, build_slice_map, stores_transposed, summed_parameters
+from argonne.tp.slices import SliceMap
 
 STATE_BYTES = 16
 """Bytes per parameter at rest: float32 weight, gradient and two Adam moments (ZeRO, Rajbhandari et al. 2020,
 section 3.1, without the 16-bit copies)."""
 _LOSS_BYTES = 4
-_MASTER_BYTES = 4
+MASTER_BYTES = 4
 
 Traffic = dict[str, tuple[int, int]]
 """Kind of collective -> (calls, payload bytes)."""
@@ -201,7 +195,7 @@ def activation_bytes(outline: ModelOutline, tokens: int, tp_size: int, *, sequen
     return round(2 * tokens * (outline.num_layers * per_layer + 2 * width))
 
 
-def _add(*parts: Traffic) -> Traffic:
+def add_traffic(*parts: Traffic) -> Traffic:
     total: Traffic = {}
     for part in parts:
         for kind, (count, size) in part.items():
@@ -237,12 +231,12 @@ def tensor_parallel(
     summed = summed_parameters(model, outline.plan, sequence_parallel=sequence_parallel)
     completed: Traffic = {}
     if summed:
-        completed["all_reduce"] = (1, slice_map.numel(summed) * max(_MASTER_BYTES, element_bytes))
+        completed["all_reduce"] = (1, slice_map.numel(summed) * max(MASTER_BYTES, element_bytes))
     cuts = {name: cut for name in slice_map.names if (cut := slice_map.cut(name)) is not None}
     copied = [name for name, cut in cuts.items() if cut.sharers > 1]
     if copied:
         held = sum(math.prod(slice_map.tp_local_shape(name, 0)) for name in copied)
-        completed[SHARED] = (1, held * max(_MASTER_BYTES, element_bytes))
+        completed[SHARED] = (1, held * max(MASTER_BYTES, element_bytes))
     local = [
         sum(math.prod(slice_map.tp_local_shape(name, rank)) for name in slice_map.names)
         for rank in range(ranks)
@@ -255,8 +249,8 @@ def tensor_parallel(
         activation_bytes=activation_bytes(
             outline, batch * seq_len, ranks, sequence_parallel=sequence_parallel
         ),
-        forward=_add(forward, loss),
-        step=_add(forward, backward, loss, completed),
+        forward=add_traffic(forward, loss),
+        step=add_traffic(forward, backward, loss, completed),
         waits=f"{per_block}, re-gathers overlapped" if sequence_parallel else per_block,
         source="Korthikanti et al. 2022, section 4"
         if sequence_parallel
@@ -290,128 +284,4 @@ def _sequence_parallel_traffic(
             "all_gather": (2 * layers + 2, (2 * layers + 2) * padded),
             "reduce_scatter": (2 * layers + 1, (2 * layers + 1) * padded),
         },
-    )
-
-
-def naive_split(outline: ModelOutline, ranks: int, tokens: int, element_bytes: int) -> SplitCost:
-    """Every projection split for itself: its output gathered forward, its input's gradient reduced backward.
-
-    What ``ColumnParallelLinear(gather_output=True)`` in place of every linear layer does, the head included.
-    """
-    unit = tokens * element_bytes
-    layers, count = outline.num_layers, len(outline.projections)
-
-    def whole(features: int) -> int:
-        """With the padding that a gather carries along."""
-        return ranks * padded_slice_size(features, ranks)
-
-    gathered = layers * sum(whole(p.out_features) for p in outline.projections) + whole(outline.vocab_size)
-    reduced = layers * sum(p.in_features for p in outline.projections) + outline.hidden_size
-    forward: Traffic = {
-        "all_gather": (layers * count + 1, unit * gathered),
-        "all_reduce": (1, unit * outline.hidden_size),
-    }
-    local = sum(padded_slice_size(outputs, ranks) * each for outputs, each in outline.divided)
-    undivided = outline.parameters - sum(outputs * each for outputs, each in outline.divided)
-    return SplitCost(
-        name="naive (projections alone)",
-        ranks=ranks,
-        parameters_per_rank=local + undivided,
-        activation_bytes=activation_bytes(outline, tokens, 1, sequence_parallel=False),
-        forward=forward,
-        step=_add(forward, {"all_reduce": (layers * count + 1, unit * reduced)}),
-        waits=f"{count} a layer each way",
-        source="one gather, one reduction per linear layer",
-        remark="full logits on every rank",
-    )
-
-
-def pipeline(outline: ModelOutline, ranks: int, tokens: int, element_bytes: int) -> SplitCost:
-    """Stages of whole layers; activations and gradients go from stage to stage (Narayanan et al. 2021).
-
-    Of the stage that sends most. The batch may be cut into micro-batches: the bytes stay the same, and at
-    most as many micro-batches as there are stages are under way at once. The ends of a tied model exchange
-    the gradients of their copies of the embedding.
-    """
-    layers = outline.num_layers
-    held = []
-    for stage in range(ranks):
-        own = layers // ranks + (stage < layers % ranks)
-        parameters = own * outline.block_parameters
-        parameters += outline.embedding_parameters * (stage == 0)
-        parameters += outline.head_parameters * (stage == ranks - 1)
-        held.append(parameters)
-    message = tokens * outline.hidden_size * element_bytes
-    tied = f"{outline.plan.head}.weight" not in outline.slice_map.names
-    inner, end = 2 * message * (ranks > 2), message
-    copies = tied * outline.vocab_size * outline.hidden_size * _MASTER_BYTES
-    step: Traffic = {"send": (2, inner)}
-    if end + copies > inner:
-        step = {"send": (1 + tied, end + copies)}
-    whole = activation_bytes(outline, tokens, 1, sequence_parallel=False)
-    return SplitCost(
-        name="pipeline parallel",
-        ranks=ranks,
-        parameters_per_rank=max(held),
-        activation_bytes=round(whole * math.ceil(layers / ranks) / layers),
-        forward={"send": (1, message)},
-        step=step,
-        waits=f"neighbours; idle {ranks - 1} of m + {ranks - 1} slots",
-        source="Narayanan et al. 2021, section 2.2 (1F1B)",
-        remark="m micro-batches; tied ends exchange the embedding's gradient" if tied else "m micro-batches",
-    )
-
-
-def fully_sharded(outline: ModelOutline, ranks: int, tokens: int, element_bytes: int) -> SplitCost:
-    """FSDP: the batch is divided, weights gathered block by block (Rajbhandari et al. 2020, section 7)."""
-    blocks = outline.num_layers * outline.block_parameters
-    units = outline.num_layers + 1
-    forward: Traffic = {"all_gather": (units, outline.parameters * element_bytes)}
-    backward: Traffic = {
-        "all_gather": (units - 1, blocks * element_bytes),
-        "reduce_scatter": (units, outline.parameters * _MASTER_BYTES),
-    }
-    return SplitCost(
-        name="FSDP (ZeRO-3)",
-        ranks=ranks,
-        parameters_per_rank=math.ceil(outline.parameters / ranks),
-        activation_bytes=activation_bytes(outline, math.ceil(tokens / ranks), 1, sequence_parallel=False),
-        forward=forward,
-        step=_add(forward, backward),
-        waits="each block's weights, twice; overlapped",
-        source="Rajbhandari et al. 2020, section 7",
-        remark="bytes do not depend on the batch",
-    )
-
-
-def data_parallel(outline: ModelOutline, ranks: int, tokens: int) -> SplitCost:
-    """DDP: whole model on every rank, the batch divided, gradients averaged once a step."""
-    return SplitCost(
-        name="data parallel (DDP)",
-        ranks=ranks,
-        parameters_per_rank=outline.parameters,
-        activation_bytes=activation_bytes(outline, math.ceil(tokens / ranks), 1, sequence_parallel=False),
-        forward={},
-        step={"all_reduce": (1, outline.parameters * _MASTER_BYTES)},
-        waits="gradients, once; overlapped",
-        source="Li et al. 2020 (PyTorch Distributed), section 3",
-        remark="in buckets",
-    )
-
-
-def all_splits(
-    model: nn.Module, ranks: int, tokens: tuple[int, int], element_bytes: int
-) -> tuple[SplitCost, ...]:
-    """Every way to put ``model`` (meta tensors will do) on ``ranks`` ranks, this suite's first."""
-    outline = ModelOutline.of(model)
-    count = tokens[0] * tokens[1]
-    ours = [tensor_parallel(outline, model, ranks, tokens, element_bytes)]
-    if outline.plan.sequence_parallel:
-        ours.append(tensor_parallel(outline, model, ranks, tokens, element_bytes, sequence_parallel=True))
-    return (
-        *ours,
-        naive_split(outline, ranks, count, element_bytes),
-        pipeline(outline, ranks, count, element_bytes),
-        fully_sharded(outline, ranks, count, element_bytes),
-        data_parallel(outline, ranks, count),
     )

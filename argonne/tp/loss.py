@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argonne.tp.collectives import TPGroup
+from argonne.tp.group import TPGroup
 
 IGNORE_INDEX = -100
 _CHUNK_ELEMENTS = 1 << 24

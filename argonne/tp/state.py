@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from argonne.tp.collectives import TPGroup
-from argonne.tp.layers import SequenceState
+from argonne.tp.fused import SequenceState
+from argonne.tp.group import TPGroup
 from argonne.tp.plan import TensorParallelPlan
 from argonne.tp.slices import SliceMap
 

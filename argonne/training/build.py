@@ -15,25 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from argonne.config.command_line import ModelOptions, ParallelOptions, TrainingOptions
+from argonne.config.options import ModelOptions, ParallelOptions, TrainingOptions
 from argonne.config.presets import PRESETS, REFERENCE
 from argonne.errors import ConfigError
-from argonne.ranks.parallel import (
-    DTYPES,
-    Parallel,
-    World,
-    apply_ddp,
-    apply_fsdp,
-    compile_blocks,
-    local_parameters,
-    local_tensor,
-    recompute_blocks,
-    resolve_tp_size,
-)
+from argonne.ranks.recompute import compile_blocks, recompute_blocks
+from argonne.ranks.replicas import apply_ddp, apply_fsdp, local_parameters, local_tensor
+from argonne.ranks.world import Parallel, World, resolve_tp_size
 from argonne.training.optimizer import build_adamw
 from checkpointing import CheckpointView, LoadReport, check_model_config, infer_model_config, load_slices
 from model import ArgonneConfig, ArgonneModel, initial_std
-from tp_shard import SliceMap, TensorParallelState, initialise_parameters, shard_tensor_parallel
+from tp_shard import DTYPES, SliceMap, TensorParallelState, initialise_parameters, shard_tensor_parallel
 
 
 @dataclass(eq=False, kw_only=True)

@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from argonne.ranks.parallel import Parallel, broadcast_object, forward_context
+from argonne.ranks.agree import broadcast_object
+from argonne.ranks.replicas import forward_context
+from argonne.ranks.world import Parallel
 from model import ArgonneModel
 
 PROMPT = "Long long time ago, "

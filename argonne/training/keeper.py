@@ -2,88 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from argonne.checkpoint.streamed_file import StreamedFile
-from argonne.config.command_line import CheckpointOptions
+from argonne.config.options import CheckpointOptions
 from argonne.errors import CheckpointError
-from argonne.files import read_json
-from argonne.ranks.parallel import broadcast_object
+from argonne.ranks.agree import broadcast_object
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport
 from argonne.training.build import TrainedModel
 from checkpointing import (
     BackgroundVerifier,
     checkpoint_path,
-    estimate_checkpoint_bytes,
-    own_checkpoints,
     prune,
-    require_room,
     save_checkpoint,
 )
 
-_ASSUMED_RATE = 1e9
-_TRIAL_BYTES = 32 << 20
 _TRIES_AGAIN = 2
 """Spoiled checkpoints in a row that are saved again at once; a failing disk must not save at every step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveEstimate:
-    """What saves will cost."""
-
-    size: int
-    """Bytes of one checkpoint."""
-    seconds: float
-    share: float | None
-    """Of the run's time, 0 to 1; None where no step has been timed yet."""
-
-
-def estimate_save(trained: TrainedModel, options: CheckpointOptions, output_dir: Path) -> SaveEstimate:
-    """From what an earlier run into this folder measured, else from a trial write of a few megabytes."""
-    size = estimate_checkpoint_bytes(trained.slice_map)
-    measured = list((output_dir / "stats").glob("current_training_stats_tensor_parallel_step_*.json"))
-    newest = max(measured, key=lambda path: int(path.stem.rpartition("_")[2]), default=None)
-    stats = (read_json(newest) if newest is not None else None) or {}
-    bytes_then, seconds_then = stats.get("checkpoint_bytes"), stats.get("checkpoint_seconds")
-    rate = (
-        bytes_then / seconds_then if bytes_then and seconds_then else _trial_rate(output_dir / "pretrained")
-    )
-    seconds, step_seconds = size / rate, stats.get("step_seconds")
-    share = seconds / (seconds + options.checkpoint_interval * step_seconds) if step_seconds else None
-    return SaveEstimate(size=size, seconds=seconds, share=share)
-
-
-def _trial_rate(folder: Path) -> float:
-    """Bytes a second that the disk takes, fsync included."""
-    with contextlib.suppress(OSError):
-        with tempfile.TemporaryFile(dir=folder) as trial:
-            started = time.monotonic()
-            with StreamedFile(trial.fileno()) as file:
-                file.append(bytes(_TRIAL_BYTES))
-                file.finish()
-            os.fsync(trial.fileno())
-            return _TRIAL_BYTES / max(time.monotonic() - started, 1e-3)
-    return _ASSUMED_RATE
-
-
-def check_room(
-    trained: TrainedModel, options: CheckpointOptions, folder: Path, *, first_step: int, total_steps: int
-) -> None:
-    """CheckpointError where the disk cannot take the checkpoints that are kept and one more (rank 0)."""
-    interval = options.checkpoint_interval
-    saves = total_steps // interval - first_step // interval + (total_steps % interval != 0)
-    there = len(own_checkpoints(folder)) if folder.is_dir() else 0
-    count = min(max(0, saves), max(1, options.keep_checkpoints + 1 - there))
-    require_room(folder, count * estimate_checkpoint_bytes(trained.slice_map), count)
 
 
 class CheckpointKeeper:

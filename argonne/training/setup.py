@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +9,23 @@ from typing import Any
 
 import torch
 
-from argonne.config.command_line import RunConfig
+from argonne.config.options import RunConfig
 from argonne.errors import RunError
-from argonne.ranks.parallel import World, on_rank_0
+from argonne.ranks.agree import on_rank_0
+from argonne.ranks.world import World
 from argonne.run.control import RunControl
-from argonne.run.report import RunFacts, RunReport, peak_flops
-from argonne.run.status import Launch, already_ended, prepare_output_dir
-from argonne.training.build import TrainedModel, flops_per_token, model_settings
-from argonne.training.keeper import check_room, estimate_save
+from argonne.run.processes import Launch
+from argonne.run.report import RunReport
+from argonne.run.status import already_ended, prepare_output_dir
+from argonne.training.build import TrainedModel, model_settings
 from argonne.verification.compare import compare_with_unsharded
 from checkpointing import (
     CheckpointView,
+    check_room,
     clean_temporary_files,
     export_hf,
-    later_checkpoints,
     open_chosen,
+    own_checkpoints,
     verify_checkpoint,
 )
 from data_stream import OpenedStream, SourceOptions, StepFeed, load_tokenizer, open_stream
@@ -161,87 +162,19 @@ def open_feed(
 def check_room_on_rank_0(config: RunConfig, trained: TrainedModel, first_step: int, world: World) -> None:
     """CheckpointError on all ranks where the disk cannot take the run's checkpoints."""
     folder = Path(config.output.output_dir) / "pretrained"
-    total = config.training.total_steps
-    on_rank_0(
-        lambda: check_room(trained, config.checkpoint, folder, first_step=first_step, total_steps=total),
-        world,
-    )
 
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads a process)"
-
-
-def introduce(
-    config: RunConfig,
-    trained: TrainedModel,
-    opened: OpenedStream | None,
-    samples_per_step: int,
-    first_step: int,
-    chosen: str,
-    control: RunControl,
-    report: RunReport,
-) -> None:
-    """Open the metrics at the run's first step and print the header."""
-    control.progress.collectives = trained.tensor_parallel.group.counters
-    parallel, training = trained.parallel, config.training
-    device = device_name(parallel.device)
-    precision = str(trained.dtype).removeprefix("torch.")
-    peak = peak_flops(device, training.dtype or ("bf16" if parallel.device.type == "cuda" else "fp32"))
-    report.begin(
-        first_step=first_step,
-        total_steps=training.total_steps,
-        flops_per_token=flops_per_token(trained, training.block_size),
-        peak_flops_total=None if peak is None else peak * parallel.world_size,
-    )
-    output_dir = Path(config.output.output_dir)
-    save = estimate_save(trained, config.checkpoint, output_dir) if report.active else None
-    if save is not None and (grace := control.grace_warning(save.seconds)) is not None:
-        report.warn(grace)
-    automatic = config.checkpoint.checkpoint_path is None and not config.checkpoint.force_from_scratch
-    if not automatic and (later := later_checkpoints(output_dir / "pretrained", first_step)) is not None:
-        report.warn(later)
-    shards = 0 if opened is None else len(opened.shards)
-    begins = "" if opened is None else f", from {_place(opened)}"
-    options = config.parallel
-    extra = {
-        label: text
-        for label, text in (
-            ("Sequence parallel", "on" if options.sequence_parallel else ""),
-            ("Recomputation", options.activation_checkpointing),
-            ("Compiled", "each block" if options.compile else ""),
+    def check() -> None:
+        check_room(
+            trained.slice_map,
+            folder,
+            there=len(own_checkpoints(folder)),
+            interval=config.checkpoint.checkpoint_interval,
+            keep=config.checkpoint.keep_checkpoints,
+            first_step=first_step,
+            total_steps=config.training.total_steps,
         )
-        if text not in ("", "none")
-    }
-    report.header(
-        RunFacts(
-            model=config.model.model_config or "argonne",
-            parameters=trained.slice_map.numel(),
-            tp_size=parallel.tp_size,
-            dp_size=parallel.dp_size,
-            device=device,
-            precision=precision,
-            batch_size=training.batch_size,
-            accumulation=samples_per_step // (training.batch_size * parallel.dp_size),
-            block_size=training.block_size,
-            data=f"{shards} shards of {config.data.data_glob}{begins}",
-            checkpoint=chosen,
-            output_dir=str(output_dir.resolve()),
-            save_bytes=save.size if save is not None else None,
-            save_seconds=save.seconds if save is not None else None,
-            save_share=save.share if save is not None else None,
-            extra=extra,
-        )
-    )
 
-
-def _place(opened: OpenedStream) -> str:
-    position = opened.start.position
-    if position.sample is not None:
-        return f"sample {position.sample} of epoch {position.epoch}"
-    return f"{position.file_name} row {position.row} token {position.token_offset}, epoch {position.epoch}"
+    on_rank_0(check, world)
 
 
 def verify_if_asked(config: RunConfig, trained: TrainedModel, control: RunControl, report: RunReport) -> None:

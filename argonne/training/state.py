@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from argonne.config.command_line import RunConfig
+from argonne.config.options import RunConfig
 from argonne.errors import NonFiniteError
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport, StepRecord

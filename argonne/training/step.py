@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from argonne.config.command_line import TrainingOptions
-from argonne.ranks.parallel import forward_context, gradient_sync, local_gradients
+from argonne.config.options import TrainingOptions
+from argonne.ranks.replicas import forward_context, gradient_sync, local_gradients
 from argonne.training.build import TrainedModel
 from argonne.training.optimizer import (
     GradientTotals,

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from argonne.errors import PeerError, RunError
-from argonne.ranks.parallel import Parallel, forward_context, local_gradients
+from argonne.ranks.replicas import forward_context, local_gradients
+from argonne.ranks.world import Parallel
 from argonne.tp.slices import SliceMap
 from model import ArgonneBlock, ArgonneModel, ArgonneRMSNorm, causal_lm_loss, rotary_tables
 from tp_shard import TensorParallelState, gather_unsharded

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from argonne.tp.collectives import CollectiveCounters, SimulatedTPGroup, TPGroup
 from argonne.tp.costs import SHARED
+from argonne.tp.group import CollectiveCounters, SimulatedTPGroup, TPGroup
 from argonne.tp.slices import SliceMap
 from argonne.verification.compare import Difference, difference
 from tp_shard import TensorParallelState, shard_tensor_parallel

@@ -10,32 +10,23 @@ and cross entropy are float32.
 
 from __future__ import annotations
 
-import contextlib
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from argonne.errors import ConfigError, DeviceError, PeerError, RunError
-from argonne.ranks.meeting import Environment, cannot_join
-from argonne.tp.gated import GatedExit
+from argonne.ranks.launch import Environment
+from argonne.ranks.meeting import cannot_join
 from argonne.tp.plan import check_degree, degree_fits
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AGREEMENT_TIMEOUT = timedelta(days=7)
 """Of the gloo groups: ranks wait in them through the longest save; a dead peer ends the wait at once."""
-
-Result = TypeVar("Result")
 
 
 def choose_device(environment: Environment) -> torch.device:
@@ -198,162 +189,6 @@ def build_parallel(world: World, tp_size: int) -> Parallel:
 
 # ---------------------------------------------------------------------------------------------------
 # Data parallelism, recomputation, compilation
-
-
-def recompute_blocks(blocks: Iterable[nn.Module], mode: str) -> None:
-    """Recompute each block's activations in the backward pass.
-
-    ``full`` keeps a block's input only and runs its forward pass again, collectives included.
-    ``selective`` keeps the outputs of matrix products and collectives and recomputes the rest (attention,
-    norms, the SwiGLU product), so that no collective runs twice.
-    """
-    if mode == "none":
-        return
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if mode == "selective":
-        options["context_fn"] = _selective_contexts
-    for block in blocks:
-        for module in block.modules():
-            for method in vars(module).values():
-                if isinstance(method, GatedExit):
-                    method.keep_product = True
-        block.forward = _recomputed(block.forward, options)
-
-
-def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    # A plain function: torch.compile does not look into a functools.partial.
-    def recomputed_forward(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, **options, **kwargs)
-
-    return recomputed_forward
-
-
-def _selective_contexts() -> Any:
-    # The reduction overwrites the partial product it is given: one kept tensor serves as both.
-    return create_selective_checkpoint_contexts(_keep_products, allow_cache_entry_mutation=True)
-
-
-def _keep_products(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    aten = torch.ops.aten
-    kept = (aten.mm.default, aten.addmm.default, aten.linear.default)
-    if op in kept or op.namespace in ("_c10d_functional", "mkldnn"):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """torch.compile each block in place, with static shapes; parameter names do not change."""
-    for block in blocks:
-        block.compile(dynamic=False)
-
-
-def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], parallel: Parallel, dtype: torch.dtype) -> None:
-    """Shard each block, and the rest in the root, over the data-parallel dimension of the mesh."""
-    assert parallel.mesh is not None
-    policy = MixedPrecisionPolicy()
-    if dtype is not torch.float32:
-        # What enters a block is in the compute dtype already, but for the rotary tables, which stay float32.
-        policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-    for block in blocks:
-        fully_shard(block, mesh=parallel.mesh["dp"], mp_policy=policy)
-    fully_shard(model, mesh=parallel.mesh["dp"], mp_policy=policy)
-
-
-def apply_ddp(model: nn.Module, parallel: Parallel) -> nn.Module:
-    """DistributedDataParallel over the data-parallel dimension; the returned wrapper is what is called."""
-    assert parallel.mesh is not None
-    return nn.parallel.DistributedDataParallel(
-        model, process_group=parallel.mesh.get_group("dp"), gradient_as_bucket_view=True
-    )
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """The plain local part of a parameter or gradient that FSDP may hold as a DTensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def local_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Local plain tensors by parameter name, sharing memory with the model's parameters."""
-    return {name: local_tensor(parameter.detach()) for name, parameter in model.named_parameters()}
-
-
-def local_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Local plain gradients by parameter name."""
-    return {name: local_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-
-
-def forward_context(parallel: Parallel, dtype: torch.dtype, *, sharded: bool) -> Callable[[], Any]:
-    """A context manager for each forward pass: autocast, except in float32 and under FSDP's own policy."""
-    if dtype is torch.float32 or sharded:
-        return contextlib.nullcontext
-    return partial(torch.autocast, parallel.device.type, dtype=dtype)
-
-
-def gradient_sync(
-    model: nn.Module, wrapped: nn.Module, *, last: bool
-) -> contextlib.AbstractContextManager[None]:
-    """Context of one micro-batch: data-parallel communication of gradients happens in the last only."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-        return contextlib.nullcontext()
-    if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not last:
-        return wrapped.no_sync()
-    return contextlib.nullcontext()
-
-
-def gather_objects(value: Any, world: World) -> list[Any]:
-    """``value`` of every rank, by rank, on every rank."""
-    if world.control_group is None:
-        return [value]
-    values: list[Any] = [None] * world.world_size
-    dist.all_gather_object(values, value, group=world.control_group)
-    return values
-
-
-def broadcast_object(value: Any, world: World) -> Any:
-    """Rank 0's ``value`` on every rank."""
-    if world.control_group is None:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=world.control_group)
-    return box[0]
-
-
-def on_rank_0(function: Callable[[], Result], world: World) -> Result:
-    """Run ``function`` on rank 0 and return its (picklable) result on every rank.
-
-    A RunError that it raises is raised on every rank, so that all end and none waits.
-    """
-    outcome: tuple[Result | None, RunError | None] = (None, None)
-    if world.rank == 0:
-        try:
-            outcome = (function(), None)
-        except RunError as error:
-            outcome = (None, error)
-    result, problem = broadcast_object(outcome, world)
-    if problem is not None:
-        raise problem
-    return result
-
-
-def barrier(world: World) -> None:
-    """Wait for all ranks, over gloo."""
-    if world.control_group is not None:
-        dist.barrier(group=world.control_group)
-
-
-def check_same(values: Mapping[str, Any], world: World) -> None:
-    """Raise ConfigError on all ranks where a value (a flag, a version) differs between them."""
-    gathered = gather_objects(dict(values), world)
-    for key, value in gathered[0].items():
-        for rank, other in enumerate(gathered):
-            if other.get(key) != value:
-                raise ConfigError(
-                    f"{key} differs between ranks: {value!r} on rank 0, {other.get(key)!r} on rank {rank}; "
-                    "start all ranks with the same command"
-                )
 
 
 _COLLECTIVE_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")

@@ -1,0 +1,127 @@
+"""The shape of a model as a checkpoint tells it: read from tensors, compared with a configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from argonne.checkpoint.reader import EMBEDDING, CheckpointReader
+from argonne.checkpoint.tensor_file import Shape
+from argonne.errors import CheckpointError
+
+_LAYER = re.compile(r"^blocks\.(\d+)\.(.+)$")
+
+
+def infer_shape(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Sizes of the model that the weights themselves show (no head counts).
+
+    Returns vocab_size, hidden_size, num_hidden_layers, intermediate_size, query_size and key_value_size
+    (output rows of q_proj and k_proj), attention_bias and mlp_bias. Raises CheckpointError naming a weight
+    that is missing or a layer that is not there.
+    """
+    for name, shape in shapes.items():
+        if len(shape) != (1 if "norm" in name or name.endswith(".bias") else 2) or 0 in shape:
+            raise CheckpointError(f"{name} has the impossible shape {shape}")
+    layers = sorted({int(match.group(1)) for name in shapes if (match := _LAYER.match(name))})
+    if not layers or EMBEDDING not in shapes:
+        raise CheckpointError("its weights are not those of an Argonne model (embed_tokens, blocks.0 ...)")
+    absent = sorted(set(range(layers[-1] + 1)) - set(layers))
+    if absent:
+        raise CheckpointError(f"layers {ranges(absent)} of {layers[-1] + 1} are not in it")
+    required = ("blocks.0.attn.q_proj.weight", "blocks.0.attn.k_proj.weight", "blocks.0.mlp.gate_proj.weight")
+    for name in (*required, "norm.weight"):
+        if name not in shapes:
+            raise CheckpointError(f"weight {name} is not in it")
+    vocab_size, hidden_size = shapes[EMBEDDING]
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": len(layers),
+        "intermediate_size": shapes["blocks.0.mlp.gate_proj.weight"][0],
+        "query_size": shapes["blocks.0.attn.q_proj.weight"][0],
+        "key_value_size": shapes["blocks.0.attn.k_proj.weight"][0],
+        "attention_bias": "blocks.0.attn.q_proj.bias" in shapes,
+        "mlp_bias": "blocks.0.mlp.gate_proj.bias" in shapes,
+    }
+
+
+def sliced_over(hidden_size: int, query_size: int, config: Mapping[str, Any]) -> int:
+    """Over how many ranks a query projection of ``query_size`` rows was cut; 1 for a whole one.
+
+    Told by the head count, ``head_dim`` being hidden_size // heads where the configuration does not name it.
+    """
+    heads = config.get("num_attention_heads") or 1
+    whole = heads * (config.get("head_dim") or hidden_size // heads)
+    return whole // query_size if query_size and whole % query_size == 0 else 1
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def infer_model_config(reader: CheckpointReader, heads: Mapping[str, Any]) -> dict[str, Any]:
+    """The shape of a checkpoint's model, from its own ``model_config`` or from its tensors.
+
+    ``heads`` (a preset or a config.json as a dictionary) gives what tensors do not show: head counts,
+    rotary base, epsilon, context length. head_dim follows from the query projection. Raises
+    CheckpointError where the head counts cannot belong to these projections.
+    """
+    shapes = {name: reader.shape(name) for name in reader.model}
+    seen = infer_shape(shapes)
+    own = reader.metadata.get("model_config")
+    config = {**heads, **own} if isinstance(own, dict) else dict(heads)
+    query_heads, key_value_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if not query_heads or not key_value_heads:
+        raise CheckpointError(
+            f"checkpoint {reader.path} does not say how many heads its model has: give --model-config"
+        )
+    query, key_value = seen.pop("query_size"), seen.pop("key_value_size")
+    ranks = sliced_over(seen["hidden_size"], query, config)
+    if ranks > 1:
+        raise CheckpointError(
+            f"checkpoint {reader.path} holds the slices of one of {ranks} tensor-parallel ranks ({query} of "
+            f"{query * ranks} query rows): give all ranks' files, named ..._rank_K_of_{ranks}.pth"
+        )
+    head_dim, rest = divmod(query, query_heads)
+    if rest or head_dim * key_value_heads != key_value:
+        raise CheckpointError(
+            f"{query_heads} query and {key_value_heads} key/value heads (--model-config) do not fit "
+            f"checkpoint {reader.path}, whose projections give {query} and {key_value} rows"
+        )
+    config.update(seen)
+    config.update(head_dim=head_dim, tie_word_embeddings=reader.tied)
+    return config
+
+
+_CONFIG_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), (int,)),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size"), (int,)),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), (bool,)),
+    **dict.fromkeys(("rope_theta", "rms_norm_eps"), (int, float)),
+}
+
+_COMPARED = tuple(_CONFIG_KINDS)
+
+
+def check_model_config(
+    reader_config: Mapping[str, Any], requested: Mapping[str, Any], path: Path | str
+) -> None:
+    """Raise CheckpointError naming both values of every key that differs; absent keys are skipped."""
+    differences = [
+        f"{key} is {reader_config[key]} in the checkpoint and {requested[key]} in --model-config"
+        for key in _COMPARED
+        if requested.get(key) is not None
+        and reader_config.get(key) is not None
+        and reader_config[key] != requested[key]
+    ]
+    if differences:
+        raise CheckpointError(f"checkpoint {path} is of another model: {'; '.join(differences)}")

@@ -1,0 +1,235 @@
+"""What a run can be told: one dataclass for each group of flags, with defaults, rules and help."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from argonne.config.flags import (
+    duration,
+    flag,
+)
+from argonne.config.presets import PRESETS
+from argonne.errors import ConfigError
+
+NO_CHECKPOINT = "NONE"
+
+SILENT_SECONDS = 2.0
+
+STREAMING_CHECKPOINT_INTERVAL = 300
+
+EPOCH_CHECKPOINT_INTERVAL = 2000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model is trained."""
+
+    model_config: str | None = flag(
+        None,
+        f"shape of the model: {', '.join(PRESETS)}, or a config.json",
+        metavar="NAME|FILE",
+        default_text="the checkpoint's own, else argonne-2.0",
+    )
+    settings: Mapping[str, Any] | None = None
+    """Keyword arguments of ArgonneConfig of the shape that ``--model-config`` names; None without it."""
+    teacher_path: str | None = flag(
+        None, "teacher for distillation", refused="distillation does not exist yet"
+    )
+    teacher_device_map: str | None = flag(
+        None, "placement of the teacher", refused="distillation does not exist yet"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where the text comes from and how it becomes samples."""
+
+    tokenizer_path: str = flag("", "folder or name of the tokenizer", metavar="PATH", default_text="required")
+    trust_remote_code: bool = flag(False, "let the tokenizer run code that it brings along")
+    data_glob: str = flag("../data/CC-MAIN-2025-26/*.parquet", "parquet shards; quote it", metavar="GLOB")
+    text_column: str = flag("text", "column that holds the documents", metavar="NAME")
+    streaming: bool = flag(
+        True,
+        "tokenize the corpus once, cache it, shuffle each epoch, instead of streaming",
+        names=("--no-streaming",),
+    )
+    packing: bool = flag(
+        True,
+        "cut each document alone and drop short ones and tails, instead of packing",
+        names=("--no-packing",),
+    )
+    num_proc: int = flag(8, "tokenizing workers, cut to the processors there are", kind=int, at_least=1)
+    data_cache_dir: str | None = flag(
+        None, "cache of the tokenized corpus", metavar="DIR", default_text="<output-dir>/cache"
+    )
+    skip_bad_shards: bool = flag(False, "skip and record data that cannot be read, instead of stopping")
+    allow_data_change: bool = flag(False, "resume although shards were removed, renamed or rewritten")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Batches, optimizer, schedule and number format."""
+
+    batch_size: int = flag(4, "sequences per model replica and micro-batch", kind=int, at_least=1)
+    block_size: int = flag(4096, "tokens per sequence", kind=int, at_least=2)
+    gradient_accumulation_steps: int | None = flag(
+        None,
+        "micro-batches per optimizer step",
+        kind=int,
+        at_least=1,
+        default_text="1, or what --global-batch-size asks for",
+    )
+    global_batch_size: int | None = flag(
+        None, "sequences per optimizer step over all replicas; derives the accumulation", kind=int, at_least=1
+    )
+    learning_rate: float = flag(1e-4, "peak learning rate", kind=float, above=0)
+    min_learning_rate: float = flag(1e-5, "learning rate at step 0 and at the end", kind=float, at_least=0)
+    warmup_steps: int = flag(2000, "optimizer steps of linear warm-up", kind=int, at_least=0)
+    total_steps: int = flag(4_000_000, "optimizer steps of the whole schedule", kind=int, at_least=1)
+    weight_decay: float = flag(0.1, "weight decay of AdamW", kind=float, at_least=0)
+    grad_clip: float = flag(1.0, "largest global gradient norm", kind=float, above=0)
+    adam_betas: tuple[float, float] = flag(
+        (0.9, 0.999),
+        "decay of AdamW's two averages",
+        kind=float,
+        count=2,
+        at_least=0,
+        below=1,
+        metavar="BETA",
+    )
+    seed: int = flag(42, "seed of initial weights and shuffle", kind=int, at_least=0, below=2**63)
+    dtype: str | None = flag(
+        None,
+        "number format of the matrix products",
+        choices=("fp32", "bf16", "fp16"),
+        default_text="bf16 on GPUs, fp32 on CPUs",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """How the model and the work are split over the processes."""
+
+    tensor_parallel_size: int | None = flag(
+        None,
+        "processes that share one model replica",
+        kind=int,
+        at_least=1,
+        default_text="the largest that divides a node's processes and fits the heads",
+    )
+    sequence_parallel: bool = flag(False, "split norms and the residual stream along the sequence")
+    data_parallel: str = flag("fsdp", "how replicas share weights and gradients", choices=("fsdp", "ddp"))
+    activation_checkpointing: str = flag(
+        "none", "what the backward pass recomputes", choices=("none", "full", "selective")
+    )
+    compile: bool = flag(False, "compile each block with torch.compile")
+    verify_sharding: bool = flag(False, "before training, compare the split model with the unsplit one")
+    replica_check_interval: int = flag(
+        100, "optimizer steps between comparisons of replicated weights; 0: none", kind=int, at_least=0
+    )
+    local_rank: int | None = flag(
+        None,
+        "rank within the node, for launchers that set no LOCAL_RANK",
+        kind=int,
+        at_least=0,
+        names=("--local_rank", "--local-rank"),
+        default_text="the environment's",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Where the run starts from and what it saves."""
+
+    checkpoint_path: str | None = flag(
+        None,
+        f"file, or folder to take the newest whole one from; {NO_CHECKPOINT}: start afresh",
+        metavar="PATH",
+        default_text="the newest in <output-dir>/pretrained, else from scratch",
+    )
+    force_from_scratch: bool = flag(False, "start at step 0 even though checkpoints exist")
+    checkpoint_interval: int = flag(
+        STREAMING_CHECKPOINT_INTERVAL,
+        "optimizer steps between checkpoints",
+        kind=int,
+        at_least=1,
+        default_text=f"{STREAMING_CHECKPOINT_INTERVAL}, with --no-streaming {EPOCH_CHECKPOINT_INTERVAL}",
+    )
+    keep_checkpoints: int = flag(3, "newest checkpoints to keep", kind=int, at_least=1)
+    keep_every: int = flag(
+        0, "keep for good each checkpoint whose step this divides; 0: none", kind=int, at_least=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What the run writes and prints."""
+
+    output_dir: str = flag(
+        ".", "folder of pretrained/ and stats/", metavar="DIR", default_text="the current folder"
+    )
+    final_model_dir: str | None = flag(
+        None, "where a finished run exports a Hugging Face model", metavar="DIR", default_text="no export"
+    )
+    log_interval: int = flag(50, "optimizer steps between printed lines", kind=int, at_least=1)
+    sample_interval: int = flag(0, "optimizer steps between generated samples; 0: none", kind=int, at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControlOptions:
+    """When the run ends by itself."""
+
+    max_run_time: float | None = flag(
+        None,
+        "stop and save after this long: seconds, or 23h30m",
+        kind=duration,
+        above=0,
+        metavar="TIME",
+        default_text="no limit",
+    )
+    stall_timeout: float = flag(
+        600.0,
+        "end the run, naming the rank, when one does not come or stands still so long; 0: wait for ever",
+        kind=duration,
+        at_least=0,
+        metavar="TIME",
+        default_text="600 s",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run was asked to do."""
+
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    training: TrainingOptions = dataclasses.field(default_factory=TrainingOptions)
+    parallel: ParallelOptions = dataclasses.field(default_factory=ParallelOptions)
+    checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
+    output: OutputOptions = dataclasses.field(default_factory=OutputOptions)
+    control: ControlOptions = dataclasses.field(default_factory=ControlOptions)
+    debug: bool = flag(False, "show the traceback of an error")
+
+
+def derive_accumulation(options: TrainingOptions, dp_size: int) -> int:
+    """Micro-batches per optimizer step for ``dp_size`` model replicas.
+
+    Raises:
+        ConfigError: ``--global-batch-size`` cannot be had from this batch size and number of replicas.
+    """
+    if options.global_batch_size is None:
+        return options.gradient_accumulation_steps or 1
+    micro = options.batch_size * dp_size
+    accumulation, rest = divmod(options.global_batch_size, micro)
+    if rest or accumulation == 0:
+        raise ConfigError(
+            f"--global-batch-size {options.global_batch_size} is not a multiple of --batch-size "
+            f"{options.batch_size} x {dp_size} model replicas = {micro}: use a multiple of {micro}"
+        )
+    if options.gradient_accumulation_steps not in (None, accumulation):
+        raise ConfigError(
+            f"--global-batch-size {options.global_batch_size} needs {accumulation} micro-batches of "
+            f"{options.batch_size} x {dp_size} replicas, but --gradient-accumulation-steps is "
+            f"{options.gradient_accumulation_steps}: leave it out"
+        )
+    return accumulation

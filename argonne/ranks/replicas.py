@@ -1,0 +1,77 @@
+"""Data parallelism over replicas: FSDP2 or DDP, gradient synchronization, local tensors.
+
+Precision: parameters and Adam state are float32. With one replica, or with DDP, bf16 and fp16 mean
+autocast. With FSDP2 they mean ``MixedPrecisionPolicy``: parameters are cast when they are gathered and
+gradients are reduced in float32. In both the residual stream has the compute dtype, and softmax, norms
+and cross entropy are float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from argonne.ranks.world import Parallel
+
+
+def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], parallel: Parallel, dtype: torch.dtype) -> None:
+    """Shard each block, and the rest in the root, over the data-parallel dimension of the mesh."""
+    assert parallel.mesh is not None
+    policy = MixedPrecisionPolicy()
+    if dtype is not torch.float32:
+        # What enters a block is in the compute dtype already, but for the rotary tables, which stay float32.
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    for block in blocks:
+        fully_shard(block, mesh=parallel.mesh["dp"], mp_policy=policy)
+    fully_shard(model, mesh=parallel.mesh["dp"], mp_policy=policy)
+
+
+def apply_ddp(model: nn.Module, parallel: Parallel) -> nn.Module:
+    """DistributedDataParallel over the data-parallel dimension; the returned wrapper is what is called."""
+    assert parallel.mesh is not None
+    return nn.parallel.DistributedDataParallel(
+        model, process_group=parallel.mesh.get_group("dp"), gradient_as_bucket_view=True
+    )
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The plain local part of a parameter or gradient that FSDP may hold as a DTensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Local plain tensors by parameter name, sharing memory with the model's parameters."""
+    return {name: local_tensor(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+def local_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Local plain gradients by parameter name."""
+    return {name: local_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def forward_context(parallel: Parallel, dtype: torch.dtype, *, sharded: bool) -> Callable[[], Any]:
+    """A context manager for each forward pass: autocast, except in float32 and under FSDP's own policy."""
+    if dtype is torch.float32 or sharded:
+        return contextlib.nullcontext
+    return partial(torch.autocast, parallel.device.type, dtype=dtype)
+
+
+def gradient_sync(
+    model: nn.Module, wrapped: nn.Module, *, last: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Context of one micro-batch: data-parallel communication of gradients happens in the last only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not last:
+        return wrapped.no_sync()
+    return contextlib.nullcontext()

@@ -1,0 +1,92 @@
+"""Processes of this host as /proc shows them, and the launcher that started this one."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from argonne.errors import (
+    EXIT_STOPPED,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What started this process, and whether that would start it again."""
+
+    run_id: str
+    """the same for all attempts of one torchrun, different for another one"""
+    restart_count: int
+    max_restarts: int
+    launcher_pid: int | None
+    """torchrun's process; None without torchrun"""
+    began: float = 0.0
+    """when torchrun was started, seconds since 1970; a run_id may be used again by a later launch"""
+    launcher: str = ""
+    """host, process and start of torchrun, which no other launch shares; "" without torchrun"""
+
+    @property
+    def may_restart(self) -> bool:
+        """Whether torchrun would start the workers again after an exit code that is not 0."""
+        return self.restart_count < self.max_restarts
+
+    @property
+    def stop_code(self) -> int:
+        """Exit code of a run stopped by a signal after saving: 75, but 0 where that would restart it."""
+        return 0 if self.may_restart else EXIT_STOPPED
+
+    def grace_seconds(self, environ: Mapping[str, str]) -> float | None:
+        """How long torchrun waits after a signal before it kills its workers; None without torchrun."""
+        if self.launcher_pid is None:
+            return None
+        try:
+            words = (
+                Path(f"/proc/{self.launcher_pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            )
+        except OSError:
+            words = []
+        for index, word in enumerate(words):
+            name, _, value = word.partition("=")
+            if name.replace("_", "-") == "--shutdown-timeout":
+                return float(value or words[index + 1])
+        return float(environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+
+
+def process_began(pid: int) -> float:
+    """Wall time at which a process was started, in seconds since 1970; 0 where that cannot be told."""
+    fields = process_fields(pid)
+    try:
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return 0.0
+    return time.time() - uptime + int(fields[19]) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+
+
+def process_fields(pid: int) -> list[str] | None:
+    """``/proc/PID/stat`` from the state letter on; None where there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()
+
+
+def process_started(pid: int) -> str | None:
+    """When the kernel started a process, in ticks since boot, which tells it from a later one of its pid.
+
+    None: there is no such process, or only its corpse.
+    """
+    fields = process_fields(pid)
+    return None if fields is None or fields[0] in "ZX" else fields[19]
+
+
+def kill_children() -> None:
+    """End this process's children: data processes would outlive an ``os._exit``."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for pid in children.read_text().split():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(int(pid), signal.SIGKILL)

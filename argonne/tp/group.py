@@ -1,0 +1,229 @@
+"""The tensor-parallel group: a process group, or threads that simulate one, counting calls and bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class CollectiveCounters:
+    """Calls and payload bytes per kind of collective.
+
+    Payload bytes are those of the unsharded side: the tensor of an all-reduce, the output of an
+    all-gather, the input of a reduce-scatter.
+    """
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self.last = ""
+        """Kind of the last one."""
+
+    def add(self, kind: str, payload_bytes: int) -> None:
+        """Count one collective."""
+        self.last = kind
+        self.calls[kind] += 1
+        self.bytes[kind] += payload_bytes
+
+    def reset(self) -> None:
+        """Begin again at zero; the last kind stays."""
+        self.calls.clear()
+        self.bytes.clear()
+
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """Kind -> (calls, payload bytes)."""
+        return {kind: (count, self.bytes[kind]) for kind, count in self.calls.items()}
+
+    @property
+    def total_calls(self) -> int:
+        """Collectives of all kinds."""
+        return sum(self.calls.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Payload bytes of all kinds."""
+        return sum(self.bytes.values())
+
+
+class TPGroup:
+    """The ranks that hold the slices of one model replica.
+
+    ``start_*`` issues a collective and returns a tensor that must not be read before `wait`, so that
+    work can be put between the two. Gathers and scatters run along dimension 0. ``owned=True`` says that
+    the argument is a fresh tensor which may be overwritten.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.counters = CollectiveCounters()
+
+    def start_all_reduce(self, tensor: Tensor, op: str = "sum", *, owned: bool = False) -> Tensor:
+        """Reduce over the group. Shape unchanged."""
+        if self.size == 1:
+            return tensor
+        self._count("all_reduce", tensor.numel() * tensor.element_size())
+        return self._all_reduce(tensor, op, owned)
+
+    def start_all_gather(self, tensor: Tensor) -> Tensor:
+        """(local, ...) -> (size * local, ...), in rank order."""
+        if self.size == 1:
+            return tensor
+        self._count("all_gather", self.size * tensor.numel() * tensor.element_size())
+        return self._all_gather(tensor)
+
+    def start_reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """(size * local, ...) -> (local, ...): the sum over the group, this rank's part of it."""
+        if self.size == 1:
+            return tensor
+        self._count("reduce_scatter", tensor.numel() * tensor.element_size())
+        return self._reduce_scatter(tensor)
+
+    def wait(self, tensor: Tensor) -> Tensor:
+        """Finish a started collective."""
+        return tensor
+
+    @property
+    def reduces_in_place(self) -> bool:
+        """Whether an owned tensor is overwritten by an all-reduce."""
+        return False
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum", *, owned: bool = False) -> Tensor:
+        """As `start_all_reduce`, finished."""
+        return self.wait(self.start_all_reduce(tensor, op, owned=owned))
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """As `start_all_gather`, finished."""
+        return self.wait(self.start_all_gather(tensor))
+
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """As `start_reduce_scatter`, finished."""
+        return self.wait(self.start_reduce_scatter(tensor))
+
+    def subgroup(self, size: int) -> TPGroup:
+        """The group of ``size`` consecutive ranks this rank is in. Called by all ranks of this group."""
+        raise NotImplementedError
+
+    def _count(self, kind: str, payload_bytes: int) -> None:
+        # A compiled graph is counted in its own nodes; a Python counter inside it would break it.
+        if not torch.compiler.is_compiling():
+            self.counters.add(kind, payload_bytes)
+
+    def _all_reduce(self, tensor: Tensor, op: str, owned: bool) -> Tensor:
+        raise NotImplementedError
+
+    def _all_gather(self, tensor: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _reduce_scatter(self, tensor: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class ProcessTPGroup(TPGroup):
+    """A group of processes, over ``torch.distributed``."""
+
+    def __init__(self, process_group: dist.ProcessGroup) -> None:
+        super().__init__(dist.get_rank(process_group), dist.get_world_size(process_group))
+        self.process_group = process_group
+        self._name = process_group.group_name
+
+    def wait(self, tensor: Tensor) -> Tensor:
+        return tensor if self.size == 1 else torch.ops._c10d_functional.wait_tensor(tensor)
+
+    def subgroup(self, size: int) -> TPGroup:
+        members = dist.get_process_group_ranks(self.process_group)
+        first = self.rank - self.rank % size
+        ranks = members[first : first + size]
+        return ProcessTPGroup(dist.new_group(ranks, use_local_synchronization=True))
+
+    @property
+    def reduces_in_place(self) -> bool:
+        return not torch.compiler.is_compiling()
+
+    def _all_reduce(self, tensor: Tensor, op: str, owned: bool) -> Tensor:
+        if owned and self.reduces_in_place:
+            return torch.ops._c10d_functional.all_reduce_(tensor, op, self._name)
+        return torch.ops._c10d_functional.all_reduce(tensor, op, self._name)
+
+    def _all_gather(self, tensor: Tensor) -> Tensor:
+        return torch.ops._c10d_functional.all_gather_into_tensor(tensor.contiguous(), self.size, self._name)
+
+    def _reduce_scatter(self, tensor: Tensor) -> Tensor:
+        return torch.ops._c10d_functional.reduce_scatter_tensor(
+            tensor.contiguous(), "sum", self.size, self._name
+        )
+
+
+class _Rendezvous:
+    """Where the threads of a simulated group lay down their tensors and meet."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size)
+        self.slots: list[Tensor | None] = [None] * size
+        self.subgroups: dict[tuple[int, int], _Rendezvous] = {}
+        self.lock = threading.Lock()
+
+
+class SimulatedTPGroup(TPGroup):
+    """A group of threads in one process; each reduction is an explicit sum in rank order."""
+
+    def __init__(self, rank: int, size: int, rendezvous: _Rendezvous) -> None:
+        super().__init__(rank, size)
+        self._rendezvous = rendezvous
+
+    @classmethod
+    def create(cls, size: int) -> list[SimulatedTPGroup]:
+        """The ``size`` members of one group, one for each thread."""
+        rendezvous = _Rendezvous(size)
+        return [cls(rank, size, rendezvous) for rank in range(size)]
+
+    def subgroup(self, size: int) -> TPGroup:
+        first = self.rank - self.rank % size
+        with self._rendezvous.lock:
+            part = self._rendezvous.subgroups.setdefault((first, size), _Rendezvous(size))
+        return SimulatedTPGroup(self.rank - first, size, part)
+
+    def abort(self) -> None:
+        """Wake the other threads with an error, when this one has failed."""
+        self._rendezvous.barrier.abort()
+        for part in self._rendezvous.subgroups.values():
+            part.barrier.abort()
+
+    def _exchange(self, tensor: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        slots = self._rendezvous.slots
+        slots[self.rank] = tensor.detach()
+        self._rendezvous.barrier.wait()
+        result = combine([slot for slot in slots if slot is not None])
+        self._rendezvous.barrier.wait()
+        return result
+
+    def _all_reduce(self, tensor: Tensor, op: str, owned: bool) -> Tensor:
+        def combine(parts: list[Tensor]) -> Tensor:
+            total = parts[0].clone()
+            for part in parts[1:]:
+                if op == "max":
+                    torch.maximum(total, part, out=total)
+                else:
+                    total.add_(part)
+            return total
+
+        return self._exchange(tensor, combine)
+
+    def _all_gather(self, tensor: Tensor) -> Tensor:
+        return self._exchange(tensor, torch.cat)
+
+    def _reduce_scatter(self, tensor: Tensor) -> Tensor:
+        local = tensor.shape[0] // self.size
+
+        def combine(parts: list[Tensor]) -> Tensor:
+            total = parts[0].narrow(0, self.rank * local, local).clone()
+            for part in parts[1:]:
+                total.add_(part.narrow(0, self.rank * local, local))
+            return total
+
+        return self._exchange(tensor, combine)
