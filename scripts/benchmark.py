@@ -23,23 +23,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
-for entry in (ROOT / "tests", ROOT):
-    sys.path.insert(0, str(entry))
+sys.path.insert(0, str(ROOT))
 
 from argonne.tools.script import OneLineParser, run_script  # noqa: E402
 
 if TYPE_CHECKING:
-    from benchmark_common import Report
+    from argonne.benchmarks.common import Report
 
 DOCUMENT = ROOT / "docs" / "performance.md"
 PARTS = {
-    "step": "benchmark_step",
-    "memory": "benchmark_memory",
-    "collectives": "benchmark_collectives",
-    "data": "benchmark_data",
-    "checkpoint": "benchmark_checkpoint",
-    "startup": "benchmark_startup",
-    "gpu": "benchmark_gpu",
+    "step": "argonne.benchmarks.step",
+    "memory": "argonne.benchmarks.memory",
+    "collectives": "argonne.benchmarks.collectives",
+    "data": "argonne.benchmarks.data",
+    "checkpoint": "argonne.benchmarks.checkpoint",
+    "startup": "argonne.benchmarks.startup",
+    "gpu": "argonne.benchmarks.gpu",
 }
 
 
@@ -70,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from benchmark_common import as_text, fill_tables, write
+    from argonne.benchmarks.common import as_text, fill_tables, write
 
     parts = [part for part in PARTS if part != "gpu"] if options.part == "all" else [options.part]
 

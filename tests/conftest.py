@@ -2,13 +2,13 @@
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-for entry in (str(ROOT / "scripts"), str(ROOT / "tests"), str(ROOT)):
+from tests import ROOT
+
+for entry in (str(ROOT / "scripts"), str(ROOT)):
     if entry not in sys.path:
         sys.path.insert(0, entry)
 
@@ -34,8 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The small corpus' tokenizer, loaded as a run loads it."""
-    from corpus import build_tokenizer
-
     from argonne.data.tokenizer import load_tokenizer
+    from argonne.testing.corpus import build_tokenizer
 
     return load_tokenizer(str(build_tokenizer(tmp_path_factory.mktemp("tokenizer"))))

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from corpus import small_corpus
-from launch import (
+
+from argonne.testing.corpus import small_corpus
+from argonne.testing.launch import (
     SCHEDULE,
     SHAPE,
     checkpoint,
@@ -24,10 +25,8 @@ from launch import (
     wait,
     wait_for_lines,
 )
-
 from model import ArgonneConfig, ArgonneModel
-
-FIXTURES = Path(__file__).parent / "fixtures"
+from tests import FIXTURES
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-import corpus
 import pytest
 import torch
-from launch import SHAPE, checkpoint, launch, metrics
-from models import random_tokens, relative_error, small_model
 
+import argonne.testing.corpus as corpus
 from argonne.config.options import ParallelOptions, TrainingOptions
+from argonne.testing.launch import SHAPE, checkpoint, launch, metrics
+from argonne.testing.models import random_tokens, relative_error, small_model
 from argonne.training.build import build_model, fill_weights
 from tp_shard import shard_tensor_parallel
-
-ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +27,7 @@ def benchmark(name: str) -> Any:
 
 
 def test_attention_at_head_dim_170_is_flash() -> None:
-    backend = benchmark("benchmark_gpu_attention").backend_of(170, torch.device("cuda"), 4096)
+    backend = benchmark("argonne.benchmarks.gpu_attention").backend_of(170, torch.device("cuda"), 4096)
     print(f"head_dim 170: {backend}")
     assert backend == "flash_attention"
 
@@ -49,7 +47,7 @@ def test_gradients_agree_with_the_cpu(changes: dict[str, Any]) -> None:
 
 def trained_on_gpu(**options: Any) -> tuple[Any, Any]:
     """A split model at tp 1 in bfloat16, and its training step on a fixed batch."""
-    models = benchmark("benchmark_models")
+    models = benchmark("argonne.benchmarks.models")
     shape = models.Shape(
         hidden_size=1020, layers=2, heads=6, key_value_heads=2, intermediate_size=704, vocab_size=1000,
         batch=2, seq_len=256,
@@ -84,7 +82,7 @@ def test_compiled_blocks_have_no_graph_break() -> None:
 
 
 def test_a_rank_of_eight_uses_what_the_formula_says() -> None:
-    gpu = benchmark("benchmark_gpu")
+    gpu = benchmark("argonne.benchmarks.gpu")
     shape = gpu.Shape(
         hidden_size=2040, layers=8, heads=24, key_value_heads=8, intermediate_size=5504, vocab_size=32000,
         batch=4, seq_len=2048,

@@ -1,12 +1,11 @@
 """The README's flags are the parser's, its files exist, and its map of modules is whole."""
 
 import re
-from pathlib import Path
 
 from argonne.config.command_line import build_parser
 from argonne.config.flags import flag_table
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -1,0 +1,200 @@
+"""Pipeline checkpoints in and out: the shape read from their tensors, and the scripts both ways."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import convert_checkpoint
+import inspect_checkpoint
+import pytest
+import torch
+
+from argonne.checkpoint.parts import open_any
+from argonne.checkpoint.reader import open_checkpoint
+from argonne.checkpoint.shape import check_model_config, infer_model_config
+from argonne.errors import CheckpointError
+from argonne.testing.checkpoint_samples import MODEL_CONFIG, sample_shapes, save_sample, unsharded
+from model import ArgonneConfig, ArgonneModel
+from tests import FIXTURES, ROOT
+from tests.checkpoint.pipeline_samples import (
+    adam_state,
+    assert_whole,
+    fixture_config,
+    group,
+    pipeline_checkpoint,
+    write_stages,
+)
+
+# ----------------------------------------------------------------------------------------------------------
+# Shapes
+
+
+@pytest.mark.parametrize("step", [25, 40])
+def test_shape_is_read_from_a_pipeline_checkpoints_tensors(step: int) -> None:
+    config = fixture_config(step)
+    reader = open_checkpoint(FIXTURES / f"streaming_checkpoint_step_{step}.pth")
+    heads = {key: config[key] for key in ("num_attention_heads", "num_key_value_heads", "rope_theta")}
+    inferred = infer_model_config(reader, {**heads, "max_position_embeddings": 32})
+    assert inferred == config
+    check_model_config(inferred, config, reader.path)
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is . in the checkpoint and 9 in"):
+        check_model_config(inferred, {**config, "num_hidden_layers": 9, "rms_norm_eps": None}, reader.path)
+    with pytest.raises(CheckpointError, match="7 query and 7 key/value heads"):
+        infer_model_config(reader, {"num_attention_heads": 7, "num_key_value_heads": 7})
+    with pytest.raises(CheckpointError, match="does not say how many heads"):
+        infer_model_config(reader, {})
+
+
+def test_an_early_checkpoint_whose_query_is_not_square(tmp_path: Path) -> None:
+    """Hidden 4096 over 24 heads gives 170 a head and 4080 rows; here 50 over 8 gives 6 and 48."""
+    config = ArgonneConfig(**{**MODEL_CONFIG, "hidden_size": 50, "num_attention_heads": 8, "head_dim": None},
+                           tie_word_embeddings=False)  # fmt: skip
+    model = ArgonneModel(config)
+    path = tmp_path / "streaming_checkpoint_step_1.pth"
+    torch.save({"model_state_dict": model.state_dict(), "global_step": 1}, path)
+    inferred = infer_model_config(
+        open_checkpoint(path), {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 4080}
+    )
+    assert (inferred["hidden_size"], inferred["head_dim"], inferred["tie_word_embeddings"]) == (50, 6, False)
+
+
+def test_two_parameter_groups_are_matched_by_shape(tmp_path: Path) -> None:
+    checkpoint = pipeline_checkpoint()
+    names = list(sample_shapes(tied=False))
+    matrices = [name for name in names if unsharded(name, "param").ndim == 2]
+    vectors = [name for name in names if name not in matrices]
+    count = len(matrices)
+    checkpoint["optimizer_state_dict"] = {
+        "state": adam_state(matrices + vectors),
+        "param_groups": [group(range(count)), group(range(count, len(names)))],
+    }
+    path = tmp_path / "streaming_checkpoint_step_12.pth"
+    torch.save(checkpoint, path)
+    assert_whole(open_any(path))
+
+
+@pytest.mark.parametrize(("change", "message"), [("drop", "counts 20 parameters"), ("swap", "exp_avg of ")])
+def test_optimizer_state_that_does_not_fit_is_an_error(tmp_path: Path, change: str, message: str) -> None:
+    checkpoint = pipeline_checkpoint()
+    state = checkpoint["optimizer_state_dict"]
+    if change == "drop":
+        state["param_groups"][0]["params"] = state["param_groups"][0]["params"][:20]
+    else:
+        state["state"][0], state["state"][1] = state["state"][1], state["state"][0]
+    torch.save(checkpoint, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=message):
+        open_any(tmp_path / "a.pth")
+
+
+def test_missing_layers_and_tensors_are_named(tmp_path: Path) -> None:
+    checkpoint = pipeline_checkpoint()
+    checkpoint.pop("optimizer_state_dict")
+    weights = checkpoint["model_state_dict"]
+    checkpoint["model_state_dict"] = {name.replace("blocks.1", "blocks.4"): w for name, w in weights.items()}
+    torch.save(checkpoint, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="layers 1-3 of 5 are not in it"):
+        infer_model_config(open_any(tmp_path / "a.pth"), MODEL_CONFIG)
+    torch.save({"global_step": 3}, tmp_path / "b.pth")
+    with pytest.raises(CheckpointError, match="no model_state_dict: not a training checkpoint"):
+        open_any(tmp_path / "b.pth")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scripts
+
+
+@pytest.mark.parametrize("step", [25, 40])
+def test_pipeline_to_ours_and_back_bit_for_bit(tmp_path: Path, step: int) -> None:
+    source = FIXTURES / f"streaming_checkpoint_step_{step}.pth"
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(fixture_config(step)))
+    to_ours = ["--checkpoint-path", str(source), "--output", str(tmp_path), "--to", "tensor-parallel"]
+    assert convert_checkpoint.main([*to_ours, "--model-config", str(config)]) == 0
+    ours = tmp_path / f"tensor_parallel_checkpoint_step_{step}.pth"
+    original, converted = torch.load(source, weights_only=True), torch.load(ours, weights_only=True)
+    model = ArgonneModel(ArgonneConfig(**converted["model_config"]))
+    model.load_state_dict(converted["model_state_dict"], strict=True)
+    torch.optim.AdamW(model.parameters()).load_state_dict(converted["optimizer_state_dict"])
+    for key in ("global_step", "tokens_processed", "loss", "data_position", "scheduler_state_dict"):
+        assert converted[key] == original[key]
+    back = ["--checkpoint-path", str(ours), "--output", str(tmp_path), "--to", "pipeline", "--dtype", "bf16"]
+    assert convert_checkpoint.main(back) == 0
+    returned = torch.load(tmp_path / source.name, weights_only=True)
+    assert returned["model_dtype"] == "torch.bfloat16" and "model_config" not in returned
+    for name, weight in original["model_state_dict"].items():
+        assert torch.equal(returned["model_state_dict"][name.removeprefix("_orig_mod.")], weight)
+    for index, state in original["optimizer_state_dict"]["state"].items():
+        for key, values in state.items():
+            assert torch.equal(returned["optimizer_state_dict"]["state"][index][key], values.float())
+    assert convert_checkpoint.main(back) == 2  # the file is there already
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("tensor-parallel", "tensor_parallel_checkpoint_step_25.pth"),
+        ("pipeline", "streaming_checkpoint_step_25.pth"),
+    ],
+)
+def test_the_output_may_be_a_new_folder_named_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(json.dumps(fixture_config(25)))
+    source = str(FIXTURES / "streaming_checkpoint_step_25.pth")
+    arguments = ["--checkpoint-path", source, "--output", "new", "--to", form]
+    assert convert_checkpoint.main([*arguments, "--model-config", "config.json"]) == 0
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.pth")] == [Path("new") / name]
+
+
+def test_stages_are_converted_to_one_file(tmp_path: Path) -> None:
+    write_stages(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(MODEL_CONFIG))
+    arguments = ["--checkpoint-path", str(tmp_path), "--output", str(tmp_path / "ours.pth"), "--to"]
+    assert convert_checkpoint.main([*arguments, "tensor-parallel", "--model-config", str(config)]) == 0
+    assert_whole(open_any(tmp_path / "ours.pth"))
+
+
+def test_not_finite_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = pipeline_checkpoint()
+    checkpoint["model_state_dict"]["norm.weight"][3] = float("nan")
+    torch.save(checkpoint, tmp_path / "in.pth")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(MODEL_CONFIG))
+    arguments = ["--checkpoint-path", str(tmp_path / "in.pth"), "--output", str(tmp_path / "out.pth")]
+    assert convert_checkpoint.main([*arguments, "--to", "pipeline", "--model-config", str(config)]) == 1
+    assert "norm.weight holds NaN" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "in.pth"]
+    assert inspect_checkpoint.main([str(tmp_path / "in.pth")]) == 1
+    assert inspect_checkpoint.main([str(tmp_path / "in.pth"), "--quick"]) == 0
+
+
+def test_of_a_folder_of_checkpoints_the_newest_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (9, 10):
+        save_sample(tmp_path, step)
+    assert inspect_checkpoint.main([str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["global_step"] == 10
+    arguments = ["--checkpoint-path", str(tmp_path), "--output", str(tmp_path / "new"), "--to", "pipeline"]
+    assert convert_checkpoint.main(arguments) == 0
+    assert "step 10, " in capsys.readouterr().out
+
+
+def test_inspect_tells_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _ = save_sample(tmp_path)
+    assert inspect_checkpoint.main([str(path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kind"] == "tensor_parallel" and told["global_step"] == 7
+    assert told["health"] == "whole; all values finite" and told["head"] == "tied to the embedding"
+    assert told["shape"]["query_size"] == 24 and told["data_position"]["row"] == 3
+    damaged = bytearray(path.read_bytes())
+    damaged[50_000] ^= 1
+    path.write_bytes(damaged)
+    program = str(ROOT / "scripts" / "inspect_checkpoint.py")  # as a user starts it, from anywhere
+    ended = subprocess.run([sys.executable, program, path], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.stderr.startswith("error: checkpoint ") and len(ended.stderr.splitlines()) == 1

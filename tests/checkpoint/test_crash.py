@@ -1,0 +1,132 @@
+"""A crash at any instant leaves the old or the new checkpoint, never neither."""
+
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+import argonne.checkpoint.streamed_file as checkpoint_output
+from argonne.checkpoint.verifier import verify_checkpoint
+from argonne.testing.checkpoint_crash import (
+    BUFFER_BYTES,
+    NEW,
+    OLD,
+    ForgetfulDisk,
+    assert_old_or_new,
+    save_verify_prune,
+)
+from argonne.testing.checkpoint_samples import save_sample
+from checkpointing import clean_temporary_files
+from tests import ROOT
+
+
+def test_kill_at_every_file_operation_of_a_save(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "argonne.testing.checkpoint_crash", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout.splitlines()[-1])
+    assert told["operations"] > 50 and told["old"] > 40 and told["new"] >= 3, told
+
+
+def test_power_loss_after_every_file_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "live"
+    old, _ = save_sample(folder, step=OLD)
+    before = {str(old): old.read_bytes()}
+    disk = ForgetfulDisk(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_output, "BUFFER_BYTES", BUFFER_BYTES)
+        disk.install(lambda name, function: patched.setattr(os, name, function))
+        save_verify_prune(folder)
+    kinds = [event[0] for event in disk.events]
+    assert {"create", "write", "fsync", "rename", "unlink"} <= set(kinds)
+    steps = set()
+    first = kinds.index("fsync") - 5  # before the first fsync all states are alike but for the temporary file
+    for count in [0, 1, 2, *range(first, len(disk.events) + 1)]:
+        for number, files in enumerate(disk.after(count, before)):
+            shown = tmp_path / f"{count}_{number}"
+            shown.mkdir()
+            for path, data in files.items():
+                (shown / Path(path).name).write_bytes(data)
+            step = assert_old_or_new(shown)
+            steps.add(step)
+            if count == len(disk.events):
+                assert step == NEW
+    assert steps == {OLD, NEW}
+
+
+def test_a_save_without_fsync_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "live"
+    old, _ = save_sample(folder, step=OLD)
+    before = {str(old): old.read_bytes()}
+    disk = ForgetfulDisk(folder)
+    with monkeypatch.context() as patched:
+        disk.install(lambda name, function: patched.setattr(os, name, function))
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        save_verify_prune(folder)
+    names, *_ = disk.after(len(disk.events), before)
+    assert not any(str(NEW) in Path(path).name for path in names)
+
+
+def test_stale_temporary_files_are_removed_and_one_in_use_is_not(tmp_path: Path) -> None:
+    path, _ = save_sample(tmp_path)
+    stale = tmp_path / f".{path.name}.somehost.123.saving"
+    foreign = tmp_path / ".notes.saving"
+    for file in (stale, foreign):
+        file.write_bytes(b"half")
+    program = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+        "print('held', flush=True); time.sleep(60)"
+    )
+    held = tmp_path / f".{path.name}.somehost.124.saving"
+    holder = subprocess.Popen([sys.executable, "-c", program, str(held)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        assert clean_temporary_files(tmp_path) == [stale.name]
+        assert held.exists() and foreign.exists()
+    finally:
+        holder.kill()
+        holder.wait()
+    assert clean_temporary_files(tmp_path) == [held.name]
+    verify_checkpoint(path)
+
+
+def _save_for_ever(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for step in range(6, 100_000):
+        save_sample(Path(folder, "pretrained"), step, rank=rank, tp_size=2)
+
+
+@pytest.mark.slow
+def test_kill_all_ranks_at_random_instants(tmp_path: Path) -> None:
+    seed = int.from_bytes(os.urandom(4), "little")
+    print("seed", seed)
+    rng = random.Random(seed)
+    context = multiprocessing.get_context("spawn")
+    for attempt in range(12):
+        folder = tmp_path / str(attempt)
+        save_sample(folder / "pretrained", step=OLD)
+        ranks = [context.Process(target=_save_for_ever, args=(rank, str(folder))) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        while not (folder / "pretrained" / "tensor_parallel_checkpoint_step_6.pth").exists():
+            time.sleep(0.01)
+        time.sleep(rng.random())
+        for process in ranks:
+            process.kill()
+        for process in ranks:
+            process.join()
+        clean_temporary_files(folder / "pretrained")
+        for path in (folder / "pretrained").iterdir():
+            verify_checkpoint(path)

@@ -1,0 +1,124 @@
+"""A pretended training process for the tests of run_control: no torch, a store of files, steps of sleep.
+
+python run_control_worker.py OPTIONS-AS-JSON
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from argonne.errors import DataError, RunError
+from argonne.ranks.launch import read_launch
+from argonne.run.control import RunControl
+from argonne.run.status import already_ended, prepare_output_dir
+
+
+class FolderStore:
+    """The three methods of a store, on files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / key.replace("/", "_")
+
+    def set(self, key: str, value: str) -> None:
+        temporary = self._folder / f".{os.getpid()}.{time.monotonic_ns()}"
+        temporary.write_text(value)
+        os.replace(temporary, self._path(key))
+
+    def get(self, key: str) -> bytes:
+        return self._path(key).read_bytes()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(self._path(key).exists() for key in keys)
+
+
+class Counted:
+    """Collectives that a rank issued, as far as anyone asks."""
+
+    last = "all_reduce"
+    total_calls = 0
+
+
+def agree(store: FolderStore, name: str, rank: int, world_size: int, flag: int) -> int:
+    """A pretended all-reduce: the sum of the flags, once all ranks have come."""
+    store.set(f"{name}/{rank}", str(flag))
+    keys = [f"{name}/{other}" for other in range(world_size)]
+    while not store.check(keys):
+        time.sleep(0.005)
+    return sum(int(store.get(key)) for key in keys)
+
+
+def train(options: dict[str, Any], control: RunControl, store: FolderStore) -> int:
+    rank, world_size = control.rank, control.world_size
+    control.join(store)
+    agree(store, "joined", rank, world_size, 0)
+    if options.get("start_seconds"):
+        store.set(f"starting/{rank}", "")
+        time.sleep(options["start_seconds"])
+    counted = Counted()
+    control.progress.collectives = counted
+    control.begin(0)
+    for step in range(1, options.get("steps", 400) + 1):
+        time.sleep(options.get("step_seconds", 0.02))
+        counted.total_calls += 1
+        if options.get("fail_at") == [rank, step]:
+            raise DataError("shard.parquet is unreadable: remove it")
+        if options.get("hang_at") == [rank, step]:
+            time.sleep(1000)
+        stop = agree(store, f"step{step}", rank, world_size, control.stop_flag)
+        control.boundary(step)
+        if stop:
+            with control.phase("save"):
+                time.sleep(options.get("save_seconds", 0.0))
+                if rank == 0:
+                    (control.output_dir / "saved").write_text(str(step))
+                agree(store, "saved", rank, world_size, 0)
+            if control.status is not None:
+                control.status.update(checkpoint=f"step_{step}")
+            return control.finish("stopped", control.stop_reason())
+    agree(store, "done", rank, world_size, 0)
+    return control.finish("finished")
+
+
+def main() -> int:
+    options = json.loads(sys.argv[1])
+    output_dir = Path(options["output_dir"])
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    launch = read_launch()
+    store = FolderStore(output_dir / f"store_{options.get('attempt', launch.restart_count)}")
+    control = RunControl(
+        output_dir,
+        rank=rank,
+        world_size=world_size,
+        launch=launch,
+        max_run_time=options.get("max_run_time"),
+        stall_timeout=options.get("stall_timeout", 60.0),
+        warn=lambda text: print(f"warning: {text}", file=sys.stderr),
+    )
+    control.start()
+    try:
+        if rank == 0:
+            if already_ended(output_dir, launch) is not None:
+                print("already ended", flush=True)
+                return 0
+            prepare_output_dir(output_dir)
+            control.claim()
+            print("claimed", flush=True)
+        return train(options, control, store)
+    except RunError as error:
+        code, line = control.fail(error)
+        if line is not None:
+            print(line, file=sys.stderr)
+        return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

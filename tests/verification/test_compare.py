@@ -1,0 +1,261 @@
+"""The checks of a run see what they are for, and nothing else."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from argonne.errors import PeerError
+from argonne.ranks.recompute import recompute_blocks
+from argonne.ranks.replicas import apply_ddp, apply_fsdp, local_parameters
+from argonne.ranks.world import Parallel, World, build_parallel
+from argonne.testing.distributed import run_ranks
+from argonne.testing.models import random_tokens, small_model
+from argonne.tp.group import SimulatedTPGroup
+from argonne.verification.compare import (
+    ShardingReport,
+    SplitMismatchError,
+    check_replicas,
+    checksum,
+    compare_with_unsharded,
+    relative_error,
+)
+from argonne.verification.simulate import compare_ranks, measure, measure_simulated, simulate
+from tp_shard import TensorParallelState, shard_tensor_parallel
+
+
+def layout(rank: int, world_size: int, tp_size: int) -> Parallel:
+    # dp x tp ranks and the gloo group for agreement, as parallel.connect makes them.
+    world = World(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        device=torch.device("cpu"),
+        control_group=dist.new_group(backend="gloo"),
+        feed_group=None,
+    )
+    return build_parallel(world, tp_size)
+
+
+def single_process() -> Parallel:
+    world = World(
+        rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"),
+        control_group=None, feed_group=None,
+    )  # fmt: skip
+    return build_parallel(world, 1)
+
+
+def break_entrance(model: Any) -> None:
+    """Forget the attention's reduction in the backward pass: the loss stays right."""
+    group = model.tensor_parallel.group
+    silent = SimpleNamespace(
+        size=group.size,
+        rank=group.rank,
+        start_all_reduce=lambda tensor, op="sum", owned=False: tensor,
+        wait=lambda tensor: tensor,
+    )
+    for block in model.blocks:
+        block.attn.qkv.group = silent
+
+
+def verified_rank(
+    rank: int,
+    world_size: int,
+    tp_size: int,
+    kind: str,
+    sequence_parallel: bool,
+    dtype: torch.dtype,
+    broken: bool,
+    changes: dict[str, Any],
+) -> ShardingReport | str:
+    parallel = layout(rank, world_size, tp_size)
+    model = small_model(torch.float32, **changes)
+    shard_tensor_parallel(model, parallel.mesh, sequence_parallel=sequence_parallel)
+    if broken:
+        break_entrance(model)
+    wrapped: Any = model
+    if kind == "fsdp":
+        recompute_blocks(model.blocks, "full")
+        apply_fsdp(model, model.blocks, parallel, dtype)
+    elif kind == "ddp":
+        wrapped = apply_ddp(model, parallel)
+    state: Any = model.tensor_parallel
+    counters = state.group.counters
+    counters.add("all_reduce", 5)
+    try:
+        report = compare_with_unsharded(model, wrapped, parallel, random_tokens(length=12), dtype=dtype)
+    except SplitMismatchError as error:
+        return str(error)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert dict(counters.bytes) == {"all_reduce": 5}, "the check changed the run's own counters"
+    return report
+
+
+CASES: list[tuple[int, int, str, bool, torch.dtype, dict[str, Any]]] = [
+    (2, 2, "none", False, torch.float32, {"attention_bias": True, "mlp_bias": True}),
+    (2, 2, "none", True, torch.float32, {"tie_word_embeddings": False}),
+    (2, 2, "none", False, torch.bfloat16, {}),
+    (2, 1, "fsdp", False, torch.float32, {}),
+    (4, 4, "none", True, torch.float32, {"num_key_value_heads": 2, "attention_bias": True}),
+    (4, 2, "fsdp", True, torch.float32, {"attention_bias": True}),
+    (4, 2, "fsdp", False, torch.bfloat16, {}),
+    (4, 2, "ddp", False, torch.float32, {"tie_word_embeddings": False}),
+]
+
+
+@pytest.mark.parametrize(("world", "tp_size", "kind", "sequence_parallel", "dtype", "changes"), CASES)
+def test_a_right_split_agrees_with_the_unsharded_model(
+    world: int, tp_size: int, kind: str, sequence_parallel: bool, dtype: torch.dtype, changes: dict[str, Any]
+) -> None:
+    results = run_ranks(verified_rank, world, tp_size, kind, sequence_parallel, dtype, False, changes)
+    names = [name for name, _ in small_model(**changes).named_parameters()]
+    expected = measure(small_model(torch.float32, **changes), random_tokens(length=12))
+    for report in results:
+        assert isinstance(report, ShardingReport), report
+        assert report == results[0]
+        assert [gradient.name for gradient in report.gradients] == names
+        assert report.unsharded_loss == pytest.approx(expected.loss, rel=1e-6)
+        assert report.worst.relative < (2e-6 if dtype is torch.float32 else 0.1)
+        assert report.worst.relative > 0 or world == 1
+
+
+def test_a_missing_reduction_is_seen_on_every_rank() -> None:
+    for message in run_ranks(verified_rank, 2, 2, "none", False, torch.float32, True, {}):
+        assert isinstance(message, str)
+        assert "not the unsharded model (--verify-sharding)" in message
+        assert "tolerance 1e-04" in message
+
+
+def test_one_process_can_be_verified_too() -> None:
+    model = small_model(torch.float32)
+    shard_tensor_parallel(model)
+    report = compare_with_unsharded(
+        model, model, single_process(), random_tokens(length=12), dtype=torch.float32
+    )
+    assert report.agrees and report.worst.relative < 2e-6
+    assert "largest relative error" in report.summary()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Copies
+
+
+def replica_rank(
+    rank: int, world_size: int, tp_size: int, kind: str, name: str, culprit: int, row: int
+) -> tuple[int, str]:
+    """Parameters compared while all is well, and the error after one element changes on one rank."""
+    parallel = layout(rank, world_size, tp_size)
+    model = small_model(torch.float32, num_key_value_heads=2)
+    shard_tensor_parallel(model, parallel.mesh)
+    if kind == "fsdp":
+        apply_fsdp(model, model.blocks, parallel, torch.float32)
+    state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
+    slice_map = state.slice_map.with_data_parallel(parallel.dp_size, sharded=kind == "fsdp")
+    weights = local_parameters(model)
+    compared = check_replicas(weights, slice_map, parallel)
+    if rank == culprit:
+        flat = weights[name].view(-1)
+        flat[row] = torch.nextafter(flat[row], torch.tensor(math.inf))
+    try:
+        check_replicas(weights, slice_map, parallel)
+    except PeerError as error:
+        return compared, str(error)
+    return compared, ""
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "kind", "name", "culprit", "compared"),
+    [
+        (
+            4,
+            "none",
+            "blocks.1.post_norm.weight",
+            2,
+            5 + 4,
+        ),  # 5 norms; k and v of 2 blocks, 2 heads on 4 ranks
+        (4, "none", "blocks.0.attn.k_proj.weight", 3, 5 + 4),
+        (2, "ddp", "blocks.0.mlp.down_proj.weight", 3, 20),
+        (2, "fsdp", "norm.weight", 1, 5),
+    ],
+)
+def test_a_changed_copy_is_named(tp_size: int, kind: str, name: str, culprit: int, compared: int) -> None:
+    for count, message in run_ranks(replica_rank, 4, tp_size, kind, name, culprit, 3):
+        assert count == compared
+        assert message.startswith(f"{name} is no longer the same on all ranks")
+        held_by_two = kind != "none" or "norm" not in name
+        assert f"rank {culprit} differs from rank" in message
+        assert ("1 of 2 copies" if held_by_two else "1 of 4 copies") in message
+
+
+def test_a_slice_that_only_one_rank_holds_is_not_compared() -> None:
+    results = run_ranks(replica_rank, 4, 4, "none", "blocks.0.mlp.down_proj.weight", 1, 0)
+    assert all(message == "" for _, message in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_checksum_sees_bits_and_places(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("argonne.verification.compare._CHUNK_ELEMENTS", 16)
+    values = torch.randn(7, 9, generator=torch.Generator().manual_seed(3)).to(dtype)
+    assert torch.equal(checksum(values), checksum(values.clone()))
+    changed = values.clone()
+    changed[6, 8] = torch.nextafter(changed[6, 8].float(), torch.tensor(9.0)).to(dtype) + 0.01
+    swapped = values.clone().view(-1)
+    swapped[[1, 40]] = swapped[[40, 1]]
+    sums = {int(checksum(tensor)) for tensor in (values, changed, swapped, values.t())}
+    assert len(sums) == 4
+    assert int(checksum(values[:0])) == 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Simulated ranks
+
+
+@pytest.mark.parametrize(("size", "sequence_parallel"), [(2, False), (3, True), (8, True)])
+def test_simulated_split_agrees(size: int, sequence_parallel: bool) -> None:
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3} if size == 3 else {}
+    model = small_model(torch.float64, attention_bias=True, **heads)
+    tokens = random_tokens(length=13)
+    reference = measure(small_model(torch.float64, attention_bias=True, **heads), tokens)
+    ranks, slice_map = measure_simulated(model, tokens, size, sequence_parallel=sequence_parallel)
+    comparison = compare_ranks(reference, ranks, slice_map)
+    assert comparison.agrees(1e-10)
+    assert not comparison.agrees(0.0)
+    assert [gradient.name for gradient in comparison.gradients] == list(slice_map.names)
+
+
+def test_comparison_sees_a_changed_gradient_and_an_unequal_copy() -> None:
+    model, tokens = small_model(torch.float64), random_tokens()
+    reference = measure(small_model(torch.float64), tokens)
+    ranks, slice_map = measure_simulated(model, tokens, 2, sequence_parallel=False)
+    ranks[1].gradients["norm.weight"][0] += 1e-3
+    comparison = compare_ranks(reference, ranks, slice_map)
+    assert comparison.unequal_copies == ("norm.weight",)
+    assert not comparison.agrees(1.0)
+    ranks[1].gradients["blocks.0.attn.o_proj.weight"].mul_(1.01)
+    comparison = compare_ranks(reference, ranks, slice_map)
+    assert comparison.worst.name == "blocks.0.attn.o_proj.weight"
+    assert 1e-3 < comparison.worst.relative < 1e-2
+
+
+@pytest.mark.timeout(60)
+def test_a_failing_rank_ends_the_others() -> None:
+    def work(group: SimulatedTPGroup) -> Tensor:
+        if group.rank == 1:
+            raise ZeroDivisionError("rank 1")
+        return group.all_reduce(torch.ones(1))
+
+    with pytest.raises(ZeroDivisionError, match="rank 1"):
+        simulate(SimulatedTPGroup.create(3), work)
+
+
+def test_relative_error_of_what_is_zero_in_theory() -> None:
+    assert relative_error(1e-9, 1e-9, 1.0) == pytest.approx(1e-9)
+    assert relative_error(1e-3, 1e-3, 1.0) == 1.0
+    assert relative_error(0.0, 0.0, 0.0) == 0.0
+    assert relative_error(1.0, 0.0, 0.0) == math.inf
+    assert relative_error(math.nan, 1.0, 1.0) == math.inf
