@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from argonne.errors import ConfigError
 from argonne.tp.architectures import plan_for
-from argonne.tp.fused import ColumnGroup, GatedExit, SequenceState
+from argonne.tp.fused import ColumnGroup, GatedExit
 from argonne.tp.group import ProcessTPGroup, SimulatedTPGroup, TPGroup
 from argonne.tp.initial_values import initialise_parameters
 from argonne.tp.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -39,6 +39,7 @@ from argonne.tp.plan import (
 )
 from argonne.tp.precision import DTYPES
 from argonne.tp.regions import (
+    SequenceState,
     copy_to_region,
     gather_from_region,
     gather_sequence,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from argonne.checkpoint.reader import ADAM_KEYS, Scalar
+import torch
+
 from argonne.checkpoint.safe_pickle import TensorRef
 from argonne.checkpoint.tensor_file import Shape, TensorFile, TensorSource
 from argonne.errors import CheckpointError
+
+ADAM_KEYS = ("exp_avg", "exp_avg_sq")
 
 
 def adam_of(
@@ -84,3 +88,15 @@ def optimizer_order(
     if -1 in order:
         raise CheckpointError("its optimizer has parameter groups that do not match the model")
     return order
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A step count that a file holds as a number instead of a tensor."""
+
+    value: float
+    shape: Shape = ()
+    dtype: torch.dtype = torch.float32
+
+    def read_into(self, out: torch.Tensor, start: Shape) -> None:
+        out.fill_(self.value)

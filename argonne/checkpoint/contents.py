@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from argonne.checkpoint.adam import ADAM_KEYS
 from argonne.checkpoint.archive import ArchiveWriter
-from argonne.checkpoint.reader import ADAM_KEYS, EMBEDDING, HEAD
+from argonne.checkpoint.reader import HEAD
 from argonne.checkpoint.safe_pickle import TensorRef, contiguous_ref, dump_tree
+from argonne.checkpoint.shape import EMBEDDING
 from argonne.errors import CheckpointError
 from argonne.tp.slices import SliceMap
 

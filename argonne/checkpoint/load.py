@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from argonne.checkpoint.reader import ADAM_KEYS, CheckpointReader
+from argonne.checkpoint.adam import ADAM_KEYS
+from argonne.checkpoint.reader import CheckpointReader
 from argonne.checkpoint.tensor_file import Shape
 from argonne.checkpoint.transfer import read_chunks, receive_chunks, serve_chunks
 from argonne.errors import CheckpointError

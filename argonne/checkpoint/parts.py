@@ -21,10 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from argonne.checkpoint.adam import adam_of
+from argonne.checkpoint.adam import ADAM_KEYS, adam_of
 from argonne.checkpoint.reader import (
-    ADAM_KEYS,
-    EMBEDDING,
     HEAD,
     CheckpointReader,
     check_metadata,
@@ -34,7 +32,7 @@ from argonne.checkpoint.reader import (
     reader_of_file,
     same_bytes,
 )
-from argonne.checkpoint.shape import infer_shape
+from argonne.checkpoint.shape import EMBEDDING, infer_shape
 from argonne.checkpoint.tensor_file import FileTensor, JoinedTensor, Shape, TensorFile, TensorSource
 from argonne.errors import CheckpointError
 

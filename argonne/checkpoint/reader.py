@@ -15,7 +15,7 @@ import torch
 
 from argonne.checkpoint.adam import adam_of
 from argonne.checkpoint.safe_pickle import TensorRef
-from argonne.checkpoint.shape import _CONFIG_KINDS
+from argonne.checkpoint.shape import CONFIG_KINDS, EMBEDDING
 from argonne.checkpoint.tensor_file import FileTensor, Shape, TensorFile, TensorSource, read_rectangle
 from argonne.errors import CheckpointError
 
@@ -24,9 +24,7 @@ FORMAT_VERSION = 1
 KIND_OURS = "tensor_parallel"
 KIND_PIPELINE = "pipeline"
 
-EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
-ADAM_KEYS = ("exp_avg", "exp_avg_sq")
 _WRAPPERS = ("module.", "base_model.")
 _COMPARE_ROWS = 4096
 
@@ -87,18 +85,6 @@ class CheckpointReader:
     def source(self, name: str, key: str) -> TensorSource:
         """The weight (``key`` "param") or the Adam state of a parameter."""
         return self.model[name] if key == "param" else self.adam[name][key]
-
-
-@dataclass(frozen=True)
-class Scalar:
-    """A step count that a file holds as a number instead of a tensor."""
-
-    value: float
-    shape: Shape = ()
-    dtype: torch.dtype = torch.float32
-
-    def read_into(self, out: torch.Tensor, start: Shape) -> None:
-        out.fill_(self.value)
 
 
 def parameter_names(names: Mapping[str, object] | Sequence[str], tied: bool) -> tuple[str, ...]:
@@ -209,7 +195,7 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
         if not isinstance(metadata.get(key) or {}, dict):
             raise CheckpointError(f"its {key} is {metadata[key]!r}, not a dictionary"[:200])
     for key, value in (metadata.get("model_config") or {}).items():
-        kind = _CONFIG_KINDS.get(key)
+        kind = CONFIG_KINDS.get(key)
         if kind is not None and value is not None and not (type(value) in kind and 0 <= value < 2**40):
             raise CheckpointError(f"{key} of its model_config is {value!r}"[:200])
 

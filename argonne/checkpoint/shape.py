@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from argonne.checkpoint.reader import EMBEDDING, CheckpointReader
 from argonne.checkpoint.tensor_file import Shape
 from argonne.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from argonne.checkpoint.reader import CheckpointReader
+
+
+EMBEDDING = "embed_tokens.weight"
 _LAYER = re.compile(r"^blocks\.(\d+)\.(.+)$")
 
 
@@ -102,14 +106,14 @@ def infer_model_config(reader: CheckpointReader, heads: Mapping[str, Any]) -> di
     return config
 
 
-_CONFIG_KINDS: dict[str, tuple[type, ...]] = {
+CONFIG_KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), (int,)),
     **dict.fromkeys(("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size"), (int,)),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), (bool,)),
     **dict.fromkeys(("rope_theta", "rms_norm_eps"), (int, float)),
 }
 
-_COMPARED = tuple(_CONFIG_KINDS)
+_COMPARED = tuple(CONFIG_KINDS)
 
 
 def check_model_config(

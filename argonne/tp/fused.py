@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,24 +12,17 @@ from torch.nn import functional as F
 
 from argonne.tp.cpu_products import add_matrix_product, linear, matrix_product, times_transposed
 from argonne.tp.group import TPGroup
-from argonne.tp.layers import ColumnParallelLinear, RowParallelLinear
 from argonne.tp.precision import in_compute_dtype
 from argonne.tp.regions import (
+    SequenceState,
     finish_gather_sequence,
     finish_scatter_sequence,
     start_gather_sequence,
     start_scatter_sequence,
 )
 
-
-@dataclass(eq=False)
-class SequenceState:
-    """What the layers of one sharded model must know of the sequence they are working on."""
-
-    enabled: bool = False
-    """Sequence parallelism: norms and the residual stream hold (batch, local_seq_len, hidden_size)."""
-    seq_len: int = 0
-    """Length of the whole sequence in the forward pass under way; set at the model's entrance."""
+if TYPE_CHECKING:
+    from argonne.tp.layers import ColumnParallelLinear, RowParallelLinear
 
 
 def _rows(tensor: Tensor) -> Tensor:

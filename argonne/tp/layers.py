@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from argonne.tp.cpu_products import linear
-from argonne.tp.fused import SequenceState, column_products
+from argonne.tp.fused import column_products
 from argonne.tp.group import TPGroup
 from argonne.tp.precision import autocast_dtype
 from argonne.tp.regions import (
+    SequenceState,
     gather_from_region,
     reduce_from_region,
     reduce_scatter_sequence,

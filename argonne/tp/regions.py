@@ -13,6 +13,7 @@ A group of size 1 returns at once and counts nothing.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -209,3 +210,13 @@ def reduce_scatter_sequence(tensor: Tensor, group: TPGroup) -> Tensor:
 def split_sequence(tensor: Tensor, group: TPGroup) -> Tensor:
     """(batch, seq_len, hidden), equal on all ranks -> this rank's positions; all-gather backward."""
     return tensor if group.size == 1 else _SplitSequence.apply(tensor, group)
+
+
+@dataclass(eq=False)
+class SequenceState:
+    """What the layers of one sharded model must know of the sequence they are working on."""
+
+    enabled: bool = False
+    """Sequence parallelism: norms and the residual stream hold (batch, local_seq_len, hidden_size)."""
+    seq_len: int = 0
+    """Length of the whole sequence in the forward pass under way; set at the model's entrance."""

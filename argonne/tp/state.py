@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from argonne.tp.fused import SequenceState
 from argonne.tp.group import TPGroup
 from argonne.tp.plan import TensorParallelPlan
+from argonne.tp.regions import SequenceState
 from argonne.tp.slices import SliceMap
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from argonne.tp.fused import SequenceState, column_products
+from argonne.tp.fused import column_products
 from argonne.tp.group import SimulatedTPGroup, TPGroup
 from argonne.tp.layers import ColumnParallelLinear, RowParallelLinear
 from argonne.tp.regions import (
+    SequenceState,
     copy_to_region,
     gather_from_region,
     gather_sequence,
