@@ -2,7 +2,7 @@
 
 Formulas for one optimizer step of one micro-batch, for tensor parallelism as it is done here and for the
 other ways to put the same model on the same ranks. Payload bytes are those of the unsharded side, as
-``tp_collectives`` counts them; bytes sent per rank follow from the ring algorithms (Thakur, Rabenseifner
+``argonne.tp.group`` counts them; bytes sent per rank follow from the ring algorithms (Thakur, Rabenseifner
 and Gropp 2005, section 4): an all-reduce of S bytes sends 2 (n - 1) / n S from each of n ranks, an
 all-gather or reduce-scatter half of that.
 """
@@ -10,7 +10,7 @@ all-gather or reduce-scatter half of that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -183,8 +183,8 @@ def activation_bytes(outline: ModelOutline, tokens: int, tp_size: int, *, sequen
 
     Per token and layer, in elements: the inputs of both norms and what the norms give (4 h); then, divided
     over the ranks, the outputs of all column layers and the inputs of the row layers, but for those that the
-    backward pass makes again (``tp_gated``). Once for the model: the final norm's input and the head's (2 h).
-    Sequence parallelism divides what is counted in h too.
+    backward pass computes again (``argonne.tp.fused``). Once for the model: the final norm's input and the
+    head's (2 h). Sequence parallelism divides what is counted in h too.
     """
     columns = sum(p.out_features for p in outline.projections if p.style is Style.COLUMN)
     remade = () if outline.plan.gated_exit is None else outline.plan.gated_exit.members
@@ -222,41 +222,45 @@ def tensor_parallel(
     plain = batch * seq_len * width
     padded = batch * ranks * math.ceil(seq_len / ranks) * width
     loss: Traffic = {"all_reduce": (2, 3 * batch * seq_len * max(_LOSS_BYTES, element_bytes))}
-    if not sequence_parallel:
-        entrances: Traffic = {"all_reduce": (2 * layers + 1, (2 * layers + 1) * plain)}
-        forward = backward = entrances
-    else:
+    if sequence_parallel:
         forward, backward = _sequence_parallel_traffic(outline.plan, layers, plain, padded)
+        name, source = "tensor + sequence parallel", "Korthikanti et al. 2022, section 4"
+        waits = "2 a layer each way, re-gathers overlapped"
+    else:
+        forward = backward = {"all_reduce": (2 * layers + 1, (2 * layers + 1) * plain)}
+        name, source = "tensor parallel (here)", "Shoeybi et al. 2019, section 3"
+        waits = "2 a layer each way"
     slice_map = build_slice_map(model, outline.plan, ranks)
     summed = summed_parameters(model, outline.plan, sequence_parallel=sequence_parallel)
-    completed: Traffic = {}
-    if summed:
-        completed["all_reduce"] = (1, slice_map.numel(summed) * max(MASTER_BYTES, element_bytes))
-    cuts = {name: cut for name in slice_map.names if (cut := slice_map.cut(name)) is not None}
-    copied = [name for name, cut in cuts.items() if cut.sharers > 1]
-    if copied:
-        held = sum(math.prod(slice_map.tp_local_shape(name, 0)) for name in copied)
-        completed[SHARED] = (1, held * max(MASTER_BYTES, element_bytes))
-    local = [
-        sum(math.prod(slice_map.tp_local_shape(name, rank)) for name in slice_map.names)
-        for rank in range(ranks)
-    ]
-    per_block = "2 a layer each way"
+    completing = _completing_traffic(slice_map, summed, max(MASTER_BYTES, element_bytes))
     return SplitCost(
-        name="tensor + sequence parallel" if sequence_parallel else "tensor parallel (here)",
+        name=name,
         ranks=ranks,
-        parameters_per_rank=max(local),
+        parameters_per_rank=max(_local_numel(slice_map, slice_map.names, rank) for rank in range(ranks)),
         activation_bytes=activation_bytes(
             outline, batch * seq_len, ranks, sequence_parallel=sequence_parallel
         ),
         forward=add_traffic(forward, loss),
-        step=add_traffic(forward, backward, loss, completed),
-        waits=f"{per_block}, re-gathers overlapped" if sequence_parallel else per_block,
-        source="Korthikanti et al. 2022, section 4"
-        if sequence_parallel
-        else "Shoeybi et al. 2019, section 3",
-        sharers=max((cut.sharers for cut in cuts.values()), default=1),
+        step=add_traffic(forward, backward, loss, completing),
+        waits=waits,
+        source=source,
+        sharers=slice_map.sharers,
     )
+
+
+def _local_numel(slice_map: SliceMap, names: Iterable[str], tp_rank: int) -> int:
+    """Elements of the named parameters that one rank holds, padding included."""
+    return sum(math.prod(slice_map.tp_local_shape(name, tp_rank)) for name in names)
+
+
+def _completing_traffic(slice_map: SliceMap, summed: Iterable[str], gradient_bytes: int) -> Traffic:
+    """Once a step: the sums of partial gradients, and of those of copied key/value heads."""
+    traffic: Traffic = {}
+    if elements := slice_map.numel(summed):
+        traffic["all_reduce"] = (1, elements * gradient_bytes)
+    if slice_map.copied:
+        traffic[SHARED] = (1, _local_numel(slice_map, slice_map.copied, 0) * gradient_bytes)
+    return traffic
 
 
 def _sequence_parallel_traffic(

@@ -1,4 +1,11 @@
-"""The tensor-parallel group: a process group, or threads that simulate one, counting calls and bytes."""
+"""The tensor-parallel group: the ranks that hold the slices of one model, and the collectives among them.
+
+Every collective of the split goes through one small object, which counts calls and payload bytes.
+`ProcessTPGroup` issues functional collectives over a process group: the same ops in eager and in compiled
+code, where ``async_op=True`` in a backward pass would break the graph. `SimulatedTPGroup` joins threads of
+one process and adds up explicitly, so that the very same layers can be checked without any process group.
+A group of size 1 returns at once and counts nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 
 class CollectiveCounters:
@@ -159,8 +167,21 @@ class ProcessTPGroup(TPGroup):
         )
 
 
+def as_tp_group(mesh: DeviceMesh | dist.ProcessGroup | TPGroup | None) -> TPGroup:
+    """The group object of a mesh's dimension "tp" (or its only one), of a process group, or of the world."""
+    if isinstance(mesh, TPGroup):
+        return mesh
+    if isinstance(mesh, DeviceMesh):
+        names = mesh.mesh_dim_names or ()
+        return ProcessTPGroup(mesh.get_group("tp") if "tp" in names else mesh.get_group())
+    if mesh is None:
+        world = dist.group.WORLD
+        return TPGroup(0, 1) if world is None else ProcessTPGroup(world)
+    return ProcessTPGroup(mesh)
+
+
 class _Rendezvous:
-    """Where the threads of a simulated group lay down their tensors and meet."""
+    """What the threads of a simulated group share: a slot for each rank's tensor, and a barrier."""
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size)

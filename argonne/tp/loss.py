@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from argonne.tp.group import TPGroup
+from argonne.tp.plan import TensorParallelPlan
 
 IGNORE_INDEX = -100
 _CHUNK_ELEMENTS = 1 << 24
@@ -141,3 +143,31 @@ def vocab_parallel_cross_entropy(
     if reduction == "sum":
         return losses.sum()
     return losses.sum() / (flat_targets != ignore_index).sum()
+
+
+def attach_loss(model: nn.Module, plan: TensorParallelPlan, group: TPGroup) -> None:
+    """Set the ``loss_function`` that a model's forward pass calls; at size 1 too, for its memory."""
+    vocab_size = model.get_submodule(plan.embedding).num_embeddings
+    assert isinstance(vocab_size, int)
+
+    def loss_function(
+        logits: Tensor,
+        labels: Tensor | None = None,
+        vocab_size: int = vocab_size,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """As transformers' causal language model loss: labels are shifted here, shift_labels already are."""
+        if shift_labels is None:
+            if labels is None:
+                raise ValueError("a loss needs labels or shift_labels")
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = vocab_parallel_cross_entropy(
+            logits, shift_labels, group, vocab_size=vocab_size, ignore_index=ignore_index, reduction=reduction
+        )
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+    model.loss_function = loss_function  # type: ignore[assignment]

@@ -102,7 +102,7 @@ def head_cut(num_heads: int, head_dim: int, tp_size: int, dimension: int) -> Cut
     """Whole heads per rank. With fewer heads than ranks each head is copied to the ranks that share it.
 
     The first rank of those that share a head owns it. Raises ValueError where neither number divides
-    the other; callers check degrees first (``tp_shard.check_degree``).
+    the other; callers check degrees first (``argonne.tp.plan.check_degree``).
     """
     if num_heads % tp_size == 0:
         return even_cut(num_heads * head_dim, tp_size, dimension)
@@ -193,6 +193,16 @@ class SliceMap:
     def cut(self, name: str) -> Cut | None:
         """How the parameter is cut over the tensor-parallel ranks; None where each holds it whole."""
         return self._parameters[name][1]
+
+    @property
+    def copied(self) -> tuple[str, ...]:
+        """Parameters whose slices several tensor-parallel ranks hold alike: shared key/value heads."""
+        return tuple(name for name, (_, cut) in self._parameters.items() if cut and cut.sharers > 1)
+
+    @property
+    def sharers(self) -> int:
+        """How many tensor-parallel ranks hold the same key/value head; 1 where none is copied."""
+        return max((cut.sharers for _, cut in self._parameters.values() if cut), default=1)
 
     def numel(self, names: Iterable[str] | None = None) -> int:
         """Number of unsharded elements, of all parameters or of those named."""

@@ -32,7 +32,7 @@ class TensorParallelState:
 
     group: TPGroup
     slice_map: SliceMap
-    """Tensor-parallel cuts alone (one replica); parallel.py lays data parallelism over it."""
+    """Tensor-parallel cuts alone (one replica); ``SliceMap.with_data_parallel`` lays replicas over them."""
     sequence: SequenceState
     plan: TensorParallelPlan
     summed: tuple[str, ...]
@@ -43,10 +43,7 @@ class TensorParallelState:
     @property
     def shared(self) -> tuple[str, ...]:
         """Parameters of which other ranks hold copies: their gradients are summed over ``sharers``."""
-        if self.sharers is None:
-            return ()
-        cuts = {name: self.slice_map.cut(name) for name in self.slice_map.names}
-        return tuple(name for name, cut in cuts.items() if cut is not None and cut.sharers > 1)
+        return self.slice_map.copied if self.sharers is not None else ()
 
     def sum_partial_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Complete, in place, the gradients of replicated parameters; once per optimizer step.

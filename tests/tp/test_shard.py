@@ -239,7 +239,7 @@ def test_embedded_inputs() -> None:
     for loss in simulate(SimulatedTPGroup.create(2), work):
         torch.testing.assert_close(loss, expected)
     split = TensorParallelModel(copies[2], SimulatedTPGroup.create(2)[0], sequence_parallel=True)
-    with pytest.raises(ValueError, match="inputs_embeds do not go with sequence parallelism"):
+    with pytest.raises(ValueError, match="inputs_embeds cannot be used with sequence parallelism"):
         split(inputs_embeds=embedded)
     with pytest.raises(ValueError, match="needs input_ids or inputs_embeds"):
         split()
