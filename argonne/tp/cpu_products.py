@@ -1,12 +1,17 @@
-"""The matrix products of the layers, on the CPU through oneDNN where torch's own are slower.
+"""The matrix products of the layers: torch's own, or on the CPU those of the oneDNN that torch carries.
 
-Torch hands float32 products to MKL, which uses AVX-512 on Intel's processors only; on AMD's the oneDNN that
-every torch carries is twice as fast (200 against 90 GFLOP/s on one core of an EPYC). Both are float32
-throughout. Everything else (GPUs, other dtypes, compiled graphs, small products) is torch's own.
+Torch hands float32 products to MKL, which uses AVX-512 on Intel's processors only. On others oneDNN can be
+faster, by a factor that differs from machine to machine. Both compute in float32 throughout. GPUs, other
+dtypes, compiled graphs and small products use torch's own.
+
+Torch has no public name for a product by oneDNN. `_onednn` alone calls the private op; where a torch lacks it
+or it refuses, torch's own products take its place. Which it is, is decided once, at the first product.
 """
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -18,6 +23,36 @@ LEAST_FLOPS = 1 << 22
 """Below this a product takes so few microseconds that setting it up counts."""
 
 
+def _onednn(rows: Tensor, right: Tensor, bias: Tensor | None) -> Tensor | None:
+    """rows (m, k) times right (n, k) transposed, plus bias (n,); None where the op is missing or refuses."""
+    try:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, right, bias, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return None
+    return result
+
+
+@functools.cache
+def onednn_works() -> bool:
+    """Whether oneDNN's op is there and gives torch's own products, for the strides that layers use."""
+
+    def agrees() -> bool:
+        rows = torch.arange(12, dtype=torch.float32, device="cpu").view(3, 4)
+        right = torch.arange(20, dtype=torch.float32, device="cpu").view(5, 4) - 7.0
+        cases = [
+            (rows, right, None),
+            (rows, right, right[:, 0].contiguous()),
+            (rows.t().contiguous().t(), right.t().contiguous().t(), None),
+        ]
+        products = [(_onednn(*case), F.linear(*case)) for case in cases]
+        return all(ours is not None and torch.allclose(ours, torchs) for ours, torchs in products)
+
+    # In a thread of its own, where no dispatch mode is on: selective recomputation would take the products
+    # that it sees here for a block's.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(agrees).result()
+
+
 def _by_onednn(left: Tensor, right: Tensor, flops: int) -> bool:
     return (
         left.device.type == "cpu"
@@ -27,13 +62,16 @@ def _by_onednn(left: Tensor, right: Tensor, flops: int) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
+        and onednn_works()
     )
 
 
-def _onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """left (..., k) times right (n, k) transposed, plus bias (n,); views of any strides."""
     rows = left if left.dim() == 2 else left.reshape(-1, left.shape[-1])
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, right, bias, "none", [], "")
+    result = _onednn(rows, right, bias)
+    if result is None:  # these operands alone are refused
+        result = F.linear(rows, right, bias)
     if left.dim() == 2:
         return result
     # Not a view to autograd: what comes next may overwrite it.
@@ -43,21 +81,21 @@ def _onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b without a gradient: (..., in_features) and (out_features, in_features)."""
     if _by_onednn(x, weight, 2 * x.numel() * weight.shape[0]):
-        return _onednn(x, weight, bias)
+        return _product(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def matrix_product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right for matrices, without a gradient."""
     if _by_onednn(left, right, 2 * left.numel() * right.shape[1]):
-        return _onednn(left, right.t())
+        return _product(left, right.t())
     return left @ right
 
 
 def add_matrix_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total + left @ right for matrices, without a gradient; ``total`` may be overwritten."""
     if _by_onednn(left, right, 2 * left.numel() * right.shape[1]):
-        return total.add_(_onednn(left, right.t()))
+        return total.add_(_product(left, right.t()))
     return torch.addmm(total, left, right)
 
 
@@ -67,7 +105,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight, bias)
+        return _product(x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -1,5 +1,7 @@
-"""Products by oneDNN are the products torch gives: values, gradients, strides, recomputation."""
+"""Products by oneDNN are the products torch gives: values, gradients, strides, recomputation, fall-back."""
 
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import argonne.tp.cpu_products as tp_products
+import argonne.tp.cpu_products as cpu_products
 from argonne.ranks.recompute import recompute_blocks
 from argonne.testing.models import random_tokens, relative_error, small_model
 from argonne.tp.cpu_products import add_matrix_product, linear, matrix_product, times_transposed
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture(autouse=True)
 def however_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tp_products, "LEAST_FLOPS", 0)
+    monkeypatch.setattr(cpu_products, "LEAST_FLOPS", 0)
 
 
 class CountProducts(TorchDispatchMode):
@@ -73,7 +75,7 @@ def test_other_dtypes_autocast_and_small_products_are_torchs(monkeypatch: pytest
     assert not uses_onednn(lambda: linear(x.double(), weight.double()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
-    monkeypatch.setattr(tp_products, "LEAST_FLOPS", 1 << 22)
+    monkeypatch.setattr(cpu_products, "LEAST_FLOPS", 1 << 22)
     assert not uses_onednn(lambda: linear(x, weight))
 
 
@@ -105,3 +107,93 @@ def test_selective_recomputation_keeps_the_products() -> None:
             model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:]).loss.backward()
         counts.append(counter.count)
     assert counts[0] == counts[1] > 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# A torch without the op, or with one that refuses
+
+
+def refuses(*_: Any) -> Tensor:
+    raise RuntimeError("could not create a primitive descriptor for the matmul primitive")
+
+
+def means_something_else(rows: Tensor, right: Tensor, *_: Any) -> Tensor:
+    return rows @ right.t() + 1.0
+
+
+@pytest.fixture
+def replaced_op(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    """Puts a function in the place of oneDNN's op, or takes the op away (None); decided anew each time."""
+
+    def replace(op: Any) -> None:
+        ops = SimpleNamespace(aten=torch.ops.aten, mkldnn=SimpleNamespace())
+        if op is not None:
+            ops.mkldnn._linear_pointwise = op
+        monkeypatch.setattr(cpu_products.torch, "ops", ops)
+        cpu_products.onednn_works.cache_clear()
+
+    cpu_products.onednn_works.cache_clear()
+    yield replace
+    cpu_products.onednn_works.cache_clear()
+
+
+def products_and_gradients() -> list[Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 10, requires_grad=True)
+    weight, bias = torch.randn(12, 10, requires_grad=True), torch.randn(12, requires_grad=True)
+    y = linear(x, weight, bias).mul_(2.0)
+    y.square().sum().backward()
+    assert x.grad is not None and weight.grad is not None and bias.grad is not None
+    left, right, total = torch.randn(9, 14), torch.randn(9, 6), torch.randn(14, 6)
+    return [
+        y.detach(), x.grad, weight.grad, bias.grad, matrix_product(left.t(), right),
+        add_matrix_product(total, left.t(), right), times_transposed(x.detach(), weight.detach()),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("op", [None, refuses, means_something_else])
+def test_without_a_usable_op_the_products_are_torchs(
+    op: Any, replaced_op: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_products, "LEAST_FLOPS", 1 << 60)
+        torchs = products_and_gradients()
+    replaced_op(op)
+    for ours, expected in zip(products_and_gradients(), torchs, strict=True):
+        assert torch.equal(ours, expected)
+    assert not cpu_products.onednn_works()
+
+
+def test_operands_that_alone_are_refused(
+    replaced_op: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Works for the small products that decide, refuses larger ones: those are torch's, gradients too."""
+    usual = torch.ops.mkldnn._linear_pointwise
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_products, "LEAST_FLOPS", 1 << 60)
+        torchs = products_and_gradients()
+    replaced_op(lambda rows, *rest: refuses() if rows.numel() > 12 else usual(rows, *rest))
+    for ours, expected in zip(products_and_gradients(), torchs, strict=True):
+        assert relative_error(ours, expected) < 1e-6
+    assert cpu_products.onednn_works()
+
+
+def test_operands_at_fault_are_still_an_error() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.randn(4, 8), torch.randn(6, 7))
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_the_first_product_may_lie_in_a_recomputed_block(mode: str) -> None:
+    """Selective recomputation keeps the products that it sees: those that decide must not be among them."""
+    tokens = random_tokens()
+    gradients = []
+    for decided in (True, False):
+        model = shard_tensor_parallel(small_model(torch.float32))
+        recompute_blocks(model.blocks, mode)  # type: ignore[arg-type]
+        cpu_products.onednn_works.cache_clear()
+        if decided:
+            cpu_products.onednn_works()
+        model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:]).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert all(torch.equal(grad, gradients[1][name]) for name, grad in gradients[0].items())
