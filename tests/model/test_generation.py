@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from argonne.testing.models import relative_error
-from tests.tp.model_pairs import make_config, make_pair, make_tokens
+from tests.model.model_pairs import make_config, make_pair, make_tokens
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -10,7 +10,7 @@ from torch import nn
 from argonne.testing.hf_reference import llama_gradients, llama_parameters, widen
 from argonne.testing.models import relative_error
 from model import causal_lm_loss, rotary_frequencies, rotary_tables
-from tests.tp.model_pairs import (
+from tests.model.model_pairs import (
     VARIANTS,
     assert_same_gradients,
     gradients,

@@ -17,7 +17,7 @@ from model import (
     rotary_frequencies,
     rotary_tables,
 )
-from tests.tp.model_pairs import gradients, make_config, make_pair, make_tokens
+from tests.model.model_pairs import gradients, make_config, make_pair, make_tokens
 
 # ----------------------------------------------------------------------------------------------------------
 # Precision

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from argonne.testing.models import relative_error
 from model import ArgonneConfig, ArgonneModel, initial_std
-from tests.tp.model_pairs import make_config, make_pair, make_tokens
+from tests.model.model_pairs import make_config, make_pair, make_tokens
 
 # ----------------------------------------------------------------------------------------------------------
 # Parameters and initial values

@@ -13,9 +13,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from argonne.testing.distributed import run_ranks
 from argonne.testing.models import relative_error
-from argonne.tp.fused import column_products
 from argonne.tp.group import ProcessTPGroup, TPGroup
 from argonne.tp.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from argonne.tp.regions import SequenceState, gather_sequence, split_sequence
 from tests.tp.layer_ranks import SIZES, Calls, inputs, join, on_ranks, seeded
 
 # ---------------------------------------------------------------------------------------------------
@@ -98,43 +98,6 @@ def test_frozen_weights_still_pass_the_gradient_on() -> None:
 
     for grad in on_ranks(2, lambda g: ColumnParallelLinear(6, 8, group=g, dtype=torch.float64), work):
         torch.testing.assert_close(grad, expected.grad)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_a_shared_entrance_is_one_collective(size: int) -> None:
-    """Three layers of one input: the gradients of the input add up before the one reduction."""
-    x = inputs(2, 3, 6)
-    linears = []
-    for out_features in (12, 4, 7):
-        torch.manual_seed(out_features)
-        linears.append(nn.Linear(6, out_features, dtype=torch.float64))
-    expected_x = x.clone().requires_grad_()
-    sum((linear(expected_x).square().sum() for linear in linears), torch.zeros(())).backward()
-
-    def build(group: TPGroup) -> nn.Module:
-        def layer(out_features: int) -> nn.Module:
-            with torch.random.fork_rng():
-                torch.manual_seed(out_features)
-                return ColumnParallelLinear(
-                    6, out_features, group=group, enter_region=False, dtype=torch.float64
-                )
-
-        return nn.ModuleList([layer(n) for n in (12, 4, 7)])
-
-    def work(layers: Any, group: TPGroup) -> tuple[Tensor, list[Tensor], Calls]:
-        own = x.clone().requires_grad_()
-        ys = column_products(own, [m.matrix for m in layers], [m.bias for m in layers], group)
-        sum((y.square().sum() for y in ys), torch.zeros(())).backward()
-        assert own.grad is not None
-        return own.grad, [layer.weight.grad for layer in layers], dict(group.counters.calls)
-
-    results = on_ranks(size, build, work)
-    for x_grad, _, calls in results:
-        torch.testing.assert_close(x_grad, expected_x.grad)
-        assert calls == ({"all_reduce": 1} if size > 1 else {})
-    for number, linear in enumerate(linears):
-        whole = join([weight_grads[number] for _, weight_grads, _ in results], 0, linear.out_features)
-        torch.testing.assert_close(whole, linear.weight.grad)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -224,6 +187,53 @@ def test_column_then_row(size: int, hidden: int) -> None:
         torch.testing.assert_close(y, expected.detach())
         torch.testing.assert_close(x_grad, expected_x.grad)
         assert calls == ({"all_reduce": 2} if size > 1 else {})
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("seq_len", [1, 7, 8])
+def test_column_then_row_on_sequence_slices(size: int, seq_len: int) -> None:
+    """One gather and one reduce-scatter each way, and one more gather of the kept slice; any length."""
+    x = inputs(2, seq_len, 6)
+    first: nn.Linear = seeded(lambda: nn.Linear(6, 16, dtype=torch.float64))
+    second: nn.Linear = seeded(lambda: nn.Linear(16, 6, dtype=torch.float64))
+    expected_x = x.clone().requires_grad_()
+    expected = second(torch.relu(first(expected_x)))
+    expected.square().sum().backward()
+
+    def build(group: TPGroup) -> nn.Module:
+        state = SequenceState(enabled=size > 1, seq_len=seq_len)
+        options: dict[str, Any] = {"group": group, "sequence": state, "dtype": torch.float64}
+        return nn.ModuleList(
+            [
+                seeded(lambda: ColumnParallelLinear(6, 16, **options)),
+                seeded(lambda: RowParallelLinear(16, 6, **options)),
+            ]
+        )
+
+    def work(layers: Any, group: TPGroup) -> tuple[Any, ...]:
+        own = x.clone().requires_grad_()
+        y = layers[1](torch.relu(layers[0](split_sequence(own, group))))
+        forward = dict(group.counters.calls)
+        whole = gather_sequence(y, group, seq_len, partial=False)
+        whole.square().sum().backward()
+        grads = [parameter.grad for parameter in layers.parameters()]
+        return whole.detach(), own.grad, grads, forward, dict(group.counters.calls)
+
+    results = on_ranks(size, build, work)
+    for whole, x_grad, _, forward, calls in results:
+        torch.testing.assert_close(whole, expected.detach())
+        torch.testing.assert_close(x_grad, expected_x.grad)
+        if size > 1:
+            assert forward == {"all_gather": 1, "reduce_scatter": 1}
+            # split_sequence's gradient and the final gather are one all-gather each
+            assert calls == {"all_gather": 1 + 2 + 2, "reduce_scatter": 2}
+    wanted = [p.grad for p in (*first.parameters(), *second.parameters())]
+    grads = [grads for _, _, grads, _, _ in results]
+    assert all(grad is not None for grad in wanted)
+    torch.testing.assert_close(torch.cat([g[0] for g in grads], 0), wanted[0])
+    torch.testing.assert_close(torch.cat([g[1] for g in grads], 0), wanted[1])
+    torch.testing.assert_close(torch.cat([g[2] for g in grads], 1), wanted[2])
+    torch.testing.assert_close(sum(g[3] for g in grads), wanted[3])  # each rank's positions
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,13 +1,11 @@
 """The split model is the same model: outputs, loss, every gradient, ten AdamW steps, and its collectives."""
 
-import math
 import random
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from argonne.errors import ConfigError
@@ -15,6 +13,7 @@ from argonne.testing.distributed import run_ranks
 from argonne.testing.models import loss_of, random_tokens, relative_error, small_model
 from argonne.verification.compare import difference
 from argonne.verification.simulate import simulate
+from tests.tp.unsharded import Grads, reference
 from tp_shard import (
     SimulatedTPGroup,
     TensorParallelModel,
@@ -22,22 +21,6 @@ from tp_shard import (
     gather_state_dict,
     shard_tensor_parallel,
 )
-
-Grads = dict[str, Tensor]
-
-
-def reference(dtype: torch.dtype, tokens: Tensor, **changes: Any) -> tuple[float, Grads, Tensor]:
-    """Loss, gradients and logits of the unsharded model."""
-    model = small_model(dtype, **changes)
-    loss = loss_of(model, tokens)
-    loss.backward()
-    with torch.no_grad():
-        logits = model(input_ids=tokens).logits
-    return (
-        float(loss.detach()),
-        {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
-        logits,
-    )
 
 
 def sharded_rank(
@@ -175,124 +158,6 @@ def test_simulated_ranks_agree(size: int, length: int, sequence_parallel: bool) 
             assert relative_error(sharded[name], expected) < 1e-10, name
 
 
-def own_loss(model: Any, tokens: Tensor, keep: int = 0) -> Tensor:
-    """A loss that the caller makes from gathered logits; of the last ``keep`` positions where given."""
-    scores = model(input_ids=tokens[:, :-1], logits_to_keep=keep).logits.double()
-    return F.cross_entropy(scores.flatten(0, 1), tokens[:, 1:][:, -keep:].flatten())
-
-
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("keep", [0, 3])
-def test_gathered_logits_carry_the_whole_gradient(sequence_parallel: bool, keep: int) -> None:
-    tokens = random_tokens(length=8)
-    unsharded = small_model(torch.float64)
-    own_loss(unsharded, tokens, keep).backward()
-    copies = [small_model(torch.float64) for _ in range(4)]
-
-    def work(group: SimulatedTPGroup) -> Grads:
-        model = TensorParallelModel(copies[group.rank], group, sequence_parallel=sequence_parallel)
-        own_loss(model, tokens, keep).backward()
-        model.sum_partial_gradients()
-        return gather_state_dict(model.model, gradients=True)
-
-    for gradients in simulate(SimulatedTPGroup.create(4), work):
-        for name, parameter in unsharded.named_parameters():
-            assert parameter.grad is not None
-            assert relative_error(gradients[name], parameter.grad) < 1e-10, name
-
-
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_labels_by_position_and_kept_positions(sequence_parallel: bool) -> None:
-    """However it is called, the loss is that of the unsharded model."""
-    tokens = random_tokens(length=9)
-    unsharded = small_model(torch.float64)
-    expected = [
-        unsharded(tokens, None, None, None, None, tokens).loss,
-        unsharded(tokens, shift_labels=tokens[:, -2:], logits_to_keep=2).loss,
-        unsharded(tokens, shift_labels=tokens, num_items_in_batch=7).loss,
-    ]
-    copies = [small_model(torch.float64) for _ in range(2)]
-
-    def work(group: SimulatedTPGroup) -> list[Tensor]:
-        model = TensorParallelModel(copies[group.rank], group, sequence_parallel=sequence_parallel)
-        return [
-            model(tokens, None, None, None, None, tokens).loss,
-            model(tokens, shift_labels=tokens[:, -2:], logits_to_keep=2).loss,
-            model(tokens, shift_labels=tokens, num_items_in_batch=7).loss,
-        ]
-
-    for losses in simulate(SimulatedTPGroup.create(2), work):
-        torch.testing.assert_close(losses, expected)
-
-
-def test_embedded_inputs() -> None:
-    tokens = random_tokens(length=9)
-    unsharded = small_model(torch.float64)
-    embedded = unsharded.embed_tokens(tokens).detach()
-    expected = unsharded(inputs_embeds=embedded, shift_labels=tokens).loss
-    copies = [small_model(torch.float64) for _ in range(4)]
-
-    def work(group: SimulatedTPGroup) -> Tensor:
-        split = TensorParallelModel(copies[group.rank], group)
-        return split(inputs_embeds=embedded, shift_labels=tokens).loss
-
-    for loss in simulate(SimulatedTPGroup.create(2), work):
-        torch.testing.assert_close(loss, expected)
-    split = TensorParallelModel(copies[2], SimulatedTPGroup.create(2)[0], sequence_parallel=True)
-    with pytest.raises(ValueError, match="inputs_embeds cannot be used with sequence parallelism"):
-        split(inputs_embeds=embedded)
-    with pytest.raises(ValueError, match="needs input_ids or inputs_embeds"):
-        split()
-
-
-def test_frozen_parameters_stay_frozen() -> None:
-    for device in ("cpu", "meta"):
-        with torch.device(device):
-            model = small_model()
-        frozen = model.get_parameter("blocks.0.attn.k_proj.weight").requires_grad_(False)
-        shard_tensor_parallel(model, SimulatedTPGroup.create(2)[0])
-        split = model.get_parameter("blocks.0.attn.k_proj.weight")
-        assert split is not frozen and not split.requires_grad
-        assert model.get_parameter("blocks.0.attn.v_proj.weight").requires_grad
-
-
-@pytest.mark.parametrize(
-    ("heads", "key_value", "size"), [(6, 2, 6), pytest.param(24, 8, 24, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_more_ranks_than_key_value_heads(
-    heads: int, key_value: int, size: int, sequence_parallel: bool
-) -> None:
-    """Each rank holds its group's head; gradients agree, and those of copies are equal to the bit."""
-    changes: dict[str, Any] = {
-        "num_attention_heads": heads, "num_key_value_heads": key_value, "attention_bias": True
-    }  # fmt: skip
-    tokens = random_tokens()
-    loss, gradients, _ = reference(torch.float64, tokens, **changes)
-    copies = [small_model(torch.float64, **changes) for _ in range(size)]
-
-    def work(group: SimulatedTPGroup) -> tuple[float, Grads, Grads]:
-        model = TensorParallelModel(copies[group.rank], group, sequence_parallel=sequence_parallel)
-        attention: Any = model.model.get_submodule("blocks.1.attn")
-        assert (attention.num_heads, attention.num_kv_heads, attention.num_key_value_groups) == (1, 1, 1)
-        own = loss_of(model, tokens)
-        own.backward()
-        model.sum_partial_gradients()
-        local = {n: p.grad for n, p in model.model.named_parameters() if p.grad is not None}
-        return float(own.detach()), gather_state_dict(model.model, gradients=True), local
-
-    results = simulate(SimulatedTPGroup.create(size), work)
-    sharers = size // key_value
-    for rank, (sharded_loss, sharded, local) in enumerate(results):
-        assert sharded_loss == pytest.approx(loss, rel=1e-12)
-        for name, expected in gradients.items():
-            assert relative_error(sharded[name], expected) < 1e-10, name
-        owner = results[rank - rank % sharers][2]
-        for name, grad in local.items():
-            if "k_proj" in name or "v_proj" in name:
-                assert torch.equal(grad, owner[name]), name
-
-
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_autocast_stays_near_fp32(sequence_parallel: bool) -> None:
     """bf16 at one replica; the residual stream crosses the ranks in 16 bits, the loss in float32."""
@@ -404,16 +269,6 @@ def test_generation_equals_the_unsharded_models(sequence_parallel: bool) -> None
         assert torch.equal(ids, expected)
 
 
-def test_head_counts_are_rewritten_and_slices_are_local() -> None:
-    group = SimulatedTPGroup.create(4)[1]
-    model = shard_tensor_parallel(small_model(), group)
-    attention = model.get_submodule("blocks.0.attn")
-    assert (attention.num_heads, attention.num_kv_heads, attention.num_key_value_groups) == (2, 1, 2)
-    assert model.get_parameter("embed_tokens.weight").shape == (33, 50)
-    assert model.get_parameter("blocks.0.mlp.down_proj.weight").shape == (50, 23)
-    assert model.get_submodule("lm_head").weight is model.get_submodule("embed_tokens").weight
-
-
 @pytest.mark.parametrize(
     ("heads", "key_value", "size", "listed"), [(24, 8, 16, "1, 2, 4, 8 or 24"), (8, 8, 3, "1, 2, 4 or 8")]
 )
@@ -423,17 +278,6 @@ def test_a_degree_that_cannot_work_names_those_that_can(
     changes: dict[str, Any] = {"num_attention_heads": heads, "num_key_value_heads": key_value, "head_dim": 2}
     with pytest.raises(ConfigError, match=f"--tensor-parallel-size {size} .*use {listed}"):
         shard_tensor_parallel(small_model(**changes), SimulatedTPGroup.create(size)[0])
-
-
-def test_reference_vocabulary_over_eight_ranks() -> None:
-    with torch.device("meta"):
-        model = small_model(vocab_size=151_665, num_key_value_heads=8)
-    sharded = TensorParallelModel(model, SimulatedTPGroup.create(8)[7])
-    slice_map = sharded.tensor_parallel.slice_map
-    held = sum(box.size[0] for rank in range(8) for box in slice_map.owned("embed_tokens.weight", rank))
-    assert held == 151_665
-    rows = model.get_parameter("embed_tokens.weight").shape[0]
-    assert rows * 8 <= 1.01 * 151_665 and rows >= math.ceil(151_665 / 8)
 
 
 @pytest.mark.parametrize("tie", [True, False])

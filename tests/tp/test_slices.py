@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from argonne.errors import ConfigError
 from argonne.testing.models import SMALL, small_model
 from argonne.tp.architectures import ARGONNE_PLAN
-from argonne.tp.plan import build_slice_map, check_degree, degree_fits, fitting_degrees
+from argonne.tp.plan import build_slice_map
 from argonne.tp.slices import Cut, Shape, SliceMap, even_cut, fused_cut, head_cut, padded_slice_size
 from tp_shard import take_slice
 
@@ -98,6 +97,14 @@ def test_replicated_parameters_belong_to_the_first_rank() -> None:
     assert all(len(slice_map.rectangles("p", rank)) == 1 for rank in range(8))
 
 
+def test_copied_parameters_and_their_sharers() -> None:
+    cuts = {"q": ((12, 3), head_cut(6, 2, 6, 0)), "k": ((4, 3), head_cut(2, 2, 6, 0)), "norm": ((3,), None)}
+    slice_map = SliceMap(cuts, tp_size=6)
+    assert slice_map.copied == ("k",) and slice_map.sharers == 3
+    whole = SliceMap({"norm": ((3,), None)}, tp_size=6)
+    assert whole.copied == () and whole.sharers == 1
+
+
 def test_fsdp_chunks_are_torch_chunks() -> None:
     for rows, dp_size in itertools.product((1, 2, 3, 5, 8, 33), (2, 3, 4)):
         slice_map = SliceMap({"p": ((rows, 2), None)}, tp_size=1, dp_size=dp_size, dp_sharded=True)
@@ -170,48 +177,6 @@ def test_split_and_gather_through_any_layouts_is_exact() -> None:
                     gathered[name][box.unsharded_index] = local[box.local_index]
         current = gathered
     assert all(torch.equal(current[name], whole) for name, whole in expected.items())
-
-
-# ---------------------------------------------------------------------------------------------------
-# Degrees
-
-
-def test_fitting_degrees() -> None:
-    assert fitting_degrees(24, 8) == [1, 2, 4, 8, 24]
-    assert fitting_degrees(6, 2) == [1, 2, 6]
-    assert fitting_degrees(8, 8) == [1, 2, 4, 8]
-    assert fitting_degrees(7, 1) == [1, 7]
-    assert fitting_degrees(1, 1) == [1]
-
-
-@pytest.mark.parametrize(
-    ("query", "key_value", "tp_size", "listed"),
-    [
-        (24, 8, 16, "1, 2, 4, 8 or 24"),
-        (24, 8, 12, "1, 2, 4, 8 or 24"),
-        (24, 8, 3, "1, 2, 4, 8 or 24"),
-        (6, 2, 3, "1, 2 or 6"),
-        (7, 1, 2, "1 or 7"),
-        (1, 1, 2, "1"),
-    ],
-)
-def test_refused_degrees_name_those_that_work(query: int, key_value: int, tp_size: int, listed: str) -> None:
-    assert not degree_fits(query, key_value, tp_size)
-    with pytest.raises(ConfigError) as refusal:
-        check_degree(query, key_value, tp_size)
-    message = str(refusal.value)
-    assert message.startswith(f"--tensor-parallel-size {tp_size} does not divide {key_value} key/value heads")
-    assert message.endswith(f"; use {listed}")
-    for degree in fitting_degrees(query, key_value):
-        check_degree(query, key_value, degree)
-
-
-def test_a_degree_is_refused_before_any_weight_is_looked_at() -> None:
-    changes: dict[str, Any] = {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 2}
-    with torch.device("meta"):
-        model = small_model(**changes)
-    with pytest.raises(ConfigError, match="use 1, 2, 4, 8 or 24"):
-        build_slice_map(model, ARGONNE_PLAN, 16)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from argonne.errors import PeerError
 from argonne.ranks.recompute import recompute_blocks
@@ -15,7 +14,6 @@ from argonne.ranks.replicas import apply_ddp, apply_fsdp, local_parameters
 from argonne.ranks.world import Parallel, World, build_parallel
 from argonne.testing.distributed import run_ranks
 from argonne.testing.models import random_tokens, small_model
-from argonne.tp.group import SimulatedTPGroup
 from argonne.verification.compare import (
     ShardingReport,
     SplitMismatchError,
@@ -24,7 +22,7 @@ from argonne.verification.compare import (
     compare_with_unsharded,
     relative_error,
 )
-from argonne.verification.simulate import compare_ranks, measure, measure_simulated, simulate
+from argonne.verification.simulate import measure
 from tp_shard import TensorParallelState, shard_tensor_parallel
 
 
@@ -209,48 +207,6 @@ def test_checksum_sees_bits_and_places(dtype: torch.dtype, monkeypatch: pytest.M
     sums = {int(checksum(tensor)) for tensor in (values, changed, swapped, values.t())}
     assert len(sums) == 4
     assert int(checksum(values[:0])) == 0
-
-
-# ---------------------------------------------------------------------------------------------------
-# Simulated ranks
-
-
-@pytest.mark.parametrize(("size", "sequence_parallel"), [(2, False), (3, True), (8, True)])
-def test_simulated_split_agrees(size: int, sequence_parallel: bool) -> None:
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 3} if size == 3 else {}
-    model = small_model(torch.float64, attention_bias=True, **heads)
-    tokens = random_tokens(length=13)
-    reference = measure(small_model(torch.float64, attention_bias=True, **heads), tokens)
-    ranks, slice_map = measure_simulated(model, tokens, size, sequence_parallel=sequence_parallel)
-    comparison = compare_ranks(reference, ranks, slice_map)
-    assert comparison.agrees(1e-10)
-    assert not comparison.agrees(0.0)
-    assert [gradient.name for gradient in comparison.gradients] == list(slice_map.names)
-
-
-def test_comparison_sees_a_changed_gradient_and_an_unequal_copy() -> None:
-    model, tokens = small_model(torch.float64), random_tokens()
-    reference = measure(small_model(torch.float64), tokens)
-    ranks, slice_map = measure_simulated(model, tokens, 2, sequence_parallel=False)
-    ranks[1].gradients["norm.weight"][0] += 1e-3
-    comparison = compare_ranks(reference, ranks, slice_map)
-    assert comparison.unequal_copies == ("norm.weight",)
-    assert not comparison.agrees(1.0)
-    ranks[1].gradients["blocks.0.attn.o_proj.weight"].mul_(1.01)
-    comparison = compare_ranks(reference, ranks, slice_map)
-    assert comparison.worst.name == "blocks.0.attn.o_proj.weight"
-    assert 1e-3 < comparison.worst.relative < 1e-2
-
-
-@pytest.mark.timeout(60)
-def test_a_failing_rank_ends_the_others() -> None:
-    def work(group: SimulatedTPGroup) -> Tensor:
-        if group.rank == 1:
-            raise ZeroDivisionError("rank 1")
-        return group.all_reduce(torch.ones(1))
-
-    with pytest.raises(ZeroDivisionError, match="rank 1"):
-        simulate(SimulatedTPGroup.create(3), work)
 
 
 def test_relative_error_of_what_is_zero_in_theory() -> None:
