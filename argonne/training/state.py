@@ -19,7 +19,7 @@ from argonne.training.build import TrainedModel
 from argonne.training.generation import generate_text
 from argonne.training.keeper import CheckpointKeeper, checkpoint_metadata
 from argonne.training.step import StepResult, TrainingStep
-from argonne.verification.compare import check_replicas
+from argonne.verification.replicas import check_replicas
 from checkpointing import CheckpointView
 from data_stream import DataProgress, OpenedStream, StepBatch, StepFeed
 

@@ -1,16 +1,13 @@
-"""Checks of a training run: the split model is the unsharded model, and copies of weights stay equal.
+"""The run's own model against the unsharded model, a block at a time: ``--verify-sharding``.
 
-``--verify-sharding`` compares the run's own model with the unsharded one, a block at a time;
-``--replica-check-interval`` compares checksums of replicated weights. Nothing here prints.
+Also how a difference is measured. Nothing here prints.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,10 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from argonne.errors import PeerError, RunError
+from argonne.errors import RunError
 from argonne.ranks.replicas import forward_context, local_gradients
 from argonne.ranks.world import Parallel
-from argonne.tp.slices import SliceMap
 from model import ArgonneBlock, ArgonneModel, ArgonneRMSNorm, causal_lm_loss, rotary_tables
 from tp_shard import TensorParallelState, gather_unsharded
 
@@ -62,7 +58,7 @@ def difference(name: str, actual: Tensor, expected: Tensor, whole: float = 0.0) 
 
 
 # ---------------------------------------------------------------------------------------------------
-# --verify-sharding: the run's own model against the unsharded one, a block at a time
+# The comparison of a run's model
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Relative error of a gradient, by the run's compute dtype; the reference is computed in the weights' own.
@@ -125,7 +121,7 @@ def compare_with_unsharded(
         dtype: the run's compute dtype.
 
     Raises:
-        SplitMismatchError: on all ranks, where loss or a gradient is off by more than `TOLERANCES`.
+        SplitMismatchError: on all ranks, where the loss or a gradient is off by more than `TOLERANCES`.
     """
     state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
     counters, saved = state.group.counters, copy.deepcopy(state.group.counters)
@@ -151,7 +147,7 @@ def compare_with_unsharded(
     if not report.agrees:
         raise SplitMismatchError(
             f"the split model is not the unsharded model (--verify-sharding): {report.summary()}; "
-            "do not train with this build, and look at scripts/verify_tensor_parallel.py"
+            "do not train with this build; find the fault with scripts/verify_tensor_parallel.py"
         )
     return report
 
@@ -267,72 +263,3 @@ def _unsharded_head(
         return loss.item(), grad, head_grad
     tally.compare("lm_head.weight", head_grad)
     return loss.item(), grad, None
-
-
-# ---------------------------------------------------------------------------------------------------
-# --replica-check-interval: copies of weights are equal on all ranks that hold them
-
-_CHUNK_ELEMENTS = 1 << 22
-
-
-def checksum(tensor: Tensor) -> Tensor:
-    """0-d int64: the tensor's bits, each element weighted by its place; equal tensors give equal sums.
-
-    Integer arithmetic modulo 2^64, so the order of summation does not matter.
-    """
-    flat = tensor.detach().contiguous().reshape(-1)
-    bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    odd = 2 * torch.arange(min(len(bits), _CHUNK_ELEMENTS), device=flat.device) + 1
-    for number, chunk in enumerate(bits.split(_CHUNK_ELEMENTS)):
-        total += (chunk.long() * odd[: len(chunk)]).sum() * (2 * number + 1)
-    return total
-
-
-def shared_parameters(slice_map: SliceMap) -> tuple[str, ...]:
-    """Parameters of which more than one rank holds the same elements."""
-    if slice_map.dp_size > 1 and not slice_map.dp_sharded:
-        return slice_map.names
-    if slice_map.tp_size == 1:
-        return ()
-    cuts = ((name, slice_map.cut(name)) for name in slice_map.names)
-    return tuple(name for name, cut in cuts if cut is None or cut.sharers > 1)
-
-
-def check_replicas(parameters: Mapping[str, Tensor], slice_map: SliceMap, parallel: Parallel) -> int:
-    """Compare checksums of all copies of weights: norms, shared key/value heads, and all under DDP.
-
-    ``parameters`` are local plain tensors (``parallel.local_parameters``), ``slice_map`` the run's, with its
-    data parallelism. Collective over all ranks (8 bytes a parameter). Returns how many have
-    copies.
-
-    Raises:
-        PeerError: on all ranks, naming the first parameter whose copies differ and the rank that differs.
-    """
-    names = shared_parameters(slice_map)
-    if not names or parallel.control_group is None:
-        return 0
-    own = torch.stack([checksum(parameters[name]) for name in names]).cpu()
-    sums = [torch.empty_like(own) for _ in range(parallel.world_size)]
-    dist.all_gather(sums, own, group=parallel.control_group)
-    for index, name in enumerate(names):
-        copies: dict[Any, dict[int, int]] = {}
-        for rank in range(parallel.world_size):
-            held = tuple((box.start, box.size) for box in slice_map.rectangles(name, rank))
-            copies.setdefault(held, {})[rank] = int(sums[rank][index])
-        for holders in copies.values():
-            _check_equal(name, holders)
-    return len(names)
-
-
-def _check_equal(name: str, sums: Mapping[int, int]) -> None:
-    values = list(sums.values())
-    usual = max(values, key=lambda value: (values.count(value), value == values[0]))
-    odd = [rank for rank, value in sums.items() if value != usual]
-    if odd:
-        same = next(rank for rank, value in sums.items() if value == usual)
-        raise PeerError(
-            f"{name} is no longer the same on all ranks (--replica-check-interval): rank {odd[0]} differs "
-            f"from rank {same} ({len(odd)} of {len(values)} copies differ); resume from the last checkpoint, "
-            "and if it happens again look for a faulty device"
-        )

@@ -1,7 +1,7 @@
 """Tensor parallelism simulated in one process, measured and compared with the unsharded model.
 
 The ranks are threads, their collectives explicit sums; slices, layers and the collectives' gradients are
-the very ones that training uses. The verification script and tests stand on this. Nothing here prints.
+the very ones that training uses. Used by the verification script and the tests. Nothing here prints.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Traffic = dict[str, tuple[int, int]]
 def simulate(groups: Sequence[SimulatedTPGroup], work: Callable[[SimulatedTPGroup], T]) -> list[T]:
     """Run ``work`` on a thread for each member of one simulated group; return the results by rank.
 
-    Raises what the first failing rank raised; the others are woken from the collective they wait in.
+    Raises what the first failing rank raised; the others are woken from the collective they are waiting in.
     """
 
     def run(group: SimulatedTPGroup) -> T:

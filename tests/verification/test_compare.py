@@ -1,4 +1,4 @@
-"""The checks of a run see what they are for, and nothing else."""
+"""The check of a run's split sees what it is for, and nothing else."""
 
 import math
 from types import SimpleNamespace
@@ -6,46 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from argonne.errors import PeerError
 from argonne.ranks.recompute import recompute_blocks
-from argonne.ranks.replicas import apply_ddp, apply_fsdp, local_parameters
-from argonne.ranks.world import Parallel, World, build_parallel
+from argonne.ranks.replicas import apply_ddp, apply_fsdp
 from argonne.testing.distributed import run_ranks
 from argonne.testing.models import random_tokens, small_model
 from argonne.verification.compare import (
     ShardingReport,
     SplitMismatchError,
-    check_replicas,
-    checksum,
     compare_with_unsharded,
     relative_error,
 )
 from argonne.verification.simulate import measure
-from tp_shard import TensorParallelState, shard_tensor_parallel
-
-
-def layout(rank: int, world_size: int, tp_size: int) -> Parallel:
-    # dp x tp ranks and the gloo group for agreement, as parallel.connect makes them.
-    world = World(
-        rank=rank,
-        world_size=world_size,
-        local_rank=rank,
-        local_world_size=world_size,
-        device=torch.device("cpu"),
-        control_group=dist.new_group(backend="gloo"),
-        feed_group=None,
-    )
-    return build_parallel(world, tp_size)
-
-
-def single_process() -> Parallel:
-    world = World(
-        rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"),
-        control_group=None, feed_group=None,
-    )  # fmt: skip
-    return build_parallel(world, 1)
+from tests.verification.layouts import layout, single_process
+from tp_shard import shard_tensor_parallel
 
 
 def break_entrance(model: Any) -> None:
@@ -137,76 +111,6 @@ def test_one_process_can_be_verified_too() -> None:
     )
     assert report.agrees and report.worst.relative < 2e-6
     assert "largest relative error" in report.summary()
-
-
-# ---------------------------------------------------------------------------------------------------
-# Copies
-
-
-def replica_rank(
-    rank: int, world_size: int, tp_size: int, kind: str, name: str, culprit: int, row: int
-) -> tuple[int, str]:
-    """Parameters compared while all is well, and the error after one element changes on one rank."""
-    parallel = layout(rank, world_size, tp_size)
-    model = small_model(torch.float32, num_key_value_heads=2)
-    shard_tensor_parallel(model, parallel.mesh)
-    if kind == "fsdp":
-        apply_fsdp(model, model.blocks, parallel, torch.float32)
-    state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
-    slice_map = state.slice_map.with_data_parallel(parallel.dp_size, sharded=kind == "fsdp")
-    weights = local_parameters(model)
-    compared = check_replicas(weights, slice_map, parallel)
-    if rank == culprit:
-        flat = weights[name].view(-1)
-        flat[row] = torch.nextafter(flat[row], torch.tensor(math.inf))
-    try:
-        check_replicas(weights, slice_map, parallel)
-    except PeerError as error:
-        return compared, str(error)
-    return compared, ""
-
-
-@pytest.mark.parametrize(
-    ("tp_size", "kind", "name", "culprit", "compared"),
-    [
-        (
-            4,
-            "none",
-            "blocks.1.post_norm.weight",
-            2,
-            5 + 4,
-        ),  # 5 norms; k and v of 2 blocks, 2 heads on 4 ranks
-        (4, "none", "blocks.0.attn.k_proj.weight", 3, 5 + 4),
-        (2, "ddp", "blocks.0.mlp.down_proj.weight", 3, 20),
-        (2, "fsdp", "norm.weight", 1, 5),
-    ],
-)
-def test_a_changed_copy_is_named(tp_size: int, kind: str, name: str, culprit: int, compared: int) -> None:
-    for count, message in run_ranks(replica_rank, 4, tp_size, kind, name, culprit, 3):
-        assert count == compared
-        assert message.startswith(f"{name} is no longer the same on all ranks")
-        held_by_two = kind != "none" or "norm" not in name
-        assert f"rank {culprit} differs from rank" in message
-        assert ("1 of 2 copies" if held_by_two else "1 of 4 copies") in message
-
-
-def test_a_slice_that_only_one_rank_holds_is_not_compared() -> None:
-    results = run_ranks(replica_rank, 4, 4, "none", "blocks.0.mlp.down_proj.weight", 1, 0)
-    assert all(message == "" for _, message in results)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_checksum_sees_bits_and_places(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("argonne.verification.compare._CHUNK_ELEMENTS", 16)
-    values = torch.randn(7, 9, generator=torch.Generator().manual_seed(3)).to(dtype)
-    assert torch.equal(checksum(values), checksum(values.clone()))
-    changed = values.clone()
-    changed[6, 8] = torch.nextafter(changed[6, 8].float(), torch.tensor(9.0)).to(dtype) + 0.01
-    swapped = values.clone().view(-1)
-    swapped[[1, 40]] = swapped[[40, 1]]
-    sums = {int(checksum(tensor)) for tensor in (values, changed, swapped, values.t())}
-    assert len(sums) == 4
-    assert int(checksum(values[:0])) == 0
 
 
 def test_relative_error_of_what_is_zero_in_theory() -> None:
