@@ -1,10 +1,10 @@
 """What a split of a model costs: weights and activations per rank, collectives, bytes sent.
 
-Formulas for one optimizer step of one micro-batch, for tensor parallelism as it is done here and for the
-other ways to put the same model on the same ranks. Payload bytes are those of the unsharded side, as
-``argonne.tp.group`` counts them; bytes sent per rank follow from the ring algorithms (Thakur, Rabenseifner
-and Gropp 2005, section 4): an all-reduce of S bytes sends 2 (n - 1) / n S from each of n ranks, an
-all-gather or reduce-scatter half of that.
+Formulas for one optimizer step of one micro-batch under tensor parallelism as it is done here; the other ways
+to put the same model on the same ranks are in ``argonne.tp.strategies``. Payload bytes are those of the
+unsharded side, as ``argonne.tp.group`` counts them. Bytes sent per rank follow from the ring algorithms
+(Thakur, Rabenseifner and Gropp 2005, section 4): an all-reduce of S bytes sends 2 (n - 1) / n S from each of
+n ranks, an all-gather or reduce-scatter half of that.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ STATE_BYTES = 16
 section 3.1, without the 16-bit copies)."""
 _LOSS_BYTES = 4
 MASTER_BYTES = 4
+"""Bytes of a gradient where it is summed over ranks: float32."""
 
 Traffic = dict[str, tuple[int, int]]
 """Kind of collective -> (calls, payload bytes)."""
@@ -128,9 +129,9 @@ class SplitCost:
     name: str
     ranks: int
     parameters_per_rank: int
-    """On the rank that holds most."""
+    """On the rank that holds the most."""
     activation_bytes: int
-    """Kept for the backward pass on the rank that keeps most, 16-bit, nothing recomputed, without logits."""
+    """Kept for the backward pass on the rank that keeps the most: 16-bit, none recomputed, without logits."""
     forward: Traffic
     step: Traffic
     """Forward, backward and what the step adds."""
@@ -170,7 +171,7 @@ def payload(traffic: Traffic) -> int:
 
 
 def readable_bytes(count: float) -> str:
-    """``1.5 GB``: decimal units, two significant places or so."""
+    """``1.5 GB``: decimal units, at least two significant digits."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(count) < 999.5 or unit == "TB":
             return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Column- and row-parallel linear layers, the vocabulary-parallel embedding, and the products behind them.
+"""Column- and row-parallel linear layers, and the vocabulary-parallel embedding.
 
 A linear layer is y = x W^T with W (out_features, in_features). Cutting W by columns of W^T (output
 features) needs no communication forward: each rank makes its own outputs from the whole x, and the
@@ -55,8 +55,8 @@ class ColumnParallelLinear(nn.Module):
     weight and bias, which ``gather_output`` strips.
 
     Initial values are those that ``torch.nn.Linear`` would draw from the same random state, which must
-    therefore be the same on all ranks; the unsharded layer exists for a moment. Meta tensors, and layers
-    given their ``local_out_features``, are for the caller to fill.
+    therefore be the same on all ranks; the unsharded layer exists for a moment. The caller fills meta tensors
+    and layers given their ``local_out_features``.
 
     Args:
         group: the tensor-parallel group.
@@ -139,12 +139,12 @@ class RowParallelLinear(nn.Module):
     in_features need not divide: local_in_features is rounded up, and the surplus columns are zero.
 
     Initial values are those that ``torch.nn.Linear`` would draw from the same random state, which must
-    therefore be the same on all ranks. Meta tensors, and layers given their ``local_in_features``, are for
-    the caller to fill.
+    therefore be the same on all ranks. The caller fills meta tensors and layers given their
+    ``local_in_features``.
 
     Args:
         group: the tensor-parallel group.
-        input_is_parallel: x is divided already. False: each rank takes its own features of the whole x.
+        input_is_parallel: x is already divided. False: each rank takes its own features of the whole x.
         sequence: with sequence parallelism enabled in it, the partial sums are reduce-scattered and y is
             (batch, local_seq_len, out_features); the gradient of the bias, from this rank's positions only,
             must be summed over the group.
@@ -229,8 +229,8 @@ class VocabParallelEmbedding(nn.Module):
             (batch, local_seq_len, embedding_dim).
 
     Raises:
-        IndexError: an id outside the vocabulary, on the CPU (as torch does; a GPU's ids are not looked at,
-            which would cost a synchronisation, and such an id gives zeros).
+        IndexError: an id outside the vocabulary, on the CPU (as torch does). Ids on a GPU are not
+            checked, since that would cost a synchronisation; such an id gives zeros.
     """
 
     def __init__(

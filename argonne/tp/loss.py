@@ -18,7 +18,7 @@ from argonne.tp.plan import TensorParallelPlan
 
 IGNORE_INDEX = -100
 _CHUNK_ELEMENTS = 1 << 24
-"""Elements of the logits that are held in the loss's own precision at one time."""
+"""Most logits held in the loss's own precision at any time."""
 
 
 def _loss_dtype(logits: Tensor) -> torch.dtype:
@@ -85,8 +85,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             if valid:
                 part.scatter_add_(1, local_target[chunk, None], -mine[chunk, None].to(part.dtype))
             part.mul_(weight[chunk, None])
-            # An ignored row may hold a non-finite logit that must not reach the gradient as NaN * 0. To ask
-            # whether there is one costs a GPU more than the pass.
+            # An ignored row may hold a non-finite logit that must not reach the gradient as NaN * 0. Asking
+            # whether there is one costs more than the pass on a GPU.
             if part.device.type != "cpu" or bool(ignored[chunk].any()):
                 part.masked_fill_(ignored[chunk, None], 0.0)
             if not in_place:
@@ -110,8 +110,8 @@ def vocab_parallel_cross_entropy(
             dtype; the loss is computed in float32 (float64 for float64 logits).
         targets: (...), int64 ids in the whole vocabulary, equal on all ranks, or ``ignore_index``.
         group: the tensor-parallel group.
-        vocab_size: size of the whole vocabulary; entries of the slices beyond it are padding and take no
-            part in the loss. None: local_vocab_size * group.size.
+        vocab_size: size of the whole vocabulary; entries of the slices beyond it are padding, which the
+            loss ignores. None: local_vocab_size * group.size.
         reduction: "none", "sum" or "mean" (over the targets that are not ignored; NaN when all are, as
             ``torch.nn.functional.cross_entropy`` gives; the gradient is zero then).
 
@@ -119,7 +119,7 @@ def vocab_parallel_cross_entropy(
         The loss, equal on all ranks. Its gradient with respect to ``logits`` needs no communication.
 
     Raises:
-        ValueError: unknown reduction, or shapes that do not belong together.
+        ValueError: unknown reduction, or shapes that do not match.
         IndexError: a target outside the vocabulary.
     """
     if reduction not in ("none", "sum", "mean"):

@@ -1,8 +1,8 @@
 """The tensor-parallel plan: which style each module of a model gets, and the cuts that follow.
 
 A plan is a table of (module name pattern, style, unit). The style says how the module's parameters lie on
-the ranks and where collectives stand; the unit says in what portions the cut dimension is dealt out. The
-plan alone drives splitting, gathering, initial values, clipping and checkpoints, through the slice map.
+the ranks and where collectives stand; the unit says what must not be cut apart (heads). The plan alone
+drives splitting, gathering, initial values, clipping and checkpoints, through the slice map.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class TensorParallelPlan:
     gated_exit: Seam | None = None
     """The method that takes gate and up to the MLP's output, silu(gate) * up through its one member."""
     head_attributes: tuple[tuple[str, str], ...] = ()
-    """(attribute of the attention module, quantity) pairs; quantities are those of `local_head_counts`."""
+    """(attribute of the attention module, quantity) pairs; quantities are the keys of `HeadCounts.local`."""
     embedding_splits_sequence: bool = False
     """Under sequence parallelism the embedding's sum is scattered over the sequence. Otherwise the sequence
     is split at the first block's entrance, for models that derive positions from the embedding's length."""
@@ -124,7 +124,7 @@ class HeadCounts:
 
 
 def degree_fits(query_heads: int, key_value_heads: int, tp_size: int) -> bool:
-    """Whole query heads per rank, and key/value heads that are dealt out whole or shared evenly."""
+    """Whether each rank gets whole query heads, and key/value heads either whole or shared evenly."""
     return query_heads % tp_size == 0 and (key_value_heads % tp_size == 0 or tp_size % key_value_heads == 0)
 
 
@@ -163,7 +163,7 @@ def _weight_cut(rule: Rule, shape: Shape, heads: HeadCounts, tp_size: int, dimen
 def parameter_cut(
     rule: Rule | None, leaf: str, shape: Shape, heads: HeadCounts, tp_size: int, *, transposed: bool
 ) -> Cut | None:
-    """How one parameter (``leaf`` is "weight" or "bias") of a planned module is cut; None: held whole.
+    """How a module's parameter (``leaf``: "weight" or "bias") is cut; None: every rank holds it whole.
 
     ``transposed`` marks weights stored as (in_features, out_features), as GPT-2's are.
     """

@@ -1,7 +1,7 @@
 """The slice map: which rectangles of which unsharded parameter each rank holds.
 
-Everything that has to know where an element lives asks this map: splitting, initial values, gathering,
-clipping, checkpoints and tests. It is a pure function of the unsharded shapes, the way one dimension of
+Whatever needs to know where an element lives asks this map: splitting, initial values, gathering, clipping,
+checkpoints and tests. It is a pure function of the unsharded shapes, the way one dimension of
 each parameter is cut, and the parallel degrees, so every rank can answer for every other rank without
 communication. Nothing else computes offsets.
 
@@ -76,7 +76,7 @@ class Cut:
 
 
 def padded_slice_size(size: int, tp_size: int) -> int:
-    """Local extent when ``size`` elements are dealt to ``tp_size`` ranks, padded where they do not divide.
+    """Local extent of ``size`` elements divided over ``tp_size`` ranks, padded where they do not divide.
 
     Large slices are rounded up to a multiple of 8, which keeps matrix rows aligned for tensor cores at
     less than one percent of padding.

@@ -1,6 +1,6 @@
 """What a sharded model carries with it: group, slice map, and the gradients that are still partial.
 
-Also the way back, for tests and checks: whole tensors from the slices of all ranks.
+Also the way back, for tests and verification: unsharded tensors from the slices of all ranks.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def naive_split(outline: ModelOutline, ranks: int, tokens: int, element_bytes: i
     layers, count = outline.num_layers, len(outline.projections)
 
     def whole(features: int) -> int:
-        """With the padding that a gather carries along."""
+        """Including the padding that a gather sends too."""
         return ranks * padded_slice_size(features, ranks)
 
     gathered = layers * sum(whole(p.out_features) for p in outline.projections) + whole(outline.vocab_size)
@@ -54,9 +54,9 @@ def naive_split(outline: ModelOutline, ranks: int, tokens: int, element_bytes: i
 def pipeline(outline: ModelOutline, ranks: int, tokens: int, element_bytes: int) -> SplitCost:
     """Stages of whole layers; activations and gradients go from stage to stage (Narayanan et al. 2021).
 
-    Of the stage that sends most. The batch may be cut into micro-batches: the bytes stay the same, and at
-    most as many micro-batches as there are stages are under way at once. The ends of a tied model exchange
-    the gradients of their copies of the embedding.
+    Counted for the stage that sends the most. Cutting the batch into micro-batches leaves the bytes the same;
+    at most one micro-batch per stage is in flight. The first and last stage of a tied model exchange the
+    gradients of their copies of the embedding.
     """
     layers = outline.num_layers
     held = []
