@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-import argonne.tp.loss as tp_loss
+import argonne.tp.loss as loss_module
 from argonne.testing.distributed import run_ranks
 from argonne.tp.group import ProcessTPGroup, SimulatedTPGroup, TPGroup
 from argonne.tp.loss import vocab_parallel_cross_entropy
@@ -222,7 +222,7 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 def test_full_precision_copies_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """From 16-bit logits: no float32 copy of the slice, and nothing kept but the logits themselves."""
     for name in ("_CHUNK_ELEMENTS", "_CPU_CHUNK_ELEMENTS"):
-        monkeypatch.setattr(tp_loss, name, 4096, raising=False)
+        monkeypatch.setattr(loss_module, name, 4096, raising=False)
     group = TPGroup(0, 1)
     logits = torch.randn(256, 1000, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     targets = torch.arange(256)
@@ -248,7 +248,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     logits, targets = batch(131, shape=(7, 5))
     whole = on_ranks(2, logits, targets)
     for name in ("_CHUNK_ELEMENTS", "_CPU_CHUNK_ELEMENTS"):
-        monkeypatch.setattr(tp_loss, name, 200, raising=False)
+        monkeypatch.setattr(loss_module, name, 200, raising=False)
     parts = on_ranks(2, logits, targets)
     assert torch.equal(whole[0][0], parts[0][0])
     assert torch.equal(gathered(whole, 131), gathered(parts, 131))
