@@ -66,7 +66,7 @@ def test_when_none_loads_it_is_an_error_and_never_step_0(output_dir: Path) -> No
     for step in (9, 10, 11):
         _damage(checkpoint_path(output_dir / "pretrained", step))
     for requested in (None, str(output_dir / "pretrained"), str(output_dir)):
-        with pytest.raises(CheckpointError, match=r"none of the 3 checkpoints in .* loads"):
+        with pytest.raises(CheckpointError, match=r"none of the 3 checkpoints in .* can be loaded"):
             choose_checkpoint(requested, output_dir)
 
 
