@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import NoReturn
 
-from argonne.errors import EXIT_FAILURE, PeerError, RunError
+from argonne.errors import EXIT_FAILURE, PeerError, RunError, first_line
 from argonne.run.lock import OutputLock
 from argonne.run.peers import KeyStore, Note, Peers
 from argonne.run.processes import Launch, kill_children
@@ -229,7 +229,7 @@ class RunControl:
                 time.sleep(0.1)
         if isinstance(error, RunError):
             return error
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = first_line(error)
         return PeerError(
             f"a collective failed in step {self.progress.step} on rank {self.rank} ({text[:200]}): see the "
             f"messages of the other ranks and hosts, then resume"
