@@ -39,3 +39,13 @@ class PeerError(RunError):
 
 class NonFiniteError(RunError):
     """Loss, gradients or weights are NaN or infinite and training cannot go on."""
+
+
+def one_line(error: BaseException) -> str:
+    """A library's message on one line; its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message (torch's go on with a C++ stack); its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,10 +1,94 @@
-"""Small JSON files that are whole at every instant, JSON without NaN, and what makes a path durable."""
+"""Files of a run: the names in its output folder, small JSON files that are always whole, durable paths.
+
+Standard library only.
+"""
+
+from __future__ import annotations
 
 import json
 import math
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+_CHECKPOINT_NAME = re.compile(r"^tensor_parallel_checkpoint_step_(\d+)\.pth$")
+
+
+def checkpoint_name(step: int) -> str:
+    """The file name of the checkpoint after ``step`` optimizer steps."""
+    return f"tensor_parallel_checkpoint_step_{step}.pth"
+
+
+def checkpoint_step(name: str) -> int | None:
+    """The step in a file name of :func:`checkpoint_name`; None for any other name."""
+    match = _CHECKPOINT_NAME.match(name)
+    return int(match[1]) if match else None
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """Every name under a run's ``--output-dir``; makes no file and no folder."""
+
+    root: Path
+
+    @property
+    def pretrained(self) -> Path:
+        """The folder of checkpoints."""
+        return self.root / "pretrained"
+
+    @property
+    def stats(self) -> Path:
+        """The folder of metrics, status and diagnostics."""
+        return self.root / "stats"
+
+    @property
+    def cache(self) -> Path:
+        """The folder of the token cache and the shard index, unless --data-cache-dir names another."""
+        return self.root / "cache"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint after ``step`` optimizer steps."""
+        return self.pretrained / checkpoint_name(step)
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per optimizer step."""
+        return self.stats / "training_metrics.jsonl"
+
+    @property
+    def status(self) -> Path:
+        """How the run stands now."""
+        return self.stats / "run_status.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held while a run uses the folder."""
+        return self.stats / "run.lock"
+
+    def current_stats(self, step: int) -> Path:
+        """Totals and timings written with the checkpoint after ``step`` optimizer steps."""
+        return self.stats / f"current_training_stats_tensor_parallel_step_{step}.json"
+
+    def newest_current_stats(self) -> Path | None:
+        """The :meth:`current_stats` of the latest step, or None where there are none."""
+        written = self.stats.glob("current_training_stats_tensor_parallel_step_*.json")
+        steps = [int(tail) for path in written if (tail := path.stem.rpartition("_")[2]).isdecimal()]
+        return self.current_stats(max(steps)) if steps else None
+
+    def final_stats(self, timestamp: str) -> Path:
+        """Totals written when a run ends."""
+        return self.stats / f"final_training_stats_tensor_parallel_{timestamp}.json"
+
+    def stack(self, rank: int) -> Path:
+        """Python's stacks of a rank that stalled."""
+        return self.stats / f"stack_rank_{rank}.txt"
+
+    @property
+    def flight_recorder_prefix(self) -> Path:
+        """What torch's flight recorder puts before the rank in the names of its dumps."""
+        return self.stats / "flight_recorder_rank_"
 
 
 def json_safe(value: Any) -> Any:

@@ -46,10 +46,11 @@ def convert(options: argparse.Namespace) -> str:
     """Write the new file; returns what it is. Raises ConfigError for an output that is there already."""
     from inspect_checkpoint import newest_in
 
-    from argonne.checkpoint.convert import DTYPES, write_converted
+    from argonne.checkpoint.convert import write_converted
     from argonne.checkpoint.shape import infer_model_config
     from argonne.checkpoint.verifier import verify_checkpoint
     from argonne.config.presets import load_model_settings
+    from argonne.tp.precision import DTYPES
     from checkpointing import checkpoint_path, require_safe_torch
 
     require_safe_torch()

@@ -32,9 +32,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def export(options: argparse.Namespace) -> str:
     """Write the folder; returns what it is. Raises ConfigError, CheckpointError."""
-    from argonne.checkpoint.convert import DTYPES
     from argonne.checkpoint.export_hf import export_hf, quiet_transformers
     from argonne.config.presets import REFERENCE, load_model_settings
+    from argonne.tp.precision import DTYPES
     from checkpointing import check_model_config, choose_checkpoint, infer_model_config, require_safe_torch
 
     require_safe_torch()

@@ -94,8 +94,9 @@ def _slice_warning(shape: dict[str, Any], metadata: dict[str, Any], model_config
 
 def _health(reader: Any) -> str:
     """Verify the bytes, then look for values that are not finite."""
-    from argonne.checkpoint.contents import TensorEntry, check_finite
+    from argonne.checkpoint.contents import TensorEntry
     from argonne.checkpoint.convert import row_parts
+    from argonne.checkpoint.finite import require_finite
     from argonne.checkpoint.verifier import verify_file
 
     for file in reader.files:
@@ -104,7 +105,7 @@ def _health(reader: Any) -> str:
         for key in ("param", *(("exp_avg", "exp_avg_sq") if reader.adam else ())):
             source = reader.source(name, key)
             for chunk in row_parts(source, source.dtype):
-                check_finite(chunk, TensorEntry(name, key, source.shape))
+                require_finite(chunk, TensorEntry(name, key, source.shape).label)
     return "whole; all values finite"
 
 

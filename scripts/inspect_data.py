@@ -209,7 +209,8 @@ def middle_rows(shard: Shard, column: str) -> list[str | None]:
     """The first rows of the shard's middle row group."""
     import pyarrow as pa
 
-    from argonne.data.formats import LongText, one_line, open_shard
+    from argonne.data.formats import LongText, open_shard
+    from argonne.errors import one_line
 
     texts: list[str | None] = []
     try:

@@ -17,6 +17,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
+from argonne.errors import first_line
 from argonne.ranks.meeting import await_endpoint
 
 DEFAULT_PORT = 29400
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "(--join-timeout): look whether the launcher runs on every node with the same --run-id"
         )
     except RendezvousConnectionError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         return fail(
             f"the nodes lost {endpoint} (--master), where they meet ({reason}): look whether the launcher "
             "still runs there"

@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from argonne.errors import ConfigError, DataError, RunError
+from argonne.files import OutputFolder
 from argonne.tools.script import OneLineParser, run_script
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -31,7 +32,7 @@ Mark = tuple[int, str]
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The finite steps of training_metrics.jsonl in order; DataError where there is none."""
     if path.is_dir():
-        path = path / "stats" / "training_metrics.jsonl"
+        path = OutputFolder(path).metrics
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.output is not None and options.output.suffix not in (".png", ".svg"):
         parser.error(f"--output {options.output}: give a name that ends in .png or .svg")
-    folder = options.run / "stats" if options.run.is_dir() else options.run.parent
+    folder = OutputFolder(options.run).stats if options.run.is_dir() else options.run.parent
     output = options.output or folder / "loss.png"
 
     def work() -> None:

@@ -164,7 +164,7 @@ def dataset_texts(folder: Path, options: argparse.Namespace) -> Any:
     """The texts of a folder that `datasets` saved."""
     import datasets
 
-    from argonne.data.formats import one_line
+    from argonne.errors import one_line
 
     try:
         loaded = datasets.load_from_disk(str(folder))
@@ -189,7 +189,7 @@ def file_texts(
     """The documents of one file, unpacked on the way; ``bar`` counts the bytes read."""
     import pyarrow as pa
 
-    from argonne.data.formats import one_line
+    from argonne.errors import one_line
 
     name = path.name.lower()
     packed = name.endswith(PACKED)

@@ -69,8 +69,9 @@ def _main() -> None:
     path, kind, settings, tp_size = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
     import torch
 
-    from argonne.checkpoint.load import load_slices, view_of
+    from argonne.checkpoint.load import load_slices
     from argonne.checkpoint.parts import open_any
+    from argonne.checkpoint.view import view_of
     from argonne.tp.architectures import plan_for
     from argonne.tp.plan import build_slice_map
     from model import ArgonneConfig, ArgonneModel

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from argonne.benchmarks.common import ROUNDS, Report, interleaved, stopwatch, summary, timed_row
 from argonne.errors import DeviceError
+from argonne.files import OutputFolder
 from argonne.testing.corpus import small_corpus
 from argonne.testing.launch import SCRIPT, SHAPE, environment
 
@@ -73,7 +74,7 @@ class Toy:
             "--tokenizer-path", self.tokenizer, "--data-glob", self.data_glob, "--output-dir", str(output),
             "--total-steps", "1", *SHAPE,
         ]  # fmt: skip
-        return until_written([*launcher, SCRIPT, *flags], output / "stats" / "training_metrics.jsonl")
+        return until_written([*launcher, SCRIPT, *flags], OutputFolder(output).metrics)
 
     def imports(self, launcher: list[str]) -> float:
         self.launches += 1

@@ -4,7 +4,7 @@ The file is a stored (uncompressed) zip archive in the layout of ``torch.save``:
 ``archive/byteorder``, ``archive/data/0`` ... Every record starts at a multiple of 64 bytes, so that
 ``torch.load(mmap=True)`` and our reader use the bytes in place. Each record is followed by its CRC-32
 (a "data descriptor", as torch writes), so the file is written once from front to back, and a tensor's bytes
-are read from memory once: for checksum, look for values that are not finite, and copy to the disk.
+are read from memory once for all three: the checksum, the check for finite values, and the copy to the disk.
 
 What proves the bytes: the CRC-32 of every record, and in the archive comment
 (``tensor-parallel-checkpoint sha256:<hex>``) the SHA-256 of all other bytes of the file: headers, padding,
@@ -23,11 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from argonne.checkpoint.finite import require_finite
 from argonne.checkpoint.streamed_file import StreamedFile
-from argonne.errors import CheckpointError
+from argonne.errors import CheckpointError, one_line
 
 ALIGNMENT = 64
 COMMENT_PREFIX = b"tensor-parallel-checkpoint sha256:"
@@ -59,7 +59,7 @@ class ArchiveWriter:
     """Writes records in order to a file descriptor opened for writing at position 0.
 
     ``begin`` announces a record and its size, ``write`` takes its bytes in pieces, ``close`` writes the
-    directory and the digest. The caller owns the descriptor: fsync and close are its own.
+    directory and the digest. The caller owns the descriptor, fsync and close included.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -97,8 +97,8 @@ class ArchiveWriter:
         for start in range(0, len(data), _BLOCK_BYTES):
             block = data[start : start + _BLOCK_BYTES]
             record.crc = zlib.crc32(block, record.crc)
-            if record.values is not None and not _all_finite(block):
-                raise CheckpointError(f"{record.values} holds NaN or infinite values, which are never saved")
+            if record.values is not None:
+                require_finite(torch.frombuffer(block, dtype=torch.float32), record.values)
             self._file.append(block)
 
     def close(self) -> int:
@@ -125,12 +125,6 @@ class ArchiveWriter:
         """Append what lies outside the records."""
         self._digest.update(data)
         self._file.append(data)
-
-
-def _all_finite(block: memoryview) -> bool:
-    values = np.frombuffer(block, np.float32)
-    with np.errstate(invalid="ignore"):
-        return bool(np.isfinite(values.min()) and np.isfinite(values.max()))
 
 
 def _shown(number: int) -> int:
@@ -217,7 +211,7 @@ def read_archive_index(path: Path) -> ArchiveIndex:
         with zipfile.ZipFile(path) as archive:
             infos, comment, directory = archive.infolist(), archive.comment, archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, EOFError) as error:
-        raise CheckpointError(f"{size} bytes, cut or damaged ({str(error)[:100]})") from error
+        raise CheckpointError(f"{size} bytes, cut or damaged ({one_line(error)[:100]})") from error
     prefixes = {info.filename.split("/", 1)[0] for info in infos}
     if len(prefixes) != 1 or not infos:
         raise CheckpointError("not a torch checkpoint (no single archive folder)")

@@ -1,4 +1,4 @@
-"""How a checkpoint's file comes to its name: room on the disk, a locked temporary file, fsync, rename.
+"""How a checkpoint's file gets its name: room on the disk, a locked temporary file, fsync, rename.
 
 A crash at any instant leaves the file there was before, and at most a temporary file that the next run
 removes.
@@ -43,6 +43,21 @@ def temporary_file(path: Path, need: int) -> Iterator[tuple[int, Path]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         os.close(descriptor)
+
+
+def clean_temporary_files(folder: Path) -> list[str]:
+    """Remove what killed saves left in a folder; return the names. Files of a save under way are kept."""
+    removed = []
+    for path in sorted(folder.glob(f".*.pth.*{TEMPORARY_SUFFIX}")) if folder.is_dir() else ():
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                removed.append(path.name)
+            finally:
+                os.close(descriptor)
+    return removed
 
 
 def commit(descriptor: int, temporary: Path, path: Path, size: int) -> None:

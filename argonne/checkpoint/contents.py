@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,14 +14,13 @@ from argonne.checkpoint.archive import ArchiveWriter
 from argonne.checkpoint.reader import HEAD
 from argonne.checkpoint.safe_pickle import TensorRef, contiguous_ref, dump_tree
 from argonne.checkpoint.shape import EMBEDDING
-from argonne.errors import CheckpointError
 from argonne.tp.slices import SliceMap
 
-_RECORD_OVERHEAD = 512
-
-_HEADER_BYTES = 1 << 20
-
 Adam = Mapping[str, Mapping[str, torch.Tensor]]
+"""A rank's Adam state: by parameter name ``step``, ``exp_avg`` and ``exp_avg_sq``."""
+
+_RECORD_OVERHEAD = 512
+_HEADER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,13 @@ class TensorEntry:
         """What a message calls it."""
         return self.name if self.key == "param" else f"{self.key} of {self.name}"
 
+    def local(self, parameters: Mapping[str, torch.Tensor], adam: Adam) -> torch.Tensor:
+        """The tensor that this rank holds of it."""
+        return parameters[self.name] if self.key == "param" else adam[self.name][self.key]
+
 
 def estimate_checkpoint_bytes(slice_map: SliceMap, *, with_adam: bool = True) -> int:
-    """Upper bound of a checkpoint file's bytes."""
+    """An upper bound of a checkpoint file's bytes: float32 weights and Adam state, headers and padding."""
     tensors = len(slice_map.names) * (4 if with_adam else 1) + 8
     return slice_map.numel() * 4 * (3 if with_adam else 1) + tensors * _RECORD_OVERHEAD + _HEADER_BYTES
 
@@ -111,9 +113,3 @@ def finish_archive(writer: ArchiveWriter) -> int:
     writer.add("version", b"3\n")
     writer.add(".data/serialization_id", b"0" * 40)
     return writer.close()
-
-
-def check_finite(chunk: torch.Tensor, entry: TensorEntry) -> None:
-    """CheckpointError where a value is NaN or infinite."""
-    if chunk.numel() and not all(math.isfinite(float(bound)) for bound in torch.aminmax(chunk)):
-        raise CheckpointError(f"{entry.label} holds NaN or infinite values, which are never saved")

@@ -1,7 +1,6 @@
 """Rewriting a checkpoint, one tensor at a time, for this suite or for the pipeline scripts.
 
-Whatever :func:`checkpoint_parts.open_any` opens can be written: a whole file, stages, ranks' slices. How
-files that are parts of a checkpoint are named is said there.
+Whatever :func:`argonne.checkpoint.parts.open_any` opens can be written: a whole file, stages, ranks' slices.
 """
 
 from __future__ import annotations
@@ -19,17 +18,16 @@ from argonne.checkpoint.contents import (
     TensorEntry,
     begin_archive,
     build_tree,
-    check_finite,
     finish_archive,
     tensor_entries,
 )
+from argonne.checkpoint.finite import require_finite
 from argonne.checkpoint.reader import FORMAT_KEY, FORMAT_VERSION, CheckpointReader
 from argonne.checkpoint.rows import row_chunks
 from argonne.checkpoint.tensor_file import TensorSource, read_rectangle
 from argonne.errors import CheckpointError
 
 PIPELINE_KEYS = ("global_step", "tokens_processed", "scheduler_state_dict", "loss", "data_position")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SLACK_BYTES = 4 << 20
 
 
@@ -90,7 +88,7 @@ def _stream(
             target = dtype if entry.key == "param" else torch.float32
             writer.begin(f"data/{index}", math.prod(entry.shape) * target.itemsize)
             for chunk in row_parts(reader.source(entry.name, entry.key), target):
-                check_finite(chunk, entry)
+                require_finite(chunk, entry.label)
                 writer.write(tensor_bytes(chunk))
         for index, name in enumerate(reader.names if reader.adam else ()):
             step = torch.tensor(reader.adam_step(name), dtype=torch.float32)

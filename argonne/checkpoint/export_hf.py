@@ -20,8 +20,8 @@ import torch
 
 from argonne.checkpoint.archive import tensor_bytes
 from argonne.checkpoint.commit import failure_reason
-from argonne.checkpoint.contents import TensorEntry, check_finite
 from argonne.checkpoint.convert import row_parts
+from argonne.checkpoint.finite import require_finite
 from argonne.checkpoint.reader import HEAD, CheckpointReader
 from argonne.checkpoint.streamed_file import StreamedFile
 from argonne.data.tokenizer import load_tokenizer
@@ -30,7 +30,7 @@ from argonne.files import synchronize
 
 SHARD_BYTES = 5_000_000_000
 MODULE = "modeling_argonne"
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def export_hf(
@@ -142,7 +142,7 @@ def _write_safetensors(
     for name in names:
         size = math.prod(reader.shape(name)) * dtype.itemsize
         header[name] = {
-            "dtype": _DTYPE_NAMES[dtype],
+            "dtype": _SAFETENSORS_DTYPES[dtype],
             "shape": list(reader.shape(name)),
             "data_offsets": [position, position + size],
         }
@@ -152,9 +152,8 @@ def _write_safetensors(
     with path.open("wb") as opened, StreamedFile(opened.fileno()) as file:
         file.append(struct.pack("<Q", len(encoded)) + encoded)
         for name in names:
-            entry = TensorEntry(name, "param", reader.shape(name))
             for chunk in row_parts(reader.model[name], dtype):
-                check_finite(chunk, entry)
+                require_finite(chunk, name)
                 file.append(tensor_bytes(chunk))
         file.finish()
 

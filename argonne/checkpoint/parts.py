@@ -1,15 +1,11 @@
 """Checkpoints in several files: pipeline stages with ranges of layers, slices of tensor-parallel ranks.
 
-A file is a part when its name or its keys say so:
+:mod:`argonne.checkpoint.part_names` says which part a file is; here the parts become one model.
 
-- ``<name>_stage_K_of_N.pth`` (also ``-stage-K``, without ``_of_N``, or before ``_step_``), or the keys
-  ``pipeline_stage`` (or ``stage``) and ``num_stages``. ``layer_range`` (first, last + 1) may be there;
-  layers are numbered through the whole model, or from 0 in each stage when ``layer_range`` is there.
-- ``<name>_rank_K_of_N.pth`` (also ``_tp_rank_K``), or the keys ``tp_rank`` (or ``tensor_parallel_rank``) and
-  ``tp_size`` (or ``tensor_parallel_size``): the public tensor-parallel script's cut, where rank K of N holds
-  rows of q, k, v, gate and up, columns of o and down, and all the rest whole (rank 0's is taken).
-
-All parts lie in one folder and differ in nothing else of their names. K counts from 0.
+- Stages: layers are numbered through the whole model, or from 0 in each stage where ``layer_range``
+  (first, last + 1) says where they belong.
+- Ranks: the public tensor-parallel script's cut, where rank K of N holds rows of q, k, v, gate and up,
+  columns of o and down, and all the rest whole (rank 0's is taken).
 """
 
 from __future__ import annotations
@@ -17,11 +13,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from argonne.checkpoint.adam import ADAM_KEYS, adam_of
+from argonne.checkpoint.part_names import PART_KEYS, Part, part_by_keys, part_name, part_of, siblings
 from argonne.checkpoint.reader import (
     HEAD,
     CheckpointReader,
@@ -39,51 +35,9 @@ from argonne.errors import CheckpointError
 KIND_STAGES = "pipeline stages, joined"
 KIND_RANKS = "tensor-parallel slices, joined"
 
-_PART = re.compile(r"[._-](stage|(?:tp[_-]?)?rank)[_-]?(\d+)(?:[_-]of[_-]?(\d+))?(?=[._-])")
-_STAGE_KEYS = (("pipeline_stage", "stage"), ("num_stages", "pipeline_stages"))
-_RANK_KEYS = (("tp_rank", "tensor_parallel_rank"), ("tp_size", "tensor_parallel_size"))
 _ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _COLUMNS = ("o_proj.weight", "down_proj.weight")
 _LAYER = re.compile(r"^blocks\.(\d+)\.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartName:
-    """What a file name says about a part."""
-
-    whole: str
-    """The name without the part."""
-    kind: str
-    """"stage" or "rank"."""
-    index: int
-    count: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One open file of several."""
-
-    file: TensorFile
-    kind: str
-    index: int
-    count: int | None
-
-    @property
-    def label(self) -> str:
-        return f"{self.kind} {self.index} ({self.file.path.name})"
-
-
-def part_name(name: str) -> PartName | None:
-    """The part that a file name names, or None for a whole checkpoint's name."""
-    match = _PART.search(name)
-    if match is None:
-        return None
-    return PartName(
-        whole=name[: match.start()] + name[match.end() :],
-        kind="stage" if match[1] == "stage" else "rank",
-        index=int(match[2]),
-        count=int(match[3]) if match[3] else None,
-    )
 
 
 def open_any(path: Path) -> CheckpointReader:
@@ -97,12 +51,12 @@ def open_any(path: Path) -> CheckpointReader:
             files = sorted(child for child in path.iterdir() if child.suffix == ".pth" and child.is_file())
             if not files:
                 raise CheckpointError("the folder holds no .pth file")
-            return _join(path, [_part_of(TensorFile(child)) for child in files])
+            return _join(path, [part_of(TensorFile(child)) for child in files])
         named = part_name(path.name)
         if named is not None:
-            return _join(path, [_part_of(TensorFile(child)) for child in siblings(path, named)])
+            return _join(path, [part_of(TensorFile(child)) for child in siblings(path, named)])
         file = TensorFile(path)
-        part = _part_by_keys(file)
+        part = part_by_keys(file)
         if part is not None and (part.count or 2) > 1:
             raise CheckpointError(
                 f"it is {part.kind} {part.index} of {part.count or 'several'} only: put all parts into one "
@@ -113,49 +67,6 @@ def open_any(path: Path) -> CheckpointReader:
         if str(error).startswith("checkpoint "):
             raise
         raise CheckpointError(f"checkpoint {path}: {error}") from error
-
-
-def siblings(path: Path, named: PartName) -> list[Path]:
-    """The parts of the same checkpoint beside ``path``, by index. Links out of the folder are refused."""
-    found = []
-    folder = path.parent.resolve() if path.parent != Path() else Path.cwd()
-    for child in path.parent.iterdir():
-        other = part_name(child.name)
-        if other is not None and (other.whole, other.kind) == (named.whole, named.kind):
-            if child.resolve().parent != folder:
-                raise CheckpointError(f"part {child.name} is a link that leaves its folder")
-            found.append((other.index, child))
-    return [child for _, child in sorted(found)]
-
-
-def _part_by_keys(file: TensorFile) -> Part | None:
-    tree = file.tree if isinstance(file.tree, dict) else {}
-    for kind, (index_keys, count_keys) in (("stage", _STAGE_KEYS), ("rank", _RANK_KEYS)):
-        index = next((tree[key] for key in index_keys if type(tree.get(key)) is int), None)
-        if index is not None:
-            count = next((tree[key] for key in count_keys if type(tree.get(key)) is int), None)
-            return Part(file=file, kind=kind, index=index, count=count)
-    return None
-
-
-def _part_of(file: TensorFile) -> Part:
-    if not isinstance(file.tree, dict):
-        raise CheckpointError(f"{file.path.name} is not a training checkpoint")
-    by_keys, by_name = _part_by_keys(file), part_name(file.path.name)
-    if by_keys is None and by_name is None:
-        raise CheckpointError(f"{file.path.name} does not say which part of the model it is")
-    if by_keys is None:
-        assert by_name is not None
-        return Part(file=file, kind=by_name.kind, index=by_name.index, count=by_name.count)
-    if by_name is not None and (by_name.kind, by_name.index) != (by_keys.kind, by_keys.index):
-        raise CheckpointError(
-            f"{file.path.name} is {by_name.kind} {by_name.index} by its name and {by_keys.kind} "
-            f"{by_keys.index} by its keys"
-        )
-    count = by_keys.count
-    if count is None and by_name is not None:
-        count = by_name.count
-    return Part(file=file, kind=by_keys.kind, index=by_keys.index, count=count)
 
 
 def _join(path: Path, parts: Sequence[Part]) -> CheckpointReader:
@@ -197,7 +108,7 @@ def _reader(
     warnings: Sequence[str],
 ) -> CheckpointReader:
     digest = hashlib.sha256("".join(part.file.identity for part in parts).encode())
-    dropped = {key for keys in (*_STAGE_KEYS, *_RANK_KEYS) for key in keys} | {"layer_range"}
+    dropped = PART_KEYS | {"layer_range"}
     metadata = plain_metadata(parts[0].file.tree)
     check_metadata(metadata)
     return CheckpointReader(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from argonne.errors import CheckpointError
+from argonne.errors import CheckpointError, one_line
 
 MAX_PICKLE_BYTES = 256 << 20
 MAX_DIMENSIONS = 8
@@ -191,7 +191,7 @@ def load_tree(data: bytes) -> tuple[Any, int]:
         length = _check_opcodes(data)
         tree = _Unpickler(io.BytesIO(data[:length])).load()
     except _PICKLE_ERRORS as error:
-        raise CheckpointError(f"its pickle is damaged ({str(error)[:120]})") from error
+        raise CheckpointError(f"its pickle is damaged ({one_line(error)[:120]})") from error
     except (MemoryError, OverflowError, RecursionError) as error:
         raise CheckpointError("its pickle is damaged or malicious") from error
     return plain_tree(tree, "it"), length

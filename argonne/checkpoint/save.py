@@ -110,17 +110,10 @@ def _stream(
     try:
         begin_archive(writer, tree)
         for index, entry in enumerate(entries):
+            writer.begin(f"data/{index}", 4 * math.prod(entry.shape), values=entry.label)
             peers.go()
-            local = parameters[entry.name] if entry.key == "param" else adam[entry.name][entry.key]
-            chunks = gather_tensor(entry, slice_map, local, peers)
-            try:
-                writer.begin(f"data/{index}", 4 * math.prod(entry.shape), values=entry.label)
-                for chunk in chunks:
-                    writer.write(tensor_bytes(chunk))
-            except (OSError, CheckpointError):
-                for _ in chunks:  # the ranks that already send this tensor must not be left waiting
-                    pass
-                raise
+            local = entry.local(parameters, adam)
+            gather_tensor(entry, slice_map, local, peers, lambda chunk: writer.write(tensor_bytes(chunk)))
         for index, name in enumerate(adam):
             step = adam[name]["step"].detach().to("cpu", torch.float32)
             writer.add(f"data/step_{index}", bytes(tensor_bytes(step)))

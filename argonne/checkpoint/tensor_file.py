@@ -59,7 +59,7 @@ def read_rectangle(
 
 
 class TensorFile:
-    """One file of ``torch.save`` or of :mod:`checkpoint_format`, mapped.
+    """One file that ``torch.save`` or :mod:`argonne.checkpoint.archive` wrote, mapped.
 
     ``tree`` holds its containers with :class:`TensorRef` leaves, all of them checked against the file;
     ``identity`` is a digest of its header and size, the same on every rank that sees the same file.

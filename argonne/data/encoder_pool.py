@@ -24,9 +24,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from argonne.data.formats import one_line
 from argonne.data.tokenizer import Encoder, EncoderRecipe, PlainEncoder, restored_encoder
-from argonne.errors import DataError
+from argonne.errors import DataError, one_line
 
 PROCESSES_FROM = 4
 """With this many workers and more, tokenizing moves from threads to processes of its own."""

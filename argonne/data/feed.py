@@ -16,10 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from argonne.data.formats import one_line
 from argonne.data.position import DataPosition
 from argonne.data.source import DataProgress, TokenSource
-from argonne.errors import DataError, PeerError, RunError
+from argonne.errors import DataError, PeerError, RunError, one_line
 
 QUEUE_DEPTH = 2
 FEED_TIMEOUT = timedelta(days=30)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from argonne.errors import one_line
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -73,11 +75,6 @@ class LongText:
         except UnicodeDecodeError:
             return False
         return True
-
-
-def one_line(error: BaseException) -> str:
-    """The message of a library's exception, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def tail_digest(path: Path) -> str:

@@ -22,13 +22,12 @@ from argonne.data.formats import (
     ParquetReader,
     ShardError,
     TextBatch,
-    one_line,
     open_shard,
 )
 from argonne.data.position import DataPosition
 from argonne.data.shards import Shard, is_unchanged
 from argonne.data.tokenizer import text_pieces
-from argonne.errors import DataError
+from argonne.errors import DataError, one_line
 
 BATCH_CHARACTERS = 1 << 19
 """Text handed to one tokenizing worker at a time, characters."""

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from argonne.data.formats import LongText, one_line
-from argonne.errors import DataError
+from argonne.data.formats import LongText
+from argonne.errors import DataError, one_line
 
 PIECE_CHARACTERS = 1 << 20
 """A longer text is tokenized in pieces of at most this many characters."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from argonne.errors import DeviceError
+from argonne.errors import DeviceError, first_line
 from argonne.ranks.launch import Environment
 from argonne.run.stalls import rank_list
 
@@ -85,7 +85,7 @@ def await_ranks(environment: Environment, store: dist.Store, *, timeout: timedel
 
 def cannot_join(environment: Environment, error: Exception) -> DeviceError:
     """What an error of torch's rendezvous means to the user."""
-    first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    first = first_line(error).rstrip(".")
     return DeviceError(
         f"rank {environment.rank} of {environment.world_size} cannot join the others at "
         f"{environment.master} (MASTER_ADDR:MASTER_PORT): {first}; check that the endpoint is reachable, "

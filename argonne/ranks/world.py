@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from argonne.errors import ConfigError, DeviceError, PeerError, RunError
+from argonne.errors import ConfigError, DeviceError, PeerError, RunError, first_line
 from argonne.ranks.launch import Environment
 from argonne.ranks.meeting import cannot_join
 from argonne.tp.plan import check_degree, degree_fits
@@ -207,7 +207,7 @@ def run_error_of(
         return error
     if isinstance(error, torch.OutOfMemoryError):
         return DeviceError(
-            f"out of GPU memory ({str(error).splitlines()[0]}): lower --batch-size or --block-size, or use "
+            f"out of GPU memory ({first_line(error)}): lower --batch-size or --block-size, or use "
             "--activation-checkpointing full, --sequence-parallel or more GPUs"
         )
     if isinstance(error, dist.DistError) or any(word in str(error) for word in _COLLECTIVE_WORDS):

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import NoReturn
 
-from argonne.errors import EXIT_FAILURE, PeerError, RunError
+from argonne.errors import EXIT_FAILURE, PeerError, RunError, first_line
+from argonne.files import OutputFolder
 from argonne.run.lock import OutputLock
 from argonne.run.peers import KeyStore, Note, Peers
 from argonne.run.processes import Launch, kill_children
@@ -37,14 +38,14 @@ TROUBLE_SECONDS = 5.0
 """How long the main thread has to meet a peer's end by itself, before the watcher ends the process."""
 
 
-def enable_flight_recorder(folder: Path, environ: MutableMapping[str, str]) -> None:
-    """Ask PyTorch to keep its last collectives and write them to ``folder`` when one times out.
+def enable_flight_recorder(output_dir: Path, environ: MutableMapping[str, str]) -> None:
+    """Ask PyTorch to keep its last collectives and write them to ``stats/`` when one times out.
 
     To be called before the process groups are made; what the user has set stays.
     """
     environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "flight_recorder_rank_"))
+    environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(OutputFolder(output_dir).flight_recorder_prefix))
 
 
 class RunControl:
@@ -229,7 +230,7 @@ class RunControl:
                 time.sleep(0.1)
         if isinstance(error, RunError):
             return error
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = first_line(error)
         return PeerError(
             f"a collective failed in step {self.progress.step} on rank {self.rank} ({text[:200]}): see the "
             f"messages of the other ranks and hosts, then resume"
@@ -420,7 +421,7 @@ class RunControl:
 
     def _dump_stacks(self) -> None:
         with contextlib.suppress(OSError):
-            with (self.output_dir / "stats" / f"stack_rank_{self.rank}.txt").open("w") as file:
+            with OutputFolder(self.output_dir).stack(self.rank).open("w") as file:
                 faulthandler.dump_traceback(file=file, all_threads=True)
 
     def _leave_for(self, error: PeerError) -> NoReturn:

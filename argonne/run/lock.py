@@ -14,6 +14,7 @@ from argonne.errors import (
     DeviceError,
     RunError,
 )
+from argonne.files import OutputFolder
 from argonne.run.processes import Launch, process_started
 from argonne.run.status import HEARTBEAT_SECONDS, STALE_SECONDS
 
@@ -26,7 +27,7 @@ class OutputLock:
     """
 
     def __init__(self, output_dir: Path, launch: Launch) -> None:
-        self.path = output_dir / "stats" / "run.lock"
+        self.path = OutputFolder(output_dir).lock
         self._launch = launch
         self._file: int | None = None
         self._beat = 0

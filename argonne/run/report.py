@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from argonne.files import write_json
+from argonne.files import OutputFolder, write_json
 from argonne.run.metrics import MetricsFile, peak_flops
 
 __all__ = ["RunFacts", "RunReport", "StepRecord", "header_lines", "peak_flops", "shard_line"]
@@ -126,7 +126,7 @@ class RunReport:
 
     def __init__(self, output_dir: Path, *, rank: int, log_interval: int = 50) -> None:
         self.active = rank == 0
-        self._stats = output_dir / "stats"
+        self._output = OutputFolder(output_dir)
         self._log_interval = log_interval
         self._flops_per_token: float | None = None
         self._peak: float | None = None
@@ -157,7 +157,7 @@ class RunReport:
         self._flops_per_token, self._peak = flops_per_token, peak_flops_total
         self._first_step = self._step = first_step
         if self.active:
-            self._metrics = MetricsFile(self._stats / "training_metrics.jsonl", first_step, self.warn)
+            self._metrics = MetricsFile(self._output.metrics, first_step, self.warn)
             self._open_bar(first_step, total_steps)
 
     def _open_bar(self, first_step: int, total_steps: int) -> None:
@@ -241,7 +241,7 @@ class RunReport:
         of_the_time = "" if share is None else f", {share:.1%} of the time"
         self.info(f"Saved {path} ({bytes / 1e9:.2f} GB in {seconds:.1f} s{of_the_time})")
         details = {"checkpoint": str(path), "checkpoint_bytes": bytes, "checkpoint_seconds": seconds}
-        self._write_stats(f"current_training_stats_tensor_parallel_step_{step}.json", details)
+        self._write_stats(self._output.current_stats(step), details)
 
     def finish(self, state: str, reason: str | None = None) -> None:
         """Count the warnings; write ``final_training_stats_tensor_parallel_{timestamp}.json``."""
@@ -251,9 +251,7 @@ class RunReport:
             if count > 1:
                 self._print(f"warning: {count} times: {text}", "stderr")
         timestamp = time.strftime("%Y%m%d_%H%M%S")
-        self._write_stats(
-            f"final_training_stats_tensor_parallel_{timestamp}.json", {"state": state, "reason": reason}
-        )
+        self._write_stats(self._output.final_stats(timestamp), {"state": state, "reason": reason})
 
     def close(self) -> None:
         """Close bar and metrics; calling it again does nothing."""
@@ -263,7 +261,7 @@ class RunReport:
         if self._metrics is not None:
             self._metrics.close()
 
-    def _write_stats(self, name: str, details: Mapping[str, Any]) -> None:
+    def _write_stats(self, path: Path, details: Mapping[str, Any]) -> None:
         document = {
             **self._facts,
             "step": self._step,
@@ -275,11 +273,9 @@ class RunReport:
             "warnings": dict(self._warnings),
         }
         try:
-            write_json(self._stats / name, document)
+            write_json(path, document)
         except OSError as error:
-            self.warn(
-                f"{self._stats / name} cannot be written ({error.strerror}): training goes on without it"
-            )
+            self.warn(f"{path} cannot be written ({error.strerror}): training goes on without it")
 
     def _move_bar(self, record: StepRecord) -> None:
         if self._bar is None:

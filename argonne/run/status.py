@@ -22,7 +22,7 @@ from argonne.errors import (
     NonFiniteError,
     RunError,
 )
-from argonne.files import read_json, write_json
+from argonne.files import OutputFolder, read_json, write_json
 from argonne.run.processes import Launch
 
 HEARTBEAT_SECONDS = 5.0
@@ -44,7 +44,8 @@ def prepare_output_dir(output_dir: Path) -> None:
     Raises:
         DeviceError: the folder cannot be made or written; the line names folder and reason.
     """
-    for folder in (output_dir / "pretrained", output_dir / "stats"):
+    output = OutputFolder(output_dir)
+    for folder in (output.pretrained, output.stats):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as trial:
@@ -68,7 +69,7 @@ class RunStatus:
     """
 
     def __init__(self, output_dir: Path, launch: Launch, warn: Callable[[str], None], **facts: Any) -> None:
-        self._path = output_dir / "stats" / "run_status.json"
+        self._path = OutputFolder(output_dir).status
         self._warn = warn
         self._began = time.monotonic()
         self._mutex = threading.Lock()
@@ -127,7 +128,7 @@ def mark_failed(output_dir: Path, launch: Launch, reason: str, step: int) -> Non
 
     ``step``: as far as that rank has come.
     """
-    path = output_dir / "stats" / "run_status.json"
+    path = OutputFolder(output_dir).status
     status = read_json(path)
     if status is None or status.get("state") != "running" or status.get("run_id") != launch.run_id:
         return
@@ -140,7 +141,7 @@ def mark_failed(output_dir: Path, launch: Launch, reason: str, step: int) -> Non
 
 def earlier_attempt(output_dir: Path, launch: Launch) -> dict[str, Any] | None:
     """The status that an earlier attempt of this same torchrun left, or None."""
-    status = read_json(output_dir / "stats" / "run_status.json")
+    status = read_json(OutputFolder(output_dir).status)
     if status is None or launch.restart_count == 0 or status.get("run_id") != launch.run_id:
         return None
     if launch.launcher and status.get("launcher") == launch.launcher:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from argonne.files import OutputFolder
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "resume_pretrain_tensor.py")
 FAULTY = str(Path(__file__).with_name("faulty_run.py"))
@@ -88,17 +90,17 @@ def launch(
 
 def metrics(output_dir: Path) -> list[dict[str, Any]]:
     """The lines of training_metrics.jsonl."""
-    lines = (output_dir / "stats" / "training_metrics.jsonl").read_text().splitlines()
+    lines = OutputFolder(output_dir).metrics.read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 def status(output_dir: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((output_dir / "stats" / "run_status.json").read_text())
+    document: dict[str, Any] = json.loads(OutputFolder(output_dir).status.read_text())
     return document
 
 
 def checkpoint(output_dir: Path, step: int) -> Path:
-    return output_dir / "pretrained" / f"tensor_parallel_checkpoint_step_{step}.pth"
+    return OutputFolder(output_dir).checkpoint(step)
 
 
 def wait_for_lines(
@@ -106,7 +108,7 @@ def wait_for_lines(
 ) -> None:
     """Until the metrics have so many lines."""
     deadline = time.monotonic() + timeout
-    path = output_dir / "stats" / "training_metrics.jsonl"
+    path = OutputFolder(output_dir).metrics
     while time.monotonic() < deadline:
         if path.exists() and path.read_text().count("\n") >= lines:
             return

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from argonne.config.options import RunConfig
+from argonne.files import OutputFolder
 from argonne.run.control import RunControl
 from argonne.run.report import RunFacts, RunReport, peak_flops
 from argonne.training.build import TrainedModel, flops_per_token
@@ -52,7 +53,8 @@ def introduce(
     if save is not None and (grace := control.grace_warning(save.seconds)) is not None:
         report.warn(grace)
     automatic = config.checkpoint.checkpoint_path is None and not config.checkpoint.force_from_scratch
-    if not automatic and (later := later_checkpoints(output_dir / "pretrained", first_step)) is not None:
+    pretrained = OutputFolder(output_dir).pretrained
+    if not automatic and (later := later_checkpoints(pretrained, first_step)) is not None:
         report.warn(later)
     shards = 0 if opened is None else len(opened.shards)
     begins = "" if opened is None else f", from {_place(opened)}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from argonne.config.options import CheckpointOptions
 from argonne.errors import CheckpointError
+from argonne.files import OutputFolder
 from argonne.ranks.agree import broadcast_object
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport
@@ -38,7 +39,7 @@ class CheckpointKeeper:
     ) -> None:
         self._trained = trained
         self._options = options
-        self._folder = output_dir / "pretrained"
+        self._folder = OutputFolder(output_dir).pretrained
         self._control = control
         self._report = report
         self._verifier = BackgroundVerifier(self._prune)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-import argonne.checkpoint.streamed_file as checkpoint_output
+from argonne.checkpoint import streamed_file
 from argonne.checkpoint.verifier import verify_checkpoint
 from argonne.testing.checkpoint_crash import (
     BUFFER_BYTES,
@@ -46,7 +46,7 @@ def test_power_loss_after_every_file_operation(tmp_path: Path, monkeypatch: pyte
     before = {str(old): old.read_bytes()}
     disk = ForgetfulDisk(folder)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_output, "BUFFER_BYTES", BUFFER_BYTES)
+        patched.setattr(streamed_file, "BUFFER_BYTES", BUFFER_BYTES)
         disk.install(lambda name, function: patched.setattr(os, name, function))
         save_verify_prune(folder)
     kinds = [event[0] for event in disk.events]
@@ -77,29 +77,6 @@ def test_a_save_without_fsync_would_be_noticed(tmp_path: Path, monkeypatch: pyte
         save_verify_prune(folder)
     names, *_ = disk.after(len(disk.events), before)
     assert not any(str(NEW) in Path(path).name for path in names)
-
-
-def test_stale_temporary_files_are_removed_and_one_in_use_is_not(tmp_path: Path) -> None:
-    path, _ = save_sample(tmp_path)
-    stale = tmp_path / f".{path.name}.somehost.123.saving"
-    foreign = tmp_path / ".notes.saving"
-    for file in (stale, foreign):
-        file.write_bytes(b"half")
-    program = (
-        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
-        "print('held', flush=True); time.sleep(60)"
-    )
-    held = tmp_path / f".{path.name}.somehost.124.saving"
-    holder = subprocess.Popen([sys.executable, "-c", program, str(held)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        assert clean_temporary_files(tmp_path) == [stale.name]
-        assert held.exists() and foreign.exists()
-    finally:
-        holder.kill()
-        holder.wait()
-    assert clean_temporary_files(tmp_path) == [held.name]
-    verify_checkpoint(path)
 
 
 def _save_for_ever(rank: int, folder: str) -> None:

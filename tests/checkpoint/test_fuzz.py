@@ -11,7 +11,7 @@ import inspect_checkpoint
 import pytest
 import torch
 
-from argonne.checkpoint.load import view_of
+from argonne.checkpoint.view import view_of
 from argonne.config.presets import PRESETS
 from argonne.errors import CheckpointError
 from argonne.testing.checkpoint_samples import MODEL_CONFIG, empty_slices, sample_map, save_sample

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argonne.checkpoint.parts import cut_dimension, open_any, part_name
+from argonne.checkpoint.parts import cut_dimension, open_any
 from argonne.checkpoint.shape import infer_model_config
 from argonne.errors import CheckpointError
 from argonne.testing.checkpoint_samples import MODEL_CONFIG, unsharded
@@ -124,17 +124,3 @@ def test_one_ranks_slices_alone_are_refused_with_the_reason(tmp_path: Path) -> N
     heads = {key: MODEL_CONFIG[key] for key in ("num_attention_heads", "num_key_value_heads")}
     with pytest.raises(CheckpointError, match=r"one of 2 tensor-parallel ranks .12 of 24 query rows"):
         infer_model_config(open_any(path), heads)
-
-
-def test_part_names() -> None:
-    for name, whole, kind, index, count in (
-        ("streaming_checkpoint_step_5_stage_1_of_4.pth", "streaming_checkpoint_step_5.pth", "stage", 1, 4),
-        ("streaming_checkpoint_stage2_step_5.pth", "streaming_checkpoint_step_5.pth", "stage", 2, None),
-        ("x_step_5_tp_rank_0_of_8.pth", "x_step_5.pth", "rank", 0, 8),
-        ("x_step_5-rank-3.pth", "x_step_5.pth", "rank", 3, None),
-    ):
-        part = part_name(name)
-        assert part is not None
-        assert (part.whole, part.kind, part.index, part.count) == (whole, kind, index, count)
-    assert part_name("streaming_checkpoint_step_5.pth") is None
-    assert part_name("tensor_parallel_checkpoint_step_5.pth") is None

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import argonne.checkpoint.streamed_file as checkpoint_output
+from argonne.checkpoint import streamed_file
 from argonne.checkpoint.streamed_file import StreamedFile
 
 SIZES = [0, 1, 4095, 4096, 4097, 12_288, 40_960, 100_001]
@@ -40,7 +40,7 @@ def _append_all(path: Path, data: bytes, cuts: random.Random) -> int:
 
 @pytest.fixture(autouse=True)
 def _small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_output, "BUFFER_BYTES", 8192)
+    monkeypatch.setattr(streamed_file, "BUFFER_BYTES", 8192)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -51,7 +51,7 @@ def test_bytes_arrive_in_order(tmp_path: Path, size: int) -> None:
 
 
 def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_output, "_set_direct", lambda descriptor, wanted: False)
+    monkeypatch.setattr(streamed_file, "_set_direct", lambda descriptor, wanted: False)
     data = random.Random(2).randbytes(50_001)
     _append_all(tmp_path / "file", data, random.Random(3))
     assert (tmp_path / "file").read_bytes() == data
@@ -65,7 +65,7 @@ def test_a_disk_that_refuses_direct_writes_on_the_way(
 
     def refusing(descriptor: int, data: Any) -> int:
         calls[0] += 1
-        direct.append(checkpoint_output.is_direct(descriptor))
+        direct.append(streamed_file.is_direct(descriptor))
         if calls[0] == refused and direct[-1]:
             raise OSError(errno.EINVAL, "Invalid argument")
         return write(descriptor, data)
@@ -110,9 +110,9 @@ def test_this_disk_takes_direct_writes_or_says_no(tmp_path: Path) -> None:
     """Where the disk has O_DIRECT whole buffers go that way, and the file's end the usual way."""
     with _new_file(tmp_path / "file") as descriptor:
         file = StreamedFile(descriptor)
-        was_direct = checkpoint_output.is_direct(descriptor)
+        was_direct = streamed_file.is_direct(descriptor)
         file.append(bytes(8192 * 3))
         file.append(b"end")
         file.finish()
-        assert not was_direct or not checkpoint_output.is_direct(descriptor)
+        assert not was_direct or not streamed_file.is_direct(descriptor)
     assert (tmp_path / "file").stat().st_size == 8192 * 3 + 3
