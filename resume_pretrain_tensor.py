@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from argonne.run.report import RunReport
     from argonne.training.setup import Start
     from argonne.training.state import Run
-    from data_stream import DataPosition as DataPosition
-    from tp_shard import TensorParallelModel as TensorParallelModel
-    from tp_shard import shard_tensor_parallel as shard_tensor_parallel
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """Of each collective of the model."""
