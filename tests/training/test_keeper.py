@@ -86,7 +86,7 @@ def test_a_save_is_recorded_and_verified(kept: Kept) -> None:
     assert saved["global_step"] == 4
     assert set(saved["optimizer_state_dict"]["param_groups"][0]) >= {"lr", "betas", "weight_decay"}
     kept.verifier.answer()
-    assert not kept.keeper.busy and not kept.keeper.spoiled() and kept.warnings == []
+    assert (kept.keeper.busy, kept.keeper.spoiled(), kept.warnings) == (False, False, [])
 
 
 def test_postponed_until_the_previous_one_is_verified(kept: Kept) -> None:
