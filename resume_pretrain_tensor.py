@@ -10,13 +10,14 @@ at once.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from argonne.config.command_line import flag_values, parse_command_line
 from argonne.config.options import RunConfig, derive_accumulation
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from argonne.ranks.launch import Environment
     from argonne.ranks.world import World
     from argonne.run.control import RunControl
-    from argonne.run.processes import Launch
     from argonne.run.report import RunReport
     from argonne.training.setup import Start
     from argonne.training.state import Run
@@ -35,14 +35,31 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """Of each collective of the model."""
 
 
+KEY_CLASSES = {
+    "TensorParallelModel": "tp_shard",
+    "shard_tensor_parallel": "tp_shard",
+    "DataPosition": "data_stream",
+}
+"""Names that can be imported from here, and the door that each stands behind."""
+
+
+def __getattr__(name: str) -> Any:
+    """The key classes, imported when they are asked for: ``--help`` needs no torch."""
+    if name in KEY_CLASSES:
+        return getattr(importlib.import_module(KEY_CLASSES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and end the process: 0 (done), 1 (failed), 2 (wrong flags) or 75 (stopped by a signal, saved)."""
     config = parse_command_line(argv)
 
-    from argonne.ranks.launch import Environment, read_launch
-    from argonne.ranks.world import disconnect, run_error_of
-    from argonne.run.control import RunControl, enable_flight_recorder
+    from argonne.ranks.faults import run_error_of
+    from argonne.ranks.launch import Environment
+    from argonne.ranks.world import disconnect
+    from argonne.run.control import RunControl
     from argonne.run.report import RunReport
+    from argonne.run.traces import enable_flight_recorder
 
     output_dir = Path(config.output.output_dir)
     try:
@@ -50,21 +67,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    enable_flight_recorder(output_dir, os.environ)
-    launch = read_launch()
+    enable_flight_recorder(output_dir / "stats", os.environ)
     report = RunReport(output_dir, rank=environment.rank, log_interval=config.output.log_interval)
     control = RunControl(
         output_dir,
         rank=environment.rank,
         world_size=environment.world_size,
-        launch=launch,
+        launch=environment.launch,
         max_run_time=config.control.max_run_time,
         stall_timeout=config.control.stall_timeout,
         warn=report.warn,
     )
     control.start()
     try:
-        code = train(config, environment, launch, control, report)
+        code = train(config, environment, control, report)
         disconnect()
         leave(code)
     except (RunError, RuntimeError) as error:
@@ -91,14 +107,12 @@ def leave(code: int, line: str | None = None) -> NoReturn:
     os._exit(code)
 
 
-def train(
-    config: RunConfig, environment: Environment, launch: Launch, control: RunControl, report: RunReport
-) -> int:
+def train(config: RunConfig, environment: Environment, control: RunControl, report: RunReport) -> int:
     """The recipe. Returns the exit code; raises RunError where the run cannot go on."""
     from argonne.training.setup import choose_start, claim_output
 
     world = connect_ranks(config, environment, control)
-    ended = claim_output(Path(config.output.output_dir), control, launch, world)
+    ended = claim_output(control, world)
     if ended is not None:
         report.info(f"An earlier attempt of this launch {ended[0]} ({ended[1]}): there is nothing left to do")
         return control.finish(*ended)
@@ -112,7 +126,7 @@ def train(
 
 
 def connect_ranks(config: RunConfig, environment: Environment, control: RunControl) -> World:
-    """Meet the other ranks, look after each other from then on, and agree that all were started alike."""
+    """Join the other ranks, watch each other from then on, and check that all were started alike."""
     from argonne.ranks.agree import check_same
     from argonne.ranks.meeting import await_ranks, open_store, private_store
     from argonne.ranks.world import AGREEMENT_TIMEOUT, choose_device, connect
@@ -127,7 +141,7 @@ def connect_ranks(config: RunConfig, environment: Environment, control: RunContr
     if store is not None:
         control.join(private_store(store))
         await_ranks(environment, store, timeout=meeting_timeout)
-        control.all_came()
+        control.all_joined()
     world = connect(environment, device, store, timeout=COLLECTIVE_TIMEOUT)
     check_same(flag_values(config), world)
     if config.model.settings is not None:  # a degree that cannot work is refused before anything is read
@@ -142,7 +156,7 @@ def build_run(config: RunConfig, start: Start, control: RunControl, report: RunR
     """The data at its place, the split model with its weights, and what else the loop works with."""
     from argonne.ranks.world import build_parallel
     from argonne.training.build import build_model, choose_tp_size, fill_weights
-    from argonne.training.header import introduce
+    from argonne.training.header import estimated_save, open_metrics, run_facts, warn_ahead
     from argonne.training.keeper import CheckpointKeeper
     from argonne.training.setup import check_room_on_rank_0, open_feed, verify_if_asked
     from argonne.training.state import Run
@@ -162,7 +176,13 @@ def build_run(config: RunConfig, start: Start, control: RunControl, report: RunR
     for warning in loaded.warnings if loaded is not None else ():
         report.warn(warning)
 
-    introduce(config, trained, opened, samples_per_step, first_step, start.reason, control, report)
+    control.progress.collectives = trained.tensor_parallel.group.counters
+    open_metrics(report, config, trained, first_step)
+    save = estimated_save(report, config, trained)
+    warn_ahead(report, config, control.launch, save, first_step)
+    report.header(
+        run_facts(config, trained, opened, samples_per_step=samples_per_step, start=start.reason, save=save)
+    )
     verify_if_asked(config, trained, control, report)
     run = Run(
         config=config,
@@ -187,6 +207,7 @@ def build_run(config: RunConfig, start: Start, control: RunControl, report: RunR
 def loop(run: Run) -> bool:
     """Train until the last step or until a rank is asked to stop; True where it was stopped."""
     from argonne.training.state import stopwatch
+    from argonne.training.step import Votes
 
     config, control, keeper = run.config, run.control, run.keeper
     if run.step >= config.training.total_steps:
@@ -198,19 +219,14 @@ def loop(run: Run) -> bool:
     while run.step < config.training.total_steps and not stop:
         started = stopwatch()
         batch = run.feed.next()
-        result = run.one_step.run(
-            batch,
-            run.step,
-            stop=bool(control.stop_flag),
-            busy=keeper.busy,
-            spoiled=keeper.spoiled(),
-        )
+        mine = Votes(stop=control.stop_flag, busy=keeper.busy, spoiled=keeper.spoiled())
+        result = run.one_step.run(batch, run.step, votes=mine)
         run.complete(batch, result, stopwatch() - started)
         run.check_replicas_if_due()
 
-        stop = result.totals.stop
+        stop = result.votes.stop
         last = stop or run.step == config.training.total_steps
-        if last or keeper.due(run.step, busy=result.totals.busy, spoiled=result.totals.spoiled):
+        if last or keeper.due(run.step, result.votes):
             run.save()
         if config.output.sample_interval and run.step % config.output.sample_interval == 0 and not stop:
             run.sample()

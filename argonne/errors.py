@@ -4,6 +4,8 @@ Each is raised with a single-line message of the form ``what (flag or file): rem
 leading ``error: ``, which the entry adds when it prints it. Standard library only.
 """
 
+from collections.abc import Iterable
+
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75
@@ -49,3 +51,9 @@ def one_line(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of a library's message (torch's go on with a C++ stack); its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def rank_list(ranks: Iterable[int]) -> str:
+    """Ranks as a message names them: ``rank 3`` or ``ranks 1, 2``."""
+    ordered = sorted(ranks)
+    return f"rank{'s' if len(ordered) > 1 else ''} {', '.join(str(rank) for rank in ordered)}"

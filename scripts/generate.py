@@ -200,7 +200,7 @@ def run(options: argparse.Namespace, environment: Environment) -> str:
     """Connect, load, generate; the text on rank 0 and "" elsewhere."""
     from argonne.checkpoint.export_hf import quiet_transformers
     from argonne.data.tokenizer import load_tokenizer
-    from argonne.ranks.agree import on_rank_0
+    from argonne.ranks.agree import broadcast_object, only_on_rank_0
     from argonne.ranks.meeting import await_ranks, open_store
     from argonne.ranks.world import choose_device, connect, disconnect
     from argonne.training.generation import generate_text
@@ -212,14 +212,11 @@ def run(options: argparse.Namespace, environment: Environment) -> str:
     if store is not None:
         await_ranks(environment, store, timeout=TIMEOUT)
     world = connect(environment, device, store, timeout=TIMEOUT)
-    box: list[Any] = [None]
-
-    def load() -> int:
-        box[0] = load_tokenizer(options.tokenizer_path, options.trust_remote_code)
-        return len(box[0])
-
     with quiet_transformers():
-        size = on_rank_0(load, world)
+        tokenizer = only_on_rank_0(
+            lambda: load_tokenizer(options.tokenizer_path, options.trust_remote_code), world
+        )
+        size = broadcast_object(None if tokenizer is None else len(tokenizer), world)
         path = Path(options.checkpoint_path).expanduser()
         loaded = load_export(path, options, world) if is_export(path) else load_checkpoint(options, world)
         vocabulary = loaded.model.config.vocab_size
@@ -230,7 +227,7 @@ def run(options: argparse.Namespace, environment: Environment) -> str:
             )
         text = generate_text(
             loaded,
-            box[0],
+            tokenizer,
             prompt=options.prompt,
             max_new_tokens=options.max_new_tokens,
             seed=options.seed,

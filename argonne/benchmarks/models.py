@@ -31,7 +31,7 @@ from argonne.ranks.world import Parallel, World, build_parallel
 from argonne.testing.hf_reference import llama_like, llama_name
 from argonne.tp.group import TPGroup
 from argonne.training.build import TrainedModel, build_model, fill_weights
-from argonne.training.step import TrainingStep
+from argonne.training.step import TrainingStep, Votes
 from model import ArgonneConfig
 from tp_shard import gather_state_dict
 
@@ -127,7 +127,7 @@ def our_step(trained: TrainedModel, shape: Shape) -> Callable[[], float]:
     """The training loop's own step on one fixed batch; returns the loss."""
     one_step = TrainingStep(trained, training_options(shape), 1)
     batch = StepBatch(tokens=shape.tokens(), stream_hash="", progress=None, wait_seconds=0.0)
-    return lambda: one_step.run(batch, 0, stop=False, busy=False).totals.loss
+    return lambda: one_step.run(batch, 0, votes=Votes()).totals.loss
 
 
 def peer_model(shape: Shape, trained: TrainedModel) -> LlamaForCausalLM:

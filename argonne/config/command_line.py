@@ -1,35 +1,23 @@
-"""The command line: every flag, its meaning, its bounds, and the check of them all.
+"""The command line of ``resume_pretrain_tensor.py``: parse it, check it whole, and compare it between ranks.
 
-One frozen dataclass per concern; each field says what the flag means, in which unit, and which values it may
-take, and from these fields come the parser, the checks and the README's table. Standard library only, so that
-a wrong flag ends the run (exit code 2, every problem in one go) before torch is imported.
+Standard library only, so that a wrong flag ends the run (exit code 2, every problem in one go) before torch
+is imported.
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from argonne.config.flags import (
-    FlagParser,
-    fill,
-    flag_fields,
-    flag_names,
-    parse_given,
-)
-from argonne.config.options import (
-    EPOCH_CHECKPOINT_INTERVAL,
-    NO_CHECKPOINT,
-    SILENT_SECONDS,
-    ModelOptions,
-    RunConfig,
-)
+from argonne.config.flags import FlagParser, fill, flag_fields, flag_names, parse_given
+from argonne.config.options import EPOCH_CHECKPOINT_INTERVAL, NO_CHECKPOINT, ModelOptions, RunConfig
 from argonne.config.presets import load_model_settings
 from argonne.errors import EXIT_USAGE, ConfigError
+
+SILENT_SECONDS = 2.0
+"""How long a rank that leaves the message to rank 0 waits before it ends."""
 
 
 def _groups() -> Iterator[tuple[str, type]]:
@@ -63,7 +51,7 @@ def _combination_problems(config: RunConfig, given: Mapping[str, Any]) -> list[s
     if training.min_learning_rate > training.learning_rate:
         problems.append(
             f"--min-learning-rate {training.min_learning_rate:g} exceeds --learning-rate "
-            f"{training.learning_rate:g}: lower the one or raise the other"
+            f"{training.learning_rate:g}: lower it, or raise --learning-rate"
         )
     if "warmup_steps" in given and training.warmup_steps > training.total_steps:
         problems.append(
@@ -101,9 +89,9 @@ def parse_command_line(argv: Sequence[str] | None = None) -> RunConfig:
     """The run that the command line asks for.
 
     Raises:
-        SystemExit: code 2 after one ``error: ...`` line on stderr for every problem there is; code 0 after
-            ``--help``. Every rank reads the same command line, so rank 0 speaks for all; what is wrong with a
-            file on another node, the first rank there says.
+        SystemExit: code 2 after one ``error: ...`` line on stderr for every problem; code 0 after ``--help``.
+            Every rank reads the same command line, so rank 0 prints for all; a problem with a file on
+            another node is printed by the first rank there.
     """
     given, problems = parse_given(build_parser(), sys.argv[1:] if argv is None else argv)
     speaks = os.environ.get("RANK", "0") == "0"
@@ -121,7 +109,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> RunConfig:
     if speaks:
         print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
     else:
-        time.sleep(SILENT_SECONDS)  # the first rank that ends makes torchrun end the others: let rank 0 speak
+        time.sleep(SILENT_SECONDS)  # the first rank to end makes torchrun kill the others: let rank 0 print
     raise SystemExit(EXIT_USAGE)
 
 
@@ -134,18 +122,3 @@ def flag_values(config: RunConfig) -> dict[str, Any]:
                 values[flag_names(field, rules)[0]] = getattr(getattr(config, name), field.name)
     values["--model-config (content)"] = config.model.settings
     return values
-
-
-def fingerprint(config: RunConfig) -> str:
-    """A short hash, equal on ranks that were started with the same flags."""
-    text = json.dumps(flag_values(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def differing_flags(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """``flag: my value, their value`` for each flag that two ranks' ``flag_values`` disagree about."""
-    return [
-        f"{name}: {mine.get(name)} and {theirs.get(name)}"
-        for name in sorted({*mine, *theirs})
-        if json.dumps(mine.get(name)) != json.dumps(theirs.get(name))
-    ]

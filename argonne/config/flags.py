@@ -20,16 +20,22 @@ class Flag:
     """How one field appears on the command line and which values it takes."""
 
     text: str
+    """its help"""
     kind: Callable[[str], Any] = str
+    """converts a value; raises ValueError"""
     names: tuple[str, ...] = ()
+    """as typed, where that is not the field's own name"""
     metavar: str | None = None
     choices: tuple[str, ...] = ()
     count: int = 1
+    """values it takes"""
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
     default_text: str | None = None
+    """what the help says of the default, where the value does not say it"""
     refused: str | None = None
+    """why the flag is known and yet refused"""
 
 
 def flag(default: Any, text: str, **rules: Any) -> Any:

@@ -1,23 +1,21 @@
-"""What a run can be told: one dataclass for each group of flags, with defaults, rules and help."""
+"""The options of a run: one frozen dataclass for each group of flags, with defaults, rules and help.
+
+Parser, checks, ``--help`` and the README's table all come from these fields (``flags.py``).
+"""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from argonne.config.flags import (
-    duration,
-    flag,
-)
+from argonne.config.flags import duration, flag
 from argonne.config.presets import PRESETS
 from argonne.errors import ConfigError
 
 NO_CHECKPOINT = "NONE"
-
-SILENT_SECONDS = 2.0
-
+"""``--checkpoint-path`` of a run that starts from scratch."""
 STREAMING_CHECKPOINT_INTERVAL = 300
-
 EPOCH_CHECKPOINT_INTERVAL = 2000
+"""Default of ``--checkpoint-interval`` with ``--no-streaming``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,10 +31,10 @@ class ModelOptions:
     settings: Mapping[str, Any] | None = None
     """Keyword arguments of ArgonneConfig of the shape that ``--model-config`` names; None without it."""
     teacher_path: str | None = flag(
-        None, "teacher for distillation", refused="distillation does not exist yet"
+        None, "teacher for distillation", refused="distillation is not implemented yet"
     )
     teacher_device_map: str | None = flag(
-        None, "placement of the teacher", refused="distillation does not exist yet"
+        None, "placement of the teacher", refused="distillation is not implemented yet"
     )
 
 
@@ -45,30 +43,30 @@ class DataOptions:
     """Where the text comes from and how it becomes samples."""
 
     tokenizer_path: str = flag("", "folder or name of the tokenizer", metavar="PATH", default_text="required")
-    trust_remote_code: bool = flag(False, "let the tokenizer run code that it brings along")
+    trust_remote_code: bool = flag(False, "let the tokenizer run the code in its folder")
     data_glob: str = flag("../data/CC-MAIN-2025-26/*.parquet", "parquet shards; quote it", metavar="GLOB")
     text_column: str = flag("text", "column that holds the documents", metavar="NAME")
     streaming: bool = flag(
         True,
-        "tokenize the corpus once, cache it, shuffle each epoch, instead of streaming",
+        "tokenize the corpus once into a cache and shuffle each epoch, instead of streaming",
         names=("--no-streaming",),
     )
     packing: bool = flag(
         True,
-        "cut each document alone and drop short ones and tails, instead of packing",
+        "cut each document on its own, dropping short documents and tails, instead of packing",
         names=("--no-packing",),
     )
-    num_proc: int = flag(8, "tokenizing workers, cut to the processors there are", kind=int, at_least=1)
+    num_proc: int = flag(8, "tokenizing processes, at most one per CPU core", kind=int, at_least=1)
     data_cache_dir: str | None = flag(
         None, "cache of the tokenized corpus", metavar="DIR", default_text="<output-dir>/cache"
     )
-    skip_bad_shards: bool = flag(False, "skip and record data that cannot be read, instead of stopping")
-    allow_data_change: bool = flag(False, "resume although shards were removed, renamed or rewritten")
+    skip_bad_shards: bool = flag(False, "skip and record unreadable data instead of failing")
+    allow_data_change: bool = flag(False, "resume even if shards were removed, renamed or rewritten")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """Batches, optimizer, schedule and number format."""
+    """Batches, optimizer, schedule and dtype."""
 
     batch_size: int = flag(4, "sequences per model replica and micro-batch", kind=int, at_least=1)
     block_size: int = flag(4096, "tokens per sequence", kind=int, at_least=2)
@@ -80,17 +78,17 @@ class TrainingOptions:
         default_text="1, or what --global-batch-size asks for",
     )
     global_batch_size: int | None = flag(
-        None, "sequences per optimizer step over all replicas; derives the accumulation", kind=int, at_least=1
+        None, "sequences per optimizer step over all replicas; sets the accumulation", kind=int, at_least=1
     )
     learning_rate: float = flag(1e-4, "peak learning rate", kind=float, above=0)
     min_learning_rate: float = flag(1e-5, "learning rate at step 0 and at the end", kind=float, at_least=0)
     warmup_steps: int = flag(2000, "optimizer steps of linear warm-up", kind=int, at_least=0)
     total_steps: int = flag(4_000_000, "optimizer steps of the whole schedule", kind=int, at_least=1)
     weight_decay: float = flag(0.1, "weight decay of AdamW", kind=float, at_least=0)
-    grad_clip: float = flag(1.0, "largest global gradient norm", kind=float, above=0)
+    grad_clip: float = flag(1.0, "clip the global gradient norm to this", kind=float, above=0)
     adam_betas: tuple[float, float] = flag(
         (0.9, 0.999),
-        "decay of AdamW's two averages",
+        "AdamW betas",
         kind=float,
         count=2,
         at_least=0,
@@ -100,7 +98,7 @@ class TrainingOptions:
     seed: int = flag(42, "seed of initial weights and shuffle", kind=int, at_least=0, below=2**63)
     dtype: str | None = flag(
         None,
-        "number format of the matrix products",
+        "compute dtype",
         choices=("fp32", "bf16", "fp16"),
         default_text="bf16 on GPUs, fp32 on CPUs",
     )
@@ -108,24 +106,24 @@ class TrainingOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelOptions:
-    """How the model and the work are split over the processes."""
+    """How the model and the batch are distributed over the ranks."""
 
     tensor_parallel_size: int | None = flag(
         None,
-        "processes that share one model replica",
+        "ranks that share one model replica",
         kind=int,
         at_least=1,
-        default_text="the largest that divides a node's processes and fits the heads",
+        default_text="the largest that divides the ranks of a node and fits the heads",
     )
-    sequence_parallel: bool = flag(False, "split norms and the residual stream along the sequence")
-    data_parallel: str = flag("fsdp", "how replicas share weights and gradients", choices=("fsdp", "ddp"))
+    sequence_parallel: bool = flag(False, "shard norms and the residual stream along the sequence")
+    data_parallel: str = flag("fsdp", "data parallelism over the replicas", choices=("fsdp", "ddp"))
     activation_checkpointing: str = flag(
         "none", "what the backward pass recomputes", choices=("none", "full", "selective")
     )
     compile: bool = flag(False, "compile each block with torch.compile")
-    verify_sharding: bool = flag(False, "before training, compare the split model with the unsplit one")
+    verify_sharding: bool = flag(False, "before training, compare the sharded model with the unsharded one")
     replica_check_interval: int = flag(
-        100, "optimizer steps between comparisons of replicated weights; 0: none", kind=int, at_least=0
+        100, "optimizer steps between checks of replicated weights; 0: never", kind=int, at_least=0
     )
     local_rank: int | None = flag(
         None,
@@ -143,11 +141,11 @@ class CheckpointOptions:
 
     checkpoint_path: str | None = flag(
         None,
-        f"file, or folder to take the newest whole one from; {NO_CHECKPOINT}: start afresh",
+        f"checkpoint file, or folder whose newest valid one to resume; {NO_CHECKPOINT}: from scratch",
         metavar="PATH",
         default_text="the newest in <output-dir>/pretrained, else from scratch",
     )
-    force_from_scratch: bool = flag(False, "start at step 0 even though checkpoints exist")
+    force_from_scratch: bool = flag(False, "start at step 0 even if checkpoints exist")
     checkpoint_interval: int = flag(
         STREAMING_CHECKPOINT_INTERVAL,
         "optimizer steps between checkpoints",
@@ -155,9 +153,9 @@ class CheckpointOptions:
         at_least=1,
         default_text=f"{STREAMING_CHECKPOINT_INTERVAL}, with --no-streaming {EPOCH_CHECKPOINT_INTERVAL}",
     )
-    keep_checkpoints: int = flag(3, "newest checkpoints to keep", kind=int, at_least=1)
+    keep_checkpoints: int = flag(3, "how many of the newest checkpoints to keep", kind=int, at_least=1)
     keep_every: int = flag(
-        0, "keep for good each checkpoint whose step this divides; 0: none", kind=int, at_least=0
+        0, "also keep every checkpoint at a multiple of this step; 0: none", kind=int, at_least=0
     )
 
 
@@ -169,15 +167,18 @@ class OutputOptions:
         ".", "folder of pretrained/ and stats/", metavar="DIR", default_text="the current folder"
     )
     final_model_dir: str | None = flag(
-        None, "where a finished run exports a Hugging Face model", metavar="DIR", default_text="no export"
+        None,
+        "export a Hugging Face model here at the end",
+        metavar="DIR",
+        default_text="no export",
     )
-    log_interval: int = flag(50, "optimizer steps between printed lines", kind=int, at_least=1)
+    log_interval: int = flag(50, "optimizer steps between log lines", kind=int, at_least=1)
     sample_interval: int = flag(0, "optimizer steps between generated samples; 0: none", kind=int, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ControlOptions:
-    """When the run ends by itself."""
+    """When the run ends on its own."""
 
     max_run_time: float | None = flag(
         None,
@@ -189,7 +190,7 @@ class ControlOptions:
     )
     stall_timeout: float = flag(
         600.0,
-        "end the run, naming the rank, when one does not come or stands still so long; 0: wait for ever",
+        "abort and name the rank if one fails to join or makes no progress for this long; 0: never",
         kind=duration,
         at_least=0,
         metavar="TIME",
@@ -208,14 +209,14 @@ class RunConfig:
     checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
     output: OutputOptions = dataclasses.field(default_factory=OutputOptions)
     control: ControlOptions = dataclasses.field(default_factory=ControlOptions)
-    debug: bool = flag(False, "show the traceback of an error")
+    debug: bool = flag(False, "print the traceback of an error")
 
 
 def derive_accumulation(options: TrainingOptions, dp_size: int) -> int:
     """Micro-batches per optimizer step for ``dp_size`` model replicas.
 
     Raises:
-        ConfigError: ``--global-batch-size`` cannot be had from this batch size and number of replicas.
+        ConfigError: this batch size and number of replicas do not divide ``--global-batch-size``.
     """
     if options.global_batch_size is None:
         return options.gradient_accumulation_steps or 1

@@ -1,4 +1,4 @@
-"""Model shapes: the presets, and a ``config.json`` completed from Argonne 2.0.
+"""``--model-config``: the preset shapes, and a ``config.json`` completed from Argonne 2.0.
 
 Standard library only: a wrong shape is refused before torch is imported.
 """
@@ -78,7 +78,7 @@ def _key_problem(key: str, value: object) -> str | None:
 
 
 def _foreign_problems(document: dict[str, Any]) -> list[str]:
-    """What the file asks for that ``ArgonneModel`` does not do; ignoring it would train another model."""
+    """What the file asks for and ``ArgonneModel`` lacks; to ignore it would train another model."""
     problems = []
     model_type = document.get("model_type")
     if isinstance(model_type, str) and not model_type.startswith("argonne") and model_type not in _LLAMA_LIKE:
@@ -107,7 +107,7 @@ def _read_document(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise ConfigError(
-            f"--model-config {path} is not valid JSON ({error}): mend or replace the file"
+            f"--model-config {path} is not valid JSON ({error}): fix or replace the file"
         ) from error
     if not isinstance(document, dict):
         raise ConfigError(f"--model-config {path} holds no JSON object: give a model's config.json")
@@ -150,7 +150,7 @@ def load_model_settings(name: str) -> dict[str, Any]:
             )
         if head_dim < 2 or head_dim % 2:
             problems.append(
-                f"the head dimension {head_dim} is odd; the rotary embedding turns pairs: make it even"
+                f"the head dimension {head_dim} is odd; the rotary embedding rotates pairs: make it even"
             )
     if problems:
         raise ConfigError(f"--model-config {path}: {'; '.join(problems)}")

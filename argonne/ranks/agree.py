@@ -1,4 +1,4 @@
-"""What all ranks decide or learn together: gather, broadcast, run on rank 0, check that flags agree."""
+"""Agreement between all ranks, over gloo: gather, broadcast, run on rank 0, barrier, equal flags."""
 
 from __future__ import annotations
 
@@ -36,16 +36,32 @@ def on_rank_0(function: Callable[[], Result], world: World) -> Result:
 
     A RunError that it raises is raised on every rank, so that all end and none waits.
     """
-    outcome: tuple[Result | None, RunError | None] = (None, None)
-    if world.rank == 0:
-        try:
-            outcome = (function(), None)
-        except RunError as error:
-            outcome = (None, error)
-    result, problem = broadcast_object(outcome, world)
+    result, problem = broadcast_object(_attempt(function, world), world)
     if problem is not None:
         raise problem
     return result
+
+
+def only_on_rank_0(function: Callable[[], Result], world: World) -> Result | None:
+    """Run ``function`` on rank 0 and return its result there, which never travels; None elsewhere.
+
+    A RunError that it raises is raised on every rank.
+    """
+    result, problem = _attempt(function, world)
+    problem = broadcast_object(problem, world)
+    if problem is not None:
+        raise problem
+    return result
+
+
+def _attempt(function: Callable[[], Result], world: World) -> tuple[Result | None, RunError | None]:
+    """(result, None) or (None, error) on rank 0, (None, None) elsewhere."""
+    if world.rank != 0:
+        return None, None
+    try:
+        return function(), None
+    except RunError as error:
+        return None, error
 
 
 def barrier(world: World) -> None:

@@ -1,22 +1,25 @@
 """What the launcher says of this process: torchrun's variables, or ones set by hand.
 
-The ranks, their endpoint and the launcher are read from the environment here and nowhere else.
+They are read here and nowhere else, once.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from argonne.errors import ConfigError
-from argonne.run.processes import Launch, process_began, process_started
+from argonne.run.processes import Launch, command_line, process_began, process_started
+
+TORCHRUN_GRACE_SECONDS = "30"
+"""torchrun's default of ``--shutdown-timeout``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What the launcher says of this process."""
+    """Where this process stands among the ranks, and what started it."""
 
     rank: int
     world_size: int
@@ -25,15 +28,18 @@ class Environment:
     """None where the launcher does not say; ranks of a host are then counted through the store."""
     master: str
     """host:port of the rendezvous."""
-    run_id: str | None
-    """torchrun's run id; None without torchrun."""
-    attempt: int = 0
-    """How often torchrun has started the workers again."""
+    launch: Launch
 
     @classmethod
-    def read(cls, local_rank_flag: int | None = None) -> Environment:
-        """From torchrun's variables, from ones set by hand, or a single process when there are none."""
-        environ = os.environ
+    def read(
+        cls, local_rank_flag: int | None = None, environ: MutableMapping[str, str] | None = None
+    ) -> Environment:
+        """From torchrun's variables, from ones set by hand, or a single process when there are none.
+
+        ``environ`` (``os.environ`` unless given) gets the MASTER_ADDR and MASTER_PORT that several ranks need
+        where it lacks them. Raises ConfigError where RANK and WORLD_SIZE contradict each other.
+        """
+        environ = os.environ if environ is None else environ
         rank = int(environ.get("RANK", "0"))
         world_size = int(environ.get("WORLD_SIZE", "1"))
         if not 0 <= rank < world_size:
@@ -51,14 +57,12 @@ class Environment:
             local_rank=int(environ.get("LOCAL_RANK", fallback)),
             local_world_size=int(local_world_size) if local_world_size else 1 if world_size == 1 else None,
             master=f"{environ.get('MASTER_ADDR', 'localhost')}:{environ.get('MASTER_PORT', '29500')}",
-            run_id=environ.get("TORCHELASTIC_RUN_ID"),
-            attempt=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            launch=_read_launch(environ),
         )
 
 
-def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
-    """Which torchrun started this process, from its variables; without one, this process by itself."""
-    environ = os.environ if environ is None else environ
+def _read_launch(environ: Mapping[str, str]) -> Launch:
+    """Which torchrun started this process; without one, this process by itself."""
     host, parent = socket.gethostname(), os.getppid()
     name = environ.get("TORCHELASTIC_RUN_ID")
     if name is None:
@@ -71,4 +75,14 @@ def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
         max_restarts=int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")),
         launcher_pid=parent,
         began=process_began(parent),
+        grace_seconds=_grace_seconds(command_line(parent), environ),
     )
+
+
+def _grace_seconds(torchrun: list[str], environ: Mapping[str, str]) -> float:
+    """How long torchrun, started with these words, waits after a signal before it kills its workers."""
+    for index, word in enumerate(torchrun):
+        name, _, value = word.partition("=")
+        if name.replace("_", "-") == "--shutdown-timeout":
+            return float(value or torchrun[index + 1])
+    return float(environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", TORCHRUN_GRACE_SECONDS))

@@ -1,4 +1,4 @@
-"""Activation recomputation and compilation of a model's blocks."""
+"""What is done to each block of a model: recompute its activations, compile it."""
 
 from __future__ import annotations
 

@@ -1,17 +1,11 @@
-"""Process groups and meshes, data parallelism, recomputation and compilation.
+"""The ranks of a run: this process's device, the groups of all ranks, the degrees and the mesh.
 
-One object, `Parallel`, owns the degrees and the groups.
-
-Precision rule: parameters and Adam state are float32. With one replica, or with DDP, bf16 and fp16 mean
-autocast. With FSDP2 they mean ``MixedPrecisionPolicy``: parameters are cast when they are gathered and
-gradients are reduced in float32. In both the residual stream has the compute dtype, and softmax, norms
-and cross entropy are float32.
+``World`` is all ranks before the layout of the model over them is known; ``Parallel`` adds the degrees.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from argonne.errors import ConfigError, DeviceError, PeerError, RunError, first_line
+from argonne.errors import ConfigError, DeviceError
+from argonne.ranks.faults import cannot_join
 from argonne.ranks.launch import Environment
-from argonne.ranks.meeting import cannot_join
 from argonne.tp.plan import check_degree, degree_fits
 
 AGREEMENT_TIMEOUT = timedelta(days=7)
@@ -63,7 +57,7 @@ class World:
     control_group: dist.ProcessGroup | None
     """All ranks over gloo, for agreement, checkpoints and errors; None in a single process."""
     feed_group: dist.ProcessGroup | None
-    """All ranks over gloo, for the hand-out of tokens, which goes on in the background."""
+    """All ranks over gloo, for the broadcast of tokens in the background."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +91,7 @@ def connect(
 ) -> World:
     """Join the process group of all ranks, and make the gloo groups beside it.
 
-    To be called once all ranks have come to the ``store`` (``await_ranks``); ``timeout`` bounds each
+    To be called once all ranks have joined the ``store`` (``await_ranks``); ``timeout`` bounds each
     collective of the model. Raises DeviceError naming the endpoint, or the ranks that share a GPU.
     """
     local_world_size = 1
@@ -126,6 +120,12 @@ def connect(
         control_group=control,
         feed_group=feed,
     )
+
+
+def disconnect() -> None:
+    """Leave the process groups, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _check_places(environment: Environment, device: torch.device, group: dist.ProcessGroup) -> int:
@@ -172,7 +172,7 @@ def resolve_tp_size(
 
 
 def build_parallel(world: World, tp_size: int) -> Parallel:
-    """Lay ``tp_size`` neighbouring ranks to a replica and make the mesh. All ranks call this together."""
+    """Give each replica ``tp_size`` neighbouring ranks and make the mesh; collective."""
     dp_size = world.world_size // tp_size
     mesh = None
     if world.world_size > 1:
@@ -185,37 +185,3 @@ def build_parallel(world: World, tp_size: int) -> Parallel:
         dp_size=dp_size,
         mesh=mesh,
     )
-
-
-# ---------------------------------------------------------------------------------------------------
-# Data parallelism, recomputation, compilation
-
-
-_COLLECTIVE_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-
-
-def run_error_of(
-    error: RunError | RuntimeError, explain: Callable[[BaseException], RunError]
-) -> RunError | None:
-    """What an error of torch means to the user: a peer's end (``explain`` names it) or too little memory.
-
-    None where it is a fault of this program, whose traceback must be seen.
-    """
-    if isinstance(error, PeerError) and isinstance(error.__cause__, RuntimeError):
-        return explain(error)  # a connection broke: which rank went away is for explain to find out
-    if isinstance(error, RunError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError):
-        return DeviceError(
-            f"out of GPU memory ({first_line(error)}): lower --batch-size or --block-size, or use "
-            "--activation-checkpointing full, --sequence-parallel or more GPUs"
-        )
-    if isinstance(error, dist.DistError) or any(word in str(error) for word in _COLLECTIVE_WORDS):
-        return explain(error)
-    return None
-
-
-def disconnect() -> None:
-    """Leave the process groups, if any."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

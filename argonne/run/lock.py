@@ -1,4 +1,4 @@
-"""The lock on an output folder: one run at a time writes it."""
+"""The claim on an output folder: it takes files, and one run at a time writes it."""
 
 import errno
 import fcntl
@@ -6,17 +6,36 @@ import getpass
 import json
 import os
 import socket
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from argonne.errors import (
-    DeviceError,
-    RunError,
-)
-from argonne.files import OutputFolder
+from argonne.errors import DeviceError, RunError
 from argonne.run.processes import Launch, process_started
-from argonne.run.status import HEARTBEAT_SECONDS, STALE_SECONDS
+
+HEARTBEAT_SECONDS = 5.0
+"""How often the holder says that it lives."""
+STALE_SECONDS = 120.0
+"""A holder on another host that was silent for so long is gone."""
+
+
+def prepare_output_dir(output_dir: Path) -> None:
+    """Make ``pretrained/`` and ``stats/``, and try that both take a file.
+
+    Raises:
+        DeviceError: the folder cannot be made or written; the line names folder and reason.
+    """
+    for folder in (output_dir / "pretrained", output_dir / "stats"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as trial:
+                trial.write(b"x")
+        except OSError as error:
+            raise DeviceError(
+                f"--output-dir {output_dir}: {folder} cannot be made or written "
+                f"({error.strerror}): choose another folder, or free it"
+            ) from error
 
 
 class OutputLock:
@@ -27,7 +46,7 @@ class OutputLock:
     """
 
     def __init__(self, output_dir: Path, launch: Launch) -> None:
-        self.path = OutputFolder(output_dir).lock
+        self.path = output_dir / "stats" / "run.lock"
         self._launch = launch
         self._file: int | None = None
         self._beat = 0
@@ -75,7 +94,7 @@ class OutputLock:
                 raise
 
     def release(self) -> None:
-        """Give the folder free; calling it again does nothing."""
+        """Give up the folder; calling it again does nothing."""
         if self._file is not None:
             try:
                 os.ftruncate(self._file, 0)

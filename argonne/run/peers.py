@@ -1,8 +1,8 @@
-"""Which rank died, stopped or stalled.
+"""What this rank knows of the others: which joined, left, died, stopped or stalled.
 
-Each rank publishes where it runs and, every second or two, how far it has come, through the store of the
-process group (any object with its methods; nothing here knows torch). Ranks of one host also look at each
-other's processes, which works when the store does not answer.
+Each rank publishes where it runs and, every second or two, its progress, through the store of the process
+group (any object with its methods; nothing here knows torch). Ranks of one host also watch each other's
+processes, which works when the store does not answer.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class Peers:
         on_verdict: called once from the thread when the run must end: the verdict, and whether this rank is
             the one that says so.
         attempt: restarts so far; torchrun's store keeps what earlier attempts wrote.
-        stall_timeout: seconds; 0: stalls are not looked for.
+        stall_timeout: seconds; 0: stalls are not detected.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Peers:
             time.sleep(0.02)
 
     def absent(self) -> list[int]:
-        """Ranks that have not come yet, as far as it is known here."""
+        """Ranks that have not joined yet, as far as it is known here."""
         return sorted(set(range(self._world_size)) - set(self._places) - {self._rank})
 
     def missing(self) -> list[int]:

@@ -1,16 +1,13 @@
-"""Processes of this host as /proc shows them, and the launcher that started this one."""
+"""Processes of this host as /proc shows them, and the record of the launcher that started this one."""
 
 import contextlib
 import dataclasses
 import os
 import signal
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
-from argonne.errors import (
-    EXIT_STOPPED,
-)
+from argonne.errors import EXIT_STOPPED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +22,8 @@ class Launch:
     """torchrun's process; None without torchrun"""
     began: float = 0.0
     """when torchrun was started, seconds since 1970; a run_id may be used again by a later launch"""
+    grace_seconds: float | None = None
+    """how long torchrun waits after a signal before it kills its workers; None without torchrun"""
     launcher: str = ""
     """host, process and start of torchrun, which no other launch shares; "" without torchrun"""
 
@@ -38,21 +37,23 @@ class Launch:
         """Exit code of a run stopped by a signal after saving: 75, but 0 where that would restart it."""
         return 0 if self.may_restart else EXIT_STOPPED
 
-    def grace_seconds(self, environ: Mapping[str, str]) -> float | None:
-        """How long torchrun waits after a signal before it kills its workers; None without torchrun."""
-        if self.launcher_pid is None:
+    def grace_warning(self, save_seconds: float) -> str | None:
+        """What to warn of at the start where a save takes longer than torchrun waits after a signal."""
+        grace = self.grace_seconds
+        if grace is None or save_seconds < 0.8 * grace:
             return None
-        try:
-            words = (
-                Path(f"/proc/{self.launcher_pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-            )
-        except OSError:
-            words = []
-        for index, word in enumerate(words):
-            name, _, value = word.partition("=")
-            if name.replace("_", "-") == "--shutdown-timeout":
-                return float(value or words[index + 1])
-        return float(environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+        return (
+            f"a save takes about {save_seconds:.0f} s, but torchrun kills its workers {grace:.0f} s after a "
+            f"signal: start it with --shutdown-timeout {max(600, 3 * round(save_seconds))}"
+        )
+
+
+def command_line(pid: int) -> list[str]:
+    """The words that a process was started with; none where that cannot be told."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
 
 
 def process_began(pid: int) -> float:

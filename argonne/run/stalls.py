@@ -1,8 +1,10 @@
-"""Which rank stalled: beats of all ranks, judged on the judge's own clock."""
+"""Which rank stalled: how far the loops of all ranks have come, judged on the judge's own clock."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
+
+from argonne.errors import rank_list
 
 PATIENCE: Mapping[str, float] = {
     "start": float("inf"),  # a corpus may be tokenized for hours
@@ -28,13 +30,15 @@ class Progress:
     """Where the training loop stands; written by the loop, read by the watching threads."""
 
     def __init__(self) -> None:
+        self.looping = False
+        """the first step may begin: from then on a signal lets the step end and saves"""
         self.step = 0
         self.phase = "start"
         self.collectives: Collectives | None = None
         self._marks = 0
 
     def mark(self, phase: str, step: int | None = None) -> None:
-        """The loop enters a phase, or has come further in it."""
+        """The loop enters a phase, or has made progress in it."""
         self.phase = phase
         if step is not None:
             self.step = step
@@ -74,12 +78,6 @@ class Verdict:
     text: str
 
 
-def rank_list(ranks: Iterable[int]) -> str:
-    """``rank 3`` or ``ranks 1, 2``."""
-    ordered = sorted(ranks)
-    return f"rank{'s' if len(ordered) > 1 else ''} {', '.join(str(rank) for rank in ordered)}"
-
-
 class StallJudge:
     """Decides from the beats, on the judge's own clock, which rank stalled."""
 
@@ -90,7 +88,7 @@ class StallJudge:
         self._observed = float("-inf")
 
     def observe(self, beats: Mapping[int, Beat], at: float) -> Verdict | None:
-        """Take in the newest beats at the time ``at`` (monotonic seconds); the verdict, once there is one."""
+        """The verdict on the newest beats at the time ``at`` (monotonic seconds); None: no one stalled."""
         if at - self._observed > self.timeout / 2:
             # The judge itself was away (a suspended job): what it has not seen is no one's fault.
             self._alive.clear()
@@ -123,5 +121,5 @@ class StallJudge:
             ranks=tuple(sorted(ranks)),
             silent=silent,
             text=f"{rank_list(ranks)} {text} for {self.timeout:.0f} s (--stall-timeout), last seen in step "
-            f"{first.step}, {first.phase}{after}: look at that process or its host, then resume",
+            f"{first.step}, {first.phase}{after}: check that process and its host, then resume",
         )

@@ -1,12 +1,10 @@
-"""The output folder: may we write there, does another run use it, and how does this run stand.
+"""How a run stands: ``stats/run_status.json``, for people, schedulers and the restart of the same launch.
 
-``stats/run_status.json`` is for people and schedulers; ``stats/run.lock`` keeps two runs out of one folder.
-Rank 0 uses this module; nothing here knows torch.
+Rank 0 writes it; nothing here knows torch.
 """
 
 import os
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -14,47 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from argonne.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    DeviceError,
-    NonFiniteError,
-    RunError,
-)
-from argonne.files import OutputFolder, read_json, write_json
+from argonne.files import read_json, write_json
 from argonne.run.processes import Launch
-
-HEARTBEAT_SECONDS = 5.0
-STALE_SECONDS = 120.0
-
-
-def is_final(error: RunError) -> bool:
-    """Whether a restart would only repeat the error.
-
-    Flags, data and checkpoints do not mend themselves, and steps that were not finite come again with the
-    same weights and tokens.
-    """
-    return isinstance(error, ConfigError | DataError | CheckpointError | NonFiniteError)
-
-
-def prepare_output_dir(output_dir: Path) -> None:
-    """Make ``pretrained/`` and ``stats/``, and try that both take a file.
-
-    Raises:
-        DeviceError: the folder cannot be made or written; the line names folder and reason.
-    """
-    output = OutputFolder(output_dir)
-    for folder in (output.pretrained, output.stats):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as trial:
-                trial.write(b"x")
-        except OSError as error:
-            raise DeviceError(
-                f"--output-dir {output_dir}: {folder} cannot be made or written "
-                f"({error.strerror}): choose another folder, or free it"
-            ) from error
 
 
 def now() -> str:
@@ -69,7 +28,7 @@ class RunStatus:
     """
 
     def __init__(self, output_dir: Path, launch: Launch, warn: Callable[[str], None], **facts: Any) -> None:
-        self._path = OutputFolder(output_dir).status
+        self._path = output_dir / "stats" / "run_status.json"
         self._warn = warn
         self._began = time.monotonic()
         self._mutex = threading.Lock()
@@ -107,7 +66,7 @@ class RunStatus:
     def end(self, state: str, reason: str | None = None, *, final: bool = True) -> None:
         """The last word: ``finished``, ``stopped`` or ``failed``. Later calls change nothing.
 
-        ``final``: a restart by the same torchrun ends at once instead of going on.
+        ``final``: a restart by the same torchrun ends at once instead of resuming.
         """
         with self._mutex:
             if not self._closed:
@@ -120,15 +79,15 @@ class RunStatus:
         try:
             write_json(self._path, fields)
         except OSError as error:
-            self._warn(f"{self._path} cannot be written ({error.strerror}): the run goes on without it")
+            self._warn(f"{self._path} cannot be written ({error.strerror}): the run continues without it")
 
 
 def mark_failed(output_dir: Path, launch: Launch, reason: str, step: int) -> None:
     """Say in the status of a run whose rank 0 died that it failed; for a surviving rank of the same run.
 
-    ``step``: as far as that rank has come.
+    ``step``: the last one that this rank completed.
     """
-    path = OutputFolder(output_dir).status
+    path = output_dir / "stats" / "run_status.json"
     status = read_json(path)
     if status is None or status.get("state") != "running" or status.get("run_id") != launch.run_id:
         return
@@ -141,7 +100,7 @@ def mark_failed(output_dir: Path, launch: Launch, reason: str, step: int) -> Non
 
 def earlier_attempt(output_dir: Path, launch: Launch) -> dict[str, Any] | None:
     """The status that an earlier attempt of this same torchrun left, or None."""
-    status = read_json(OutputFolder(output_dir).status)
+    status = read_json(output_dir / "stats" / "run_status.json")
     if status is None or launch.restart_count == 0 or status.get("run_id") != launch.run_id:
         return None
     if launch.launcher and status.get("launcher") == launch.launcher:

@@ -62,6 +62,11 @@ class TrainedModel:
             for name, parameter in self.model.named_parameters()
         }
 
+    def adam_options(self) -> dict[str, Any]:
+        """The optimizer's one group without its parameters: rate, betas, weight decay and so on."""
+        group = self.optimizer.param_groups[0]
+        return {key: value for key, value in group.items() if key != "params"}
+
 
 def _explicit_keys(options: ModelOptions) -> set[str]:
     """Keys that --model-config itself states (a file's other keys are Argonne 2.0's values filled in)."""

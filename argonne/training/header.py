@@ -1,4 +1,4 @@
-"""What a run says at its start."""
+"""What a run says at its start: the header, and warnings about what it is going to do."""
 
 from __future__ import annotations
 
@@ -7,91 +7,104 @@ from pathlib import Path
 
 import torch
 
-from argonne.config.options import RunConfig
-from argonne.files import OutputFolder
-from argonne.run.control import RunControl
+from argonne.config.options import ParallelOptions, RunConfig
+from argonne.run.processes import Launch
 from argonne.run.report import RunFacts, RunReport, peak_flops
 from argonne.training.build import TrainedModel, flops_per_token
-from checkpointing import estimate_save, later_checkpoints
+from checkpointing import SaveEstimate, estimate_save, later_checkpoints
 from data_stream import OpenedStream
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads a process)"
-
-
-def introduce(
-    config: RunConfig,
-    trained: TrainedModel,
-    opened: OpenedStream | None,
-    samples_per_step: int,
-    first_step: int,
-    chosen: str,
-    control: RunControl,
-    report: RunReport,
-) -> None:
-    """Open the metrics at the run's first step and print the header."""
-    control.progress.collectives = trained.tensor_parallel.group.counters
-    parallel, training = trained.parallel, config.training
-    device = device_name(parallel.device)
-    precision = str(trained.dtype).removeprefix("torch.")
-    peak = peak_flops(device, training.dtype or ("bf16" if parallel.device.type == "cuda" else "fp32"))
+def open_metrics(report: RunReport, config: RunConfig, trained: TrainedModel, first_step: int) -> None:
+    """Open the metrics at the run's first step, with what turns a step's time into FLOPs used."""
+    training, parallel = config.training, trained.parallel
+    dtype = training.dtype or ("bf16" if parallel.device.type == "cuda" else "fp32")
+    peak = peak_flops(device_name(parallel.device), dtype)
     report.begin(
         first_step=first_step,
         total_steps=training.total_steps,
         flops_per_token=flops_per_token(trained, training.block_size),
         peak_flops_total=None if peak is None else peak * parallel.world_size,
     )
-    output_dir = Path(config.output.output_dir)
-    save = (
-        estimate_save(trained.slice_map, config.checkpoint.checkpoint_interval, output_dir)
-        if report.active
-        else None
-    )
-    if save is not None and (grace := control.grace_warning(save.seconds)) is not None:
+
+
+def estimated_save(report: RunReport, config: RunConfig, trained: TrainedModel) -> SaveEstimate | None:
+    """Size and time of a checkpoint, on the rank that prints; None elsewhere."""
+    if not report.active:
+        return None
+    interval = config.checkpoint.checkpoint_interval
+    return estimate_save(trained.slice_map, interval, Path(config.output.output_dir))
+
+
+def warn_ahead(
+    report: RunReport, config: RunConfig, launch: Launch, save: SaveEstimate | None, first_step: int
+) -> None:
+    """Warn of saves that torchrun would cut short, and of later checkpoints that this run will overtake."""
+    if save is not None and (grace := launch.grace_warning(save.seconds)) is not None:
         report.warn(grace)
     automatic = config.checkpoint.checkpoint_path is None and not config.checkpoint.force_from_scratch
-    pretrained = OutputFolder(output_dir).pretrained
-    if not automatic and (later := later_checkpoints(pretrained, first_step)) is not None:
+    folder = Path(config.output.output_dir) / "pretrained"
+    if not automatic and (later := later_checkpoints(folder, first_step)) is not None:
         report.warn(later)
-    shards = 0 if opened is None else len(opened.shards)
-    begins = "" if opened is None else f", from {_place(opened)}"
-    options = config.parallel
-    extra = {
-        label: text
-        for label, text in (
-            ("Sequence parallel", "on" if options.sequence_parallel else ""),
-            ("Recomputation", options.activation_checkpointing),
-            ("Compiled", "each block" if options.compile else ""),
-        )
-        if text not in ("", "none")
-    }
-    report.header(
-        RunFacts(
-            model=config.model.model_config or "argonne",
-            parameters=trained.slice_map.numel(),
-            tp_size=parallel.tp_size,
-            dp_size=parallel.dp_size,
-            device=device,
-            precision=precision,
-            batch_size=training.batch_size,
-            accumulation=samples_per_step // (training.batch_size * parallel.dp_size),
-            block_size=training.block_size,
-            data=f"{shards} shards of {config.data.data_glob}{begins}",
-            checkpoint=chosen,
-            output_dir=str(output_dir.resolve()),
-            save_bytes=save.size if save is not None else None,
-            save_seconds=save.seconds if save is not None else None,
-            save_share=save.share if save is not None else None,
-            extra=extra,
-        )
+
+
+def run_facts(
+    config: RunConfig,
+    trained: TrainedModel,
+    opened: OpenedStream | None,
+    *,
+    samples_per_step: int,
+    start: str,
+    save: SaveEstimate | None,
+) -> RunFacts:
+    """The header's facts; ``start`` says in one line where the run starts from."""
+    parallel, training = trained.parallel, config.training
+    return RunFacts(
+        model=config.model.model_config or "argonne",
+        parameters=trained.slice_map.numel(),
+        tp_size=parallel.tp_size,
+        dp_size=parallel.dp_size,
+        device=device_name(parallel.device),
+        precision=str(trained.dtype).removeprefix("torch."),
+        batch_size=training.batch_size,
+        accumulation=samples_per_step // (training.batch_size * parallel.dp_size),
+        block_size=training.block_size,
+        data=data_line(config.data.data_glob, opened),
+        checkpoint=start,
+        output_dir=str(Path(config.output.output_dir).resolve()),
+        save_bytes=save.size if save is not None else None,
+        save_seconds=save.seconds if save is not None else None,
+        save_share=save.share if save is not None else None,
+        extra=switches(config.parallel),
     )
 
 
-def _place(opened: OpenedStream) -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or what the CPU is and how many threads a process has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads a process)"
+
+
+def switches(options: ParallelOptions) -> dict[str, str]:
+    """Label -> text of what is on."""
+    texts = {
+        "Sequence parallel": "on" if options.sequence_parallel else "",
+        "Recomputation": options.activation_checkpointing,
+        "Compiled": "each block" if options.compile else "",
+    }
+    return {label: text for label, text in texts.items() if text not in ("", "none")}
+
+
+def data_line(glob: str, opened: OpenedStream | None) -> str:
+    """The shards and where the stream starts; ``opened`` is rank 0's, None elsewhere."""
+    if opened is None:
+        return f"0 shards of {glob}"
     position = opened.start.position
     if position.sample is not None:
-        return f"sample {position.sample} of epoch {position.epoch}"
-    return f"{position.file_name} row {position.row} token {position.token_offset}, epoch {position.epoch}"
+        place = f"sample {position.sample} of epoch {position.epoch}"
+    else:
+        place = (
+            f"{position.file_name} row {position.row} token {position.token_offset}, epoch {position.epoch}"
+        )
+    return f"{len(opened.shards)} shards of {glob}, from {place}"

@@ -1,8 +1,7 @@
-"""Save at intervals, read back in the background, prune what has a verified successor."""
+"""When to save, and when to trust what was saved: verify in the background, then prune the predecessors."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,12 +14,8 @@ from argonne.ranks.agree import broadcast_object
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport
 from argonne.training.build import TrainedModel
-from checkpointing import (
-    BackgroundVerifier,
-    checkpoint_path,
-    prune,
-    save_checkpoint,
-)
+from argonne.training.step import Votes
+from checkpointing import BackgroundVerifier, checkpoint_path, prune, save_checkpoint
 
 _TRIES_AGAIN = 2
 """Spoiled checkpoints in a row that are saved again at once; a failing disk must not save at every step."""
@@ -53,11 +48,11 @@ class CheckpointKeeper:
 
     @property
     def busy(self) -> bool:
-        """Rank 0 still reads its last checkpoint back."""
+        """Rank 0 is still verifying its last checkpoint."""
         return self._verifier.busy
 
     def spoiled(self) -> bool:
-        """Whether rank 0 found its last checkpoint spoiled and saves again at once; said when it is found."""
+        """Whether rank 0 found its last checkpoint spoiled and wants another at once; warns when it does."""
         problem = self._verifier.poll()
         if problem is None:
             return False
@@ -66,20 +61,20 @@ class CheckpointKeeper:
             self._spoiled.append(self.newest)
         self._spoiled_in_a_row += 1
         again = self._spoiled_in_a_row <= _TRIES_AGAIN
-        then = "another is saved at once" if again else "the next one waits for its step: look at this disk"
+        then = "another is saved at once" if again else "the next is saved when due: check this disk"
         self._report.warn(f"{problem}; earlier checkpoints were kept, and {then}")
         return again
 
-    def due(self, step: int, *, busy: bool, spoiled: bool = False) -> bool:
-        """Whether to save after ``step`` steps; a save that falls due while the last is read back waits.
+    def due(self, step: int, votes: Votes) -> bool:
+        """Whether to save after ``step`` steps; postponed while the last checkpoint is still being verified.
 
-        ``spoiled``: the last checkpoint was found spoiled.
+        ``votes``: those of all ranks, so that all decide alike.
         """
-        due = step % self._options.checkpoint_interval == 0 or self._postponed or spoiled
-        if due and busy:
+        due = step % self._options.checkpoint_interval == 0 or self._postponed or votes.spoiled
+        if due and votes.busy:
             if not self._postponed:
                 self._report.warn(
-                    "a checkpoint that falls due waits until the last one has been read back: "
+                    "checkpoint postponed: the previous one is still being verified; "
                     "--checkpoint-interval is short for this disk",
                     f"(step {step})",
                 )
@@ -99,7 +94,7 @@ class CheckpointKeeper:
                 rank=trained.parallel.rank,
                 parameters=trained.parameters(),
                 adam=trained.adam(),
-                param_group=_options_of(trained),
+                param_group=trained.adam_options(),
                 metadata=metadata,
                 tied=trained.tied,
                 control_group=trained.parallel.control_group,
@@ -109,13 +104,12 @@ class CheckpointKeeper:
             share = report.seconds / max(time.monotonic() - self._since, report.seconds)
             self._since = time.monotonic()
             self._report.checkpoint_saved(step, path, bytes=report.size, seconds=report.seconds, share=share)
-            if self._control.status is not None:
-                self._control.status.update(checkpoint=str(path), step=step)
+            self._control.record(checkpoint=str(path), step=step)
             self._verifier.start(path)
         return path
 
     def close(self, save_again: Callable[[], object]) -> None:
-        """Wait until the last checkpoint has been read back; where it is not whole, ``save_again``.
+        """Wait until the last checkpoint has been verified; where it is damaged, ``save_again``.
 
         Collective. Raises CheckpointError on all ranks where the disk spoils that one too.
         """
@@ -136,8 +130,7 @@ class CheckpointKeeper:
 
     def _tell_verified(self) -> None:
         """The status no longer names a checkpoint that did not verify."""
-        if self._control.status is not None:
-            self._control.status.update(checkpoint=str(self._verified) if self._verified else None)
+        self._control.record(checkpoint=str(self._verified) if self._verified else None)
 
     def _prune(self, verified: Path) -> None:
         self._verified = verified
@@ -149,36 +142,3 @@ class CheckpointKeeper:
             keep_every=self._options.keep_every,
             spoiled=self._spoiled,
         )
-
-
-def _options_of(trained: TrainedModel) -> dict[str, Any]:
-    group = trained.optimizer.param_groups[0]
-    return {key: value for key, value in group.items() if key != "params"}
-
-
-def checkpoint_metadata(
-    *,
-    step: int,
-    tokens_processed: int,
-    loss: float,
-    trained: TrainedModel,
-    settings: Mapping[str, Any],
-    data: Mapping[str, Any],
-    scaler: Mapping[str, Any],
-    global_batch_size: int,
-    seed: int,
-) -> dict[str, Any]:
-    """The keys of a checkpoint beside weights and optimizer; ``data`` holds its position and state."""
-    return {
-        "global_step": step,
-        "tokens_processed": tokens_processed,
-        "scheduler_state_dict": {"step": step - 1},
-        "loss": loss if math.isfinite(loss) else None,
-        "model_dtype": str(trained.dtype),
-        "model_config": {"model_type": "argonne2", **settings},
-        "loss_scaler": dict(scaler),
-        "global_batch_size": global_batch_size,
-        "seed": seed,
-        "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        **data,
-    }

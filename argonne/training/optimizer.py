@@ -2,13 +2,13 @@
 
 torch.nn.utils.clip_grad_norm_ is wrong on hand-sliced parameters: it sees one rank's slices. Here the sum
 of squares runs over the elements a rank owns in the slice map, and one small all-reduce a step carries
-the norm, the loss, whether all is finite, and whether someone wants to stop.
+the norm, the loss, and what else the ranks have to vote on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +67,8 @@ class StepTotals:
     """Norm of the unsharded, unscaled gradient before clipping; not finite when a gradient is not."""
     loss: float
     """Mean loss over the step's tokens."""
-    stop: bool
-    """Some rank was asked to stop."""
-    busy: bool
-    """Some rank still works on the last checkpoint."""
-    spoiled: bool
-    """Some rank found the last checkpoint spoiled, which is to be saved again."""
+    votes: tuple[float, ...] = ()
+    """Sum over the ranks of each of the votes."""
 
     @property
     def finite(self) -> bool:
@@ -101,9 +97,7 @@ class GradientTotals:
         gradients: Mapping[str, Tensor],
         *,
         loss_share: Tensor,
-        stop: bool,
-        busy: bool = False,
-        spoiled: bool = False,
+        votes: Sequence[float] = (),
         scale: float = 1.0,
     ) -> StepTotals:
         """One all-reduce over all ranks.
@@ -111,9 +105,7 @@ class GradientTotals:
         Args:
             gradients: local gradients by parameter name, complete but not clipped, times ``scale``.
             loss_share: 0-d; the shares of all ranks add up to the step's mean loss.
-            stop: whether this rank was asked to stop.
-            busy: whether this rank still works on the last checkpoint.
-            spoiled: whether this rank found it spoiled.
+            votes: what else is summed over the ranks, as many numbers on each of them.
             scale: the loss scale the gradients still carry.
         """
         parts = self.owned(gradients)
@@ -122,15 +114,13 @@ class GradientTotals:
         if parts:
             norms = torch.stack(torch._foreach_norm(parts)).to(torch.float64)
             squares = norms.square().sum()
-        flags = [float(stop), float(busy), float(spoiled)]
-        words = torch.tensor(flags, dtype=torch.float64, device=device)
-        totals = torch.cat([squares[None], loss_share.detach().double()[None], words])
+        numbers = torch.tensor(votes, dtype=torch.float64, device=device)
+        totals = torch.cat([squares[None], loss_share.detach().double()[None], numbers])
         if self._group is not None and dist.get_world_size(self._group) > 1:
             dist.all_reduce(totals, group=self._group)
-        square_sum, loss, *raised = totals.tolist()
+        square_sum, loss, *sums = totals.tolist()
         norm = math.sqrt(square_sum) / scale if square_sum >= 0 else math.nan
-        stop, busy, spoiled = (count > 0 for count in raised)
-        return StepTotals(grad_norm=norm, loss=loss, stop=stop, busy=busy, spoiled=spoiled)
+        return StepTotals(grad_norm=norm, loss=loss, votes=tuple(sums))
 
 
 def scale_gradients(
@@ -148,7 +138,7 @@ class LossScaler:
     """Dynamic loss scale for float16; its inputs are totals that all ranks share, so all decide alike.
 
     The scale halves on a non-finite gradient and doubles after ``growth_interval`` finite steps, as
-    torch.amp.GradScaler's does. With ``enabled=False`` the scale is 1 for ever.
+    torch.amp.GradScaler's does. With ``enabled=False`` the scale stays 1.
     """
 
     def __init__(self, *, enabled: bool, initial_scale: float = 2.0**16, growth_interval: int = 2000) -> None:
@@ -175,7 +165,7 @@ class LossScaler:
         return {"scale": self.scale, "finite_steps": self._finite_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's; nothing to do without scaling, or where the run had none."""
+        """Resume from a checkpoint's; nothing to do without scaling, or where the run had none."""
         if self.enabled and state:
             self.scale = float(state["scale"])
             self._finite_steps = int(state["finite_steps"])

@@ -1,4 +1,4 @@
-"""What happens once around the loop: folder and tokenizer, data, the header, the export."""
+"""What happens once, before and after the loop: output folder, tokenizer, checkpoint, data, export."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import torch
 
 from argonne.config.options import RunConfig
 from argonne.errors import RunError
-from argonne.files import OutputFolder
-from argonne.ranks.agree import on_rank_0
+from argonne.ranks.agree import broadcast_object, on_rank_0, only_on_rank_0
 from argonne.ranks.world import World
 from argonne.run.control import RunControl
-from argonne.run.processes import Launch
+from argonne.run.lock import prepare_output_dir
 from argonne.run.report import RunReport
-from argonne.run.status import already_ended, prepare_output_dir
+from argonne.run.status import already_ended
 from argonne.training.build import TrainedModel, model_settings
 from argonne.verification.compare import compare_with_unsharded
 from checkpointing import (
@@ -42,16 +41,14 @@ class Start:
     tokenizer: Any
     """Rank 0's; None elsewhere."""
     view: CheckpointView | None
-    """The checkpoint it goes on from; None: from scratch."""
+    """The checkpoint to resume from; None: from scratch."""
     reason: str
     """One line for the console."""
     settings: dict[str, Any]
     """Keyword arguments of ArgonneConfig."""
 
 
-def claim_output(
-    output_dir: Path, control: RunControl, launch: Launch, world: World
-) -> tuple[str, str | None] | None:
+def claim_output(control: RunControl, world: World) -> tuple[str, str | None] | None:
     """Make, lock and clean the output folder on rank 0.
 
     Returns None, or the (state, reason) in which an earlier attempt of this same launch stopped or finished,
@@ -59,15 +56,17 @@ def claim_output(
     and where the folder cannot be used or another run has it.
     """
 
+    output_dir = control.output_dir
+
     def claim() -> tuple[str, str | None] | None:
-        ended = already_ended(output_dir, launch)
+        ended = already_ended(output_dir, control.launch)
         if ended is not None and ended["state"] == "failed":
             raise RunError(f"a restart would end the same way, for the first attempt said: {ended['reason']}")
         if ended is not None:
             return str(ended["state"]), ended["reason"]
         prepare_output_dir(output_dir)
         control.claim()
-        clean_temporary_files(OutputFolder(output_dir).pretrained)
+        clean_temporary_files(output_dir / "pretrained")
         return None
 
     return on_rank_0(claim, world)
@@ -75,15 +74,12 @@ def claim_output(
 
 def tokenizer_on_rank_0(config: RunConfig, world: World) -> tuple[Any, int]:
     """(tokenizer on rank 0 and None elsewhere, number of ids on every rank)."""
-    box: list[Any] = [None]
-
-    def load() -> int:
-        tokenizer = load_tokenizer(config.data.tokenizer_path, config.data.trust_remote_code)
-        box[0] = tokenizer
-        return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
-
-    size = on_rank_0(load, world)
-    return box[0], size
+    data = config.data
+    tokenizer = only_on_rank_0(lambda: load_tokenizer(data.tokenizer_path, data.trust_remote_code), world)
+    size = None
+    if tokenizer is not None:
+        size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    return tokenizer, broadcast_object(size, world)
 
 
 def choose_start(config: RunConfig, control: RunControl, report: RunReport, world: World) -> Start:
@@ -106,7 +102,7 @@ def choose_start(config: RunConfig, control: RunControl, report: RunReport, worl
 def source_options(config: RunConfig, samples_per_step: int) -> SourceOptions:
     """What decides the tokens of each step."""
     data, training = config.data, config.training
-    cache = data.data_cache_dir or str(OutputFolder(Path(config.output.output_dir)).cache)
+    cache = data.data_cache_dir or str(Path(config.output.output_dir) / "cache")
     return SourceOptions(
         data_glob=data.data_glob,
         block_size=training.block_size,
@@ -127,20 +123,17 @@ def data_on_rank_0(
     config: RunConfig, tokenizer: Any, view: CheckpointView | None, samples_per_step: int, world: World
 ) -> OpenedStream | None:
     """Rank 0's source (None elsewhere), at the checkpoint's place; DataError on all ranks."""
-    box: list[OpenedStream | None] = [None]
-
-    def open_it() -> None:
-        metadata = view.metadata if view is not None else {}
-        box[0] = open_stream(
+    metadata = view.metadata if view is not None else {}
+    return only_on_rank_0(
+        lambda: open_stream(
             source_options(config, samples_per_step),
             tokenizer,
             saved_position=metadata.get("data_position"),
             saved_state=metadata.get("data_state"),
             global_step=view.step if view is not None else 0,
-        )
-
-    on_rank_0(open_it, world)
-    return box[0]
+        ),
+        world,
+    )
 
 
 def open_feed(
@@ -162,7 +155,7 @@ def open_feed(
 
 def check_room_on_rank_0(config: RunConfig, trained: TrainedModel, first_step: int, world: World) -> None:
     """CheckpointError on all ranks where the disk cannot take the run's checkpoints."""
-    folder = OutputFolder(Path(config.output.output_dir)).pretrained
+    folder = Path(config.output.output_dir) / "pretrained"
 
     def check() -> None:
         check_room(
@@ -183,7 +176,7 @@ def verify_if_asked(config: RunConfig, trained: TrainedModel, control: RunContro
     if not config.parallel.verify_sharding:
         return
     training, parallel = config.training, trained.parallel
-    # A compiled block is made for the training shape; otherwise a short sequence tells as much.
+    # A compiled block is made for the training shape; otherwise a short sequence shows as much.
     compiled = config.parallel.compile
     batch = training.batch_size if compiled else 1
     length = training.block_size if compiled else min(training.block_size, VERIFIED_TOKENS)

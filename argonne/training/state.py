@@ -1,7 +1,8 @@
-"""The state of a run between steps, and what is recorded and saved of it."""
+"""The state of a run between steps: how it advances, and what is recorded and saved of it."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from argonne.run.control import RunControl
 from argonne.run.report import RunReport, StepRecord
 from argonne.training.build import TrainedModel
 from argonne.training.generation import generate_text
-from argonne.training.keeper import CheckpointKeeper, checkpoint_metadata
+from argonne.training.keeper import CheckpointKeeper
 from argonne.training.step import StepResult, TrainingStep
 from argonne.verification.replicas import check_replicas
 from checkpointing import CheckpointView
@@ -66,8 +67,7 @@ class Run:
         if view is None:
             return
         self.step = view.step
-        if self.control.status is not None:
-            self.control.status.update(checkpoint=str(view.path))
+        self.control.record(checkpoint=str(view.path))
         self.tokens_processed = int(view.metadata.get("tokens_processed") or 0)
         self.loss = float(view.metadata.get("loss") or 0.0)
         self.one_step.scaler.load_state_dict(view.metadata.get("loss_scaler") or {})
@@ -104,11 +104,11 @@ class Run:
         if result.too_many_skipped:
             raise NonFiniteError(
                 f"loss or gradient was not finite in too many steps in a row, up to step {self.step} "
-                f"(loss {self.loss}): lower --learning-rate, or look at the data with scripts/inspect_data.py"
+                f"(loss {self.loss}): lower --learning-rate, or check the data with scripts/inspect_data.py"
             )
 
     def _data_progress(self, progress: DataProgress | None) -> dict[str, Any]:
-        """Go on to the place after this step; its keys for the metrics. What was newly skipped is told."""
+        """Advance to the place after this step; its keys for the metrics. Reports what was newly skipped."""
         known = len(self.progress.skipped) if self.progress is not None else 0
         self.progress = progress
         if progress is None:
@@ -135,21 +135,26 @@ class Run:
 
     def save(self) -> Path:
         """Write a checkpoint of the run as it stands; collective."""
+        return self.keeper.save(self.step, self.checkpoint_metadata())
+
+    def checkpoint_metadata(self) -> dict[str, Any]:
+        """The keys of a checkpoint beside weights and optimizer; the data's are there on rank 0 only."""
         data: dict[str, Any] = {}
         if self.opened is not None and self.progress is not None:
             data = {"data_position": self._position(), "data_state": self.opened.state_dict(self.progress)}
-        metadata = checkpoint_metadata(
-            step=self.step,
-            tokens_processed=self.tokens_processed,
-            loss=self.loss,
-            trained=self.trained,
-            settings=self.settings,
-            data=data,
-            scaler=self.one_step.scaler.state_dict(),
-            global_batch_size=self.samples_per_step,
-            seed=self.config.training.seed,
-        )
-        return self.keeper.save(self.step, metadata)
+        return {
+            "global_step": self.step,
+            "tokens_processed": self.tokens_processed,
+            "scheduler_state_dict": {"step": self.step - 1},
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "model_dtype": str(self.trained.dtype),
+            "model_config": {"model_type": "argonne2", **self.settings},
+            "loss_scaler": dict(self.one_step.scaler.state_dict()),
+            "global_batch_size": self.samples_per_step,
+            "seed": self.config.training.seed,
+            "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **data,
+        }
 
     def sample(self) -> None:
         """Generate and print a text; collective."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -22,10 +23,34 @@ from data_stream import StepBatch
 
 
 @dataclass(frozen=True, kw_only=True)
+class Votes:
+    """What one rank has to say at a step's boundary; or, after the step, whether any rank said so."""
+
+    stop: bool = False
+    """The rank was asked to stop."""
+    busy: bool = False
+    """It is still verifying the last checkpoint."""
+    spoiled: bool = False
+    """It found the last checkpoint spoiled, which is to be saved again."""
+
+    def numbers(self) -> list[float]:
+        """1 for yes and 0 for no, to be summed over the ranks."""
+        return [float(vote) for vote in astuple(self)]
+
+    @classmethod
+    def of_any(cls, sums: Sequence[float]) -> Votes:
+        """From the sums of all ranks' ``numbers``."""
+        stop, busy, spoiled = (count > 0 for count in sums)
+        return cls(stop=stop, busy=busy, spoiled=spoiled)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What one optimizer step did; the same on all ranks."""
 
     totals: StepTotals
+    votes: Votes
+    """What any rank voted."""
     lr: float
     """Rate of the update."""
     skipped: bool
@@ -49,10 +74,8 @@ class TrainingStep:
         self.scaler = LossScaler(enabled=trained.dtype is torch.float16)
         self._rule = NonFiniteRule()
 
-    def run(
-        self, batch: StepBatch, step: int, *, stop: bool, busy: bool, spoiled: bool = False
-    ) -> StepResult:
-        """``step`` is 0-based; ``stop``, ``busy`` and ``spoiled`` are this rank's words in the all-reduce."""
+    def run(self, batch: StepBatch, step: int, *, votes: Votes) -> StepResult:
+        """Optimizer step ``step`` (0-based); ``votes`` are this rank's, summed in the step's all-reduce."""
         options, trained = self._options, self._trained
         trained.optimizer.zero_grad(set_to_none=True)
         loss = self._accumulate(batch)
@@ -61,12 +84,7 @@ class TrainingStep:
         # Equal on the ranks of a replica, different between replicas: this rank's share of the mean.
         share = loss / trained.parallel.world_size
         totals = self._totals.reduce(
-            gradients,
-            loss_share=share,
-            stop=stop,
-            busy=busy,
-            spoiled=spoiled,
-            scale=self.scaler.scale,
+            gradients, loss_share=share, votes=votes.numbers(), scale=self.scaler.scale
         )
         lr = learning_rate(
             step,
@@ -84,7 +102,13 @@ class TrainingStep:
         searching = self.scaler.enabled and self.scaler.scale > 1.0
         too_many = self._rule.record(skipped=not totals.finite and not searching)
         self.scaler.update(totals.finite)
-        return StepResult(totals=totals, lr=lr, skipped=not totals.finite, too_many_skipped=too_many)
+        return StepResult(
+            totals=totals,
+            votes=Votes.of_any(totals.votes),
+            lr=lr,
+            skipped=not totals.finite,
+            too_many_skipped=too_many,
+        )
 
     def _accumulate(self, batch: StepBatch) -> torch.Tensor:
         """Forward and backward of all micro-batches; returns this replica's mean loss, 0-d on the device."""

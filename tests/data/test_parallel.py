@@ -124,7 +124,7 @@ def test_copies_stay_equal_to_the_bit(size: int, sequence_parallel: bool) -> Non
             loss_of(model, random_tokens(seed=step)).backward()
             model.sum_partial_gradients()
             gradients = local_gradients(model.model)
-            own = totals.reduce(gradients, loss_share=torch.zeros(()), stop=False)
+            own = totals.reduce(gradients, loss_share=torch.zeros(()))
             norms.append(math.sqrt(group.all_reduce(torch.tensor(own.grad_norm**2)).item()))
             scale_gradients(gradients, grad_norm=norms[-1], max_norm=CLIP, scale=1.0)
             optimizer.step()
@@ -208,7 +208,7 @@ def curve_rank(
         gradients = local_gradients(model)
         model.tensor_parallel.sum_partial_gradients(gradients)
         with Reductions() as reductions:
-            result = totals.reduce(gradients, loss_share=share, stop=False)
+            result = totals.reduce(gradients, loss_share=share)
         assert len(reductions.dtypes) == 1, "norm, loss and stop travel together"
         scale_gradients(gradients, grad_norm=result.grad_norm, max_norm=CLIP, scale=1.0)
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Ranks and nodes that do not come or do not fit, and ranks that die before the first step: one line each."""
+"""Ranks and nodes that never join or do not fit, and ranks that die before the first step: one line each."""
 
 import signal
 import socket
@@ -69,7 +69,9 @@ def test_other_ranks_that_never_come_are_said_with_the_endpoint(tmp_path: Path, 
     assert time.monotonic() - began < 50.0
     assert f"cannot join the others at localhost:{ports[0]}" in the_error(first)
     assert "1/2 clients joined" in the_error(first)
-    assert f"found nobody at localhost:{ports[1]} (MASTER_ADDR:MASTER_PORT) within 6 s" in the_error(second)
+    assert f"could not connect to localhost:{ports[1]} (MASTER_ADDR:MASTER_PORT) within 6 s" in the_error(
+        second
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -86,11 +88,11 @@ def test_an_interrupt_while_the_other_ranks_are_awaited(tmp_path: Path, data: li
 
 
 PLACES = {
-    "before it reached the store": ("parallel_meeting", "open_store"),
-    "before the groups were made": ("parallel", "connect"),
+    "before it reached the store": ("argonne.ranks.meeting", "open_store"),
+    "before the groups were made": ("argonne.ranks.world", "connect"),
     "between the groups": ("torch.distributed", "new_group"),
-    "while the model was built": ("training_build", "build_model"),
-    "before the loop": ("training_run", "Run"),
+    "while the model was built": ("argonne.training.build", "build_model"),
+    "before the loop": ("argonne.training.state", "Run"),
 }
 BEFORE_ANYONE_LISTENS = {"before it reached the store"}
 """The other rank may still import torch when torchrun sends it SIGTERM."""
@@ -110,7 +112,7 @@ def test_a_rank_killed_before_the_first_step_under_torchrun(
     if place in BEFORE_ANYONE_LISTENS and not finished.errors():
         return
     line = the_error(finished)
-    assert f"rank {victim}" in line and ("died" in line or "had not come" in line), line
+    assert f"rank {victim}" in line and ("died" in line or " had joined" in line), line
     if (tmp_path / "stats" / "run_status.json").exists():
         assert status(tmp_path)["state"] == "failed"
 
@@ -147,7 +149,7 @@ def test_a_rank_killed_before_the_first_step_without_torchrun(
     assert time.monotonic() - began < 50.0
     assert outcomes[victim].code == -signal.SIGKILL and outcomes[victim].errors() == []
     line = the_error(outcomes[1 - victim])
-    assert f"rank {victim}" in line or "clients joined" in line or "found nobody" in line, line
+    assert f"rank {victim}" in line or "clients joined" in line or "could not connect" in line, line
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Faults of whole runs under a real torchrun: signals, dead and stopped ranks, restarts, a shared folder.
 
-Each run takes ten seconds or more; test_run_control.py has the same cases on pretended processes.
+Each run takes ten seconds or more; the other files of this folder have the same cases on pretended processes.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""A pretended training process for the tests of run_control: no torch, a store of files, steps of sleep.
+"""One rank of a pretended training run: no torch, a store of files, steps of sleep.
 
-python run_control_worker.py OPTIONS-AS-JSON
+python pretended_rank.py OPTIONS-AS-JSON
 """
 
 import json
@@ -13,9 +13,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from argonne.errors import DataError, RunError
-from argonne.ranks.launch import read_launch
+from argonne.ranks.launch import Environment
 from argonne.run.control import RunControl
-from argonne.run.status import already_ended, prepare_output_dir
+from argonne.run.lock import prepare_output_dir
+from argonne.run.status import already_ended
 
 
 class FolderStore:
@@ -73,7 +74,7 @@ def train(options: dict[str, Any], control: RunControl, store: FolderStore) -> i
             raise DataError("shard.parquet is unreadable: remove it")
         if options.get("hang_at") == [rank, step]:
             time.sleep(1000)
-        stop = agree(store, f"step{step}", rank, world_size, control.stop_flag)
+        stop = agree(store, f"step{step}", rank, world_size, int(control.stop_flag))
         control.boundary(step)
         if stop:
             with control.phase("save"):
@@ -81,8 +82,7 @@ def train(options: dict[str, Any], control: RunControl, store: FolderStore) -> i
                 if rank == 0:
                     (control.output_dir / "saved").write_text(str(step))
                 agree(store, "saved", rank, world_size, 0)
-            if control.status is not None:
-                control.status.update(checkpoint=f"step_{step}")
+            control.record(checkpoint=f"step_{step}")
             return control.finish("stopped", control.stop_reason())
     agree(store, "done", rank, world_size, 0)
     return control.finish("finished")
@@ -91,8 +91,8 @@ def train(options: dict[str, Any], control: RunControl, store: FolderStore) -> i
 def main() -> int:
     options = json.loads(sys.argv[1])
     output_dir = Path(options["output_dir"])
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    launch = read_launch()
+    environment = Environment.read()
+    rank, world_size, launch = environment.rank, environment.world_size, environment.launch
     store = FolderStore(output_dir / f"store_{options.get('attempt', launch.restart_count)}")
     control = RunControl(
         output_dir,

@@ -1,0 +1,44 @@
+"""What errors of torch.distributed and CUDA mean to the user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from argonne.errors import DeviceError, PeerError, RunError
+from argonne.ranks.launch import Environment
+
+_COLLECTIVE_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def run_error_of(
+    error: RunError | RuntimeError, explain: Callable[[BaseException], RunError]
+) -> RunError | None:
+    """What an error of torch means to the user: a peer's end (``explain`` names it) or too little memory.
+
+    None where it is a fault of this program, whose traceback must be seen.
+    """
+    if isinstance(error, PeerError) and isinstance(error.__cause__, RuntimeError):
+        return explain(error)  # a connection broke: which rank went away is for explain to find out
+    if isinstance(error, RunError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return DeviceError(
+            f"out of GPU memory ({str(error).splitlines()[0]}): lower --batch-size or --block-size, or use "
+            "--activation-checkpointing full, --sequence-parallel or more GPUs"
+        )
+    if isinstance(error, dist.DistError) or any(word in str(error) for word in _COLLECTIVE_WORDS):
+        return explain(error)
+    return None
+
+
+def cannot_join(environment: Environment, error: Exception) -> DeviceError:
+    """What an error of torch's rendezvous means to the user."""
+    first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    return DeviceError(
+        f"rank {environment.rank} of {environment.world_size} cannot join the others at "
+        f"{environment.master} (MASTER_ADDR:MASTER_PORT): {first}; check that the endpoint is reachable, "
+        f"that its port is free on rank 0's node and that all {environment.world_size} ranks were started"
+    )

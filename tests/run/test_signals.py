@@ -1,0 +1,135 @@
+"""Signals: what the first, the same again and a second one do to a run."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from argonne.run.signals import SignalInbox
+from tests.run.pretended import Start, elastic, ended, status_of, wait_for, wait_for_step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("target", ["rank 0", "rank 1", "all"])
+def test_a_signal_stops_all_ranks_at_one_step(start: Start, tmp_path: Path, number: int, target: str) -> None:
+    ranks = start(2)
+    wait_for_step(tmp_path, 3)
+    for rank in ranks if target == "all" else [ranks[int(target[-1])]]:
+        rank.send_signal(number)
+    assert ended(ranks) == [(75, ""), (75, "")]
+    status = status_of(tmp_path)
+    saved = int((tmp_path / "saved").read_text())
+    assert (
+        status["state"] == "stopped" and status["step"] == saved and status["checkpoint"] == f"step_{saved}"
+    )
+    assert signal.Signals(number).name in status["reason"]
+    assert status["host"] and status["pid"] == ranks[0].pid and status["heartbeat"]
+
+
+def test_a_second_interrupt_leaves_at_once_even_in_a_save(start: Start, tmp_path: Path) -> None:
+    ranks = start(2, save_seconds=60)
+    wait_for_step(tmp_path, 3)
+    for rank in ranks:
+        rank.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert all(rank.poll() is None for rank in ranks)
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)  # what torchrun sends at a second Ctrl-C
+    outcomes = ended(ranks, 8.0)
+    assert [code for code, _ in outcomes] == [128 + signal.SIGTERM] * 2
+    assert "".join(errors for _, errors in outcomes).count("error: ") == 1
+    assert not (tmp_path / "saved").exists()
+    assert status_of(tmp_path)["state"] == "stopped"
+
+
+def test_the_same_signal_twice_at_once_is_one_request(start: Start, tmp_path: Path) -> None:
+    ranks = start(2, save_seconds=1.0)
+    wait_for_step(tmp_path, 3)
+    for _ in range(2):
+        for rank in ranks:
+            rank.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert ended(ranks) == [(75, ""), (75, "")]
+    assert (tmp_path / "saved").exists()
+
+
+def test_the_same_signal_again_after_a_while_leaves_at_once(start: Start, tmp_path: Path) -> None:
+    ranks = start(2, save_seconds=60)
+    wait_for_step(tmp_path, 3)
+    for _ in range(2):
+        for rank in ranks:
+            rank.send_signal(signal.SIGTERM)
+        time.sleep(2.5)
+    outcomes = ended(ranks, 8.0)
+    assert [code for code, _ in outcomes] == [128 + signal.SIGTERM] * 2
+    assert "".join(errors for _, errors in outcomes).count("error: left at once on a second SIGTERM") == 1
+    assert not (tmp_path / "saved").exists() and status_of(tmp_path)["state"] == "stopped"
+
+
+def test_a_signal_before_the_first_step_ends_at_once(start: Start, tmp_path: Path) -> None:
+    ranks = start(2, start_seconds=60)
+    wait_for(lambda: (tmp_path / "store_0" / "starting_1").exists())
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
+    assert ended(ranks, 8.0) == [(75, ""), (75, "")]
+    assert status_of(tmp_path)["state"] == "stopped"
+
+
+def test_a_rank_stopped_before_the_first_step_takes_the_others_along(start: Start, tmp_path: Path) -> None:
+    ranks = start(2, environ=elastic(most=1), start_seconds=60)
+    wait_for(lambda: (tmp_path / "store_0" / "starting_1").exists())
+    ranks[1].send_signal(signal.SIGTERM)
+    assert ended(ranks, 60.0) == [(0, ""), (0, "")]  # no failure, which torchrun would answer by a restart
+    assert status_of(tmp_path)["state"] == "stopped" and status_of(tmp_path)["final"]
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_ignored_signals_of_the_parent(start: Start, tmp_path: Path) -> None:
+    """A scheduler's SIGTERM counts even so; a lost terminal under nohup does not."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    (run,) = start(1, steps=5000)
+    wait_for_step(tmp_path, 3)
+    run.send_signal(signal.SIGHUP)
+    wait_for_step(tmp_path, 30)
+    run.send_signal(signal.SIGTERM)
+    assert ended([run]) == [(75, "")]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "seconds", "insists"),
+    [
+        (signal.SIGINT, signal.SIGINT, 0.1, False),  # the terminal's and torchrun's: one Ctrl-C
+        (signal.SIGINT, signal.SIGINT, 1.0, True),
+        (signal.SIGINT, signal.SIGTERM, 0.1, True),  # a second Ctrl-C, as torchrun passes it on
+        (signal.SIGTERM, signal.SIGTERM, 1.0, False),
+        (signal.SIGTERM, signal.SIGTERM, 3.0, True),
+        (signal.SIGUSR1, signal.SIGTERM, 60.0, False),  # the scheduler's warning, then its end
+        (signal.SIGTERM, signal.SIGINT, 60.0, False),
+    ],
+)
+def test_what_a_second_signal_means(first: int, second: int, seconds: float, insists: bool) -> None:
+    inbox = SignalInbox()
+    assert not inbox.insists(first, 100.0)
+    assert inbox.insists(second, 100.0 + seconds) == insists
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_the_inbox_gets_stop_signals_only() -> None:
+    inbox = SignalInbox()
+    before = signal.set_wakeup_fd(-1)
+    usual = signal.signal(signal.SIGUSR2, lambda number, frame: None)
+    try:
+        inbox.open()
+        for number in (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        received = inbox.wait(5.0)
+        while len(received) < 2:
+            received += inbox.wait(5.0)
+        assert received == [signal.SIGUSR1, signal.SIGTERM]
+        assert inbox.wait(0.0) == []
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGUSR2, usual)
