@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    enable_flight_recorder(output_dir / "stats", os.environ)
+    enable_flight_recorder(output_dir, os.environ)
     report = RunReport(output_dir, rank=environment.rank, log_interval=config.output.log_interval)
     control = RunControl(
         output_dir,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from argonne.errors import DeviceError, PeerError, RunError
+from argonne.errors import DeviceError, PeerError, RunError, first_line
 from argonne.ranks.launch import Environment
 
 _COLLECTIVE_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -26,7 +26,7 @@ def run_error_of(
         return error
     if isinstance(error, torch.OutOfMemoryError):
         return DeviceError(
-            f"out of GPU memory ({str(error).splitlines()[0]}): lower --batch-size or --block-size, or use "
+            f"out of GPU memory ({first_line(error)}): lower --batch-size or --block-size, or use "
             "--activation-checkpointing full, --sequence-parallel or more GPUs"
         )
     if isinstance(error, dist.DistError) or any(word in str(error) for word in _COLLECTIVE_WORDS):
@@ -36,7 +36,7 @@ def run_error_of(
 
 def cannot_join(environment: Environment, error: Exception) -> DeviceError:
     """What an error of torch's rendezvous means to the user."""
-    first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    first = first_line(error).rstrip(".")
     return DeviceError(
         f"rank {environment.rank} of {environment.world_size} cannot join the others at "
         f"{environment.master} (MASTER_ADDR:MASTER_PORT): {first}; check that the endpoint is reachable, "

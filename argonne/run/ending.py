@@ -21,6 +21,7 @@ from argonne.errors import (
     NonFiniteError,
     PeerError,
     RunError,
+    first_line,
     rank_list,
 )
 from argonne.run.lock import OutputLock
@@ -92,7 +93,7 @@ class Ending:
                 time.sleep(0.1)
         if isinstance(error, RunError):
             return error
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = first_line(error)
         return PeerError(
             f"a collective failed in step {self._progress.step} on rank {self._rank} ({text[:200]}): see the "
             f"messages of the other ranks and hosts, then resume"
@@ -164,7 +165,7 @@ class Ending:
 
     def dump_stacks(self) -> None:
         """Write the stacks of this process's threads to ``stats/``."""
-        dump_stacks(self._output_dir / "stats", self._rank)
+        dump_stacks(self._output_dir, self._rank)
 
     # ---------------------------------------------------------------- both
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from argonne.errors import DeviceError, RunError
+from argonne.files import OutputFolder
 from argonne.run.processes import Launch, process_started
 
 HEARTBEAT_SECONDS = 5.0
@@ -26,7 +27,8 @@ def prepare_output_dir(output_dir: Path) -> None:
     Raises:
         DeviceError: the folder cannot be made or written; the line names folder and reason.
     """
-    for folder in (output_dir / "pretrained", output_dir / "stats"):
+    folders = OutputFolder(output_dir)
+    for folder in (folders.pretrained, folders.stats):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as trial:
@@ -46,7 +48,7 @@ class OutputLock:
     """
 
     def __init__(self, output_dir: Path, launch: Launch) -> None:
-        self.path = output_dir / "stats" / "run.lock"
+        self.path = OutputFolder(output_dir).lock
         self._launch = launch
         self._file: int | None = None
         self._beat = 0

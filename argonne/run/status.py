@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from argonne.files import read_json, write_json
+from argonne.files import OutputFolder, read_json, write_json
 from argonne.run.processes import Launch
 
 
@@ -28,7 +28,7 @@ class RunStatus:
     """
 
     def __init__(self, output_dir: Path, launch: Launch, warn: Callable[[str], None], **facts: Any) -> None:
-        self._path = output_dir / "stats" / "run_status.json"
+        self._path = OutputFolder(output_dir).status
         self._warn = warn
         self._began = time.monotonic()
         self._mutex = threading.Lock()
@@ -87,7 +87,7 @@ def mark_failed(output_dir: Path, launch: Launch, reason: str, step: int) -> Non
 
     ``step``: the last one that this rank completed.
     """
-    path = output_dir / "stats" / "run_status.json"
+    path = OutputFolder(output_dir).status
     status = read_json(path)
     if status is None or status.get("state") != "running" or status.get("run_id") != launch.run_id:
         return
@@ -100,7 +100,7 @@ def mark_failed(output_dir: Path, launch: Launch, reason: str, step: int) -> Non
 
 def earlier_attempt(output_dir: Path, launch: Launch) -> dict[str, Any] | None:
     """The status that an earlier attempt of this same torchrun left, or None."""
-    status = read_json(output_dir / "stats" / "run_status.json")
+    status = read_json(OutputFolder(output_dir).status)
     if status is None or launch.restart_count == 0 or status.get("run_id") != launch.run_id:
         return None
     if launch.launcher and status.get("launcher") == launch.launcher:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from argonne.config.options import ParallelOptions, RunConfig
+from argonne.files import OutputFolder
 from argonne.run.processes import Launch
 from argonne.run.report import RunFacts, RunReport, peak_flops
 from argonne.training.build import TrainedModel, flops_per_token
@@ -43,7 +44,7 @@ def warn_ahead(
     if save is not None and (grace := launch.grace_warning(save.seconds)) is not None:
         report.warn(grace)
     automatic = config.checkpoint.checkpoint_path is None and not config.checkpoint.force_from_scratch
-    folder = Path(config.output.output_dir) / "pretrained"
+    folder = OutputFolder(Path(config.output.output_dir)).pretrained
     if not automatic and (later := later_checkpoints(folder, first_step)) is not None:
         report.warn(later)
 

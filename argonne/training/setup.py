@@ -11,6 +11,7 @@ import torch
 
 from argonne.config.options import RunConfig
 from argonne.errors import RunError
+from argonne.files import OutputFolder
 from argonne.ranks.agree import broadcast_object, on_rank_0, only_on_rank_0
 from argonne.ranks.world import World
 from argonne.run.control import RunControl
@@ -66,7 +67,7 @@ def claim_output(control: RunControl, world: World) -> tuple[str, str | None] | 
             return str(ended["state"]), ended["reason"]
         prepare_output_dir(output_dir)
         control.claim()
-        clean_temporary_files(output_dir / "pretrained")
+        clean_temporary_files(OutputFolder(output_dir).pretrained)
         return None
 
     return on_rank_0(claim, world)
@@ -102,7 +103,7 @@ def choose_start(config: RunConfig, control: RunControl, report: RunReport, worl
 def source_options(config: RunConfig, samples_per_step: int) -> SourceOptions:
     """What decides the tokens of each step."""
     data, training = config.data, config.training
-    cache = data.data_cache_dir or str(Path(config.output.output_dir) / "cache")
+    cache = data.data_cache_dir or str(OutputFolder(Path(config.output.output_dir)).cache)
     return SourceOptions(
         data_glob=data.data_glob,
         block_size=training.block_size,
@@ -155,7 +156,7 @@ def open_feed(
 
 def check_room_on_rank_0(config: RunConfig, trained: TrainedModel, first_step: int, world: World) -> None:
     """CheckpointError on all ranks where the disk cannot take the run's checkpoints."""
-    folder = Path(config.output.output_dir) / "pretrained"
+    folder = OutputFolder(Path(config.output.output_dir)).pretrained
 
     def check() -> None:
         check_room(
