@@ -18,12 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from prepare_data import ShardWriter, new_folder
-
 from argonne.errors import DataError
+from argonne.tools.bpe_trainer import train_tokenizer
 from argonne.tools.script import OneLineParser, run_script
+from argonne.tools.shard_writer import ShardWriter, new_folder
 
-EOS = "<|endoftext|>"
 SKIPPED_FOLDERS = {
     "site-packages",
     "dist-packages",
@@ -38,6 +37,8 @@ LONGEST_DOCUMENT = 8000
 """Longer pieces without an empty line are tables of characters, codes or settings."""
 LEAST_BYTES = 2_000_000
 """Less text than this is not worth training on: some Pythons come without the sources of their library."""
+WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[\r\n]+|[ \t]+(?![^\s])|[ \t]+"
+"""Words with their leading space, single digits, runs of signs, line ends and indentation."""
 TOKENIZER_BYTES = 4_000_000
 """Text that the tokenizer learns its merges from."""
 
@@ -91,33 +92,6 @@ def documents() -> list[str]:
     return texts
 
 
-def train_tokenizer(texts: Sequence[str], folder: Path, vocab_size: int) -> None:
-    """Learn a byte-level BPE tokenizer and save it as a Hugging Face folder."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    # Words with their leading space, single digits, runs of signs, line ends and indentation.
-    pattern = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[\r\n]+|[ \t]+(?![^\s])|[ \t]+"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS).save_pretrained(
-        str(folder)
-    )
-
-
 def first_texts(texts: Sequence[str], limit: int) -> list[str]:
     """Whole texts from the beginning up to about ``limit`` characters."""
     taken, size = [], 0
@@ -141,7 +115,8 @@ def build(output_dir: Path, *, vocab_size: int, shard_mib: float) -> str:
         for text in texts:
             writer.add(text)
         writer.finish()
-        train_tokenizer(first_texts(texts, TOKENIZER_BYTES), partial / "tokenizer", vocab_size)
+        learned = first_texts(texts, TOKENIZER_BYTES)
+        train_tokenizer(learned, partial / "tokenizer", vocab_size=vocab_size, pattern=WORDS)
     return (
         f"{writer.documents:,} documents, {writer.total_bytes / 1e6:.1f} MB of text in {writer.shards} "
         f"shards; a tokenizer of {vocab_size:,} tokens"

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from prepare_data import ShardWriter
 from quickstart_corpus import documents
 
 from argonne.benchmarks.common import ROUNDS, Report, Row, interleaved, summary, timed_row
@@ -28,6 +27,7 @@ from argonne.data.tokenizer import EncoderRecipe, load_tokenizer, plain_ids
 from argonne.errors import DataError
 from argonne.testing.corpus import build_tokenizer
 from argonne.testing.distributed import run_ranks
+from argonne.tools.shard_writer import ShardWriter
 from data_stream import open_stream
 
 VOCABULARY = 16384

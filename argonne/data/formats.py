@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from argonne.data.shard_reader import ShardReader
 from argonne.errors import one_line
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def read_footer(path: Path, column: str) -> Footer:
         raise ShardError(one_line(error)) from error
 
 
-def open_shard(path: Path, column: str) -> ParquetReader | ArrowReader:
+def open_shard(path: Path, column: str) -> ShardReader:
     """A reader for the file's format; raises ShardError, OSError or pyarrow's exceptions."""
     with open(path, "rb") as file:
         magic = file.read(8)

@@ -1,7 +1,7 @@
-"""The token stream: documents -> tokens -> blocks, and the exact place in it.
+"""The token stream before it is cut: documents in order, epoch after epoch, and their token ids.
 
 ``DocumentReader`` walks shards and rows for ever, ``encoded_documents`` turns them into token ids ahead of
-need, ``PackedSampler`` (or ``WindowSampler``, for --no-packing) cuts samples of block_size + 1 tokens.
+need. samplers.py cuts samples of block_size + 1 tokens from them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import pyarrow as pa
 
 from argonne.data.encoder_pool import EncoderPool
 from argonne.data.formats import (
-    ArrowReader,
     LongText,
-    ParquetReader,
     ShardError,
     TextBatch,
     open_shard,
 )
 from argonne.data.position import DataPosition
+from argonne.data.shard_reader import ShardReader
 from argonne.data.shards import Shard, is_unchanged
 from argonne.data.tokenizer import text_pieces
 from argonne.errors import DataError, one_line
@@ -34,6 +33,12 @@ BATCH_CHARACTERS = 1 << 19
 FIRST_BATCH_CHARACTERS = 1 << 13
 """The first batch is this small and each next one twice as large, so that the first step waits little."""
 BATCHES_PER_WORKER = 2
+DOCUMENT_COST = 256
+"""Characters that each document counts for beside its own: what it costs to carry, however short it is."""
+DOCUMENTS_AHEAD = 1 << 14
+"""Pieces of documents read ahead of the consumer at most, whatever the number of workers."""
+KEPT_COST = 1 << 19
+"""A corpus of at most this cost stays in memory after its first epoch instead of being read again."""
 
 
 class Counts(NamedTuple):
@@ -75,12 +80,49 @@ EncodedTexts: TypeAlias = tuple[np.ndarray, np.ndarray]
 """(ids int32, length of each text int64)."""
 
 
+def _total(counts: Counts, more: Counts) -> Counts:
+    return Counts(*(a + b for a, b in zip(counts, more, strict=True)))
+
+
+def _difference(counts: Counts, before: Counts) -> Counts:
+    return Counts(*(a - b for a, b in zip(counts, before, strict=True)))
+
+
+@dataclass
+class _KeptEpoch:
+    """The documents of one whole epoch of a small corpus, to be repeated."""
+
+    before: Counts
+    """Counts before the epoch."""
+    documents: list[Document] = field(default_factory=list)
+    """Their counts are those since the epoch began."""
+    cost: int = 0
+    passed: Counts = field(default_factory=Counts)
+    """Rows passed in the whole epoch."""
+
+    def add(self, document: Document) -> bool:
+        """Keep one more document; False where the corpus is too large to be kept."""
+        if isinstance(document.text, LongText):
+            return False
+        self.cost += len(document.text) + DOCUMENT_COST
+        self.documents.append(document._replace(counts=_difference(document.counts, self.before)))
+        return self.cost <= KEPT_COST
+
+    def again(self, epoch: int, counts: Counts, skips: int) -> Iterator[Document]:
+        """The same documents in ``epoch``, where ``counts`` and ``skips`` lie before it."""
+        for document in self.documents:
+            yield document._replace(epoch=epoch, counts=_total(counts, document.counts), skips=skips)
+
+
 @dataclass
 class DocumentReader:
     """Iterates over the documents from a position on, epoch after epoch.
 
+    A corpus of at most KEPT_COST that was read without a fault is kept and repeated from memory for as long
+    as its files stay as they are.
+
     A row group that cannot be read raises DataError, or with ``skip_bad`` its remaining rows are passed over
-    and recorded in ``skipped``. Memory is bounded by a few rows.
+    and recorded in ``skipped``. Memory is bounded by a few rows and KEPT_COST.
     """
 
     shards: Sequence[Shard]
@@ -96,12 +138,28 @@ class DocumentReader:
         epoch, first_file, first_row = self.position.epoch, self.position.file_index, self.position.row
         last_epoch = None if self.epochs is None else epoch + self.epochs
         while last_epoch is None or epoch < last_epoch:
-            whole, before = first_file == 0 and first_row == 0, self.counts.documents
+            whole, before, skips = first_file == 0 and first_row == 0, self.counts, len(self.skipped)
+            kept = _KeptEpoch(before) if whole else None
             for index in range(first_file, len(self.shards)):
-                yield from self._shard_documents(epoch, index, first_row if index == first_file else 0)
-            if whole and self.counts.documents == before:
+                for document in self._shard_documents(epoch, index, first_row if index == first_file else 0):
+                    if kept is not None and not kept.add(document):
+                        kept = None
+                    yield document
+            if kept is not None and kept.documents and len(self.skipped) == skips:
+                kept.passed = _difference(self.counts, before)
+                while (last_epoch is None or epoch + 1 < last_epoch) and self._unchanged():
+                    epoch += 1
+                    yield from kept.again(epoch, self.counts, skips)
+                    self.counts = _total(self.counts, kept.passed)
+            if whole and self.counts.documents == before.documents:
                 raise DataError(f"the {len(self.shards)} shards hold no text (--data-glob, --text-column)")
             epoch, first_file, first_row = epoch + 1, 0, 0
+
+    def _unchanged(self) -> bool:
+        try:
+            return all(is_unchanged(shard) for shard in self.shards)
+        except OSError:
+            return False  # reading it again says what is wrong
 
     def _shard_documents(self, epoch: int, index: int, first_row: int) -> Iterator[Document]:
         shard = self.shards[index]
@@ -122,7 +180,7 @@ class DocumentReader:
                 yield from self._group_documents(epoch, index, reader, group, first_row)
 
     def _group_documents(
-        self, epoch: int, index: int, reader: ParquetReader | ArrowReader, group: int, first_row: int
+        self, epoch: int, index: int, reader: ShardReader, group: int, first_row: int
     ) -> Iterator[Document]:
         shard = self.shards[index]
         row = shard.first_rows[group]
@@ -192,14 +250,21 @@ class EncodedBatch(NamedTuple):
 
 
 def encoded_documents(documents: Iterator[Document], pool: EncoderPool) -> Iterator[EncodedBatch]:
-    """Token ids of the documents in order, EOS after each, a bounded number of batches encoded ahead."""
-    ahead: deque[tuple[Future[EncodedTexts], list[tuple[int, Mark]]]] = deque()
+    """Token ids of the documents in order, EOS after each.
+
+    At most BATCHES_PER_WORKER batches a worker are encoded ahead, of DOCUMENTS_AHEAD pieces together.
+    """
+    pieces = 0
+    ahead: deque[tuple[int, Future[EncodedTexts], list[tuple[int, Mark]]]] = deque()
     for texts, last, marks in text_batches(documents):
-        ahead.append((pool.submit(texts, last), marks))
-        if len(ahead) > BATCHES_PER_WORKER * pool.workers:
-            yield _finished(*ahead.popleft())
-    while ahead:
-        yield _finished(*ahead.popleft())
+        ahead.append((len(texts), pool.submit(texts, last), marks))
+        pieces += len(texts)
+        while len(ahead) > BATCHES_PER_WORKER * pool.workers or pieces > DOCUMENTS_AHEAD:
+            count, future, its_marks = ahead.popleft()
+            pieces -= count
+            yield _finished(future, its_marks)
+    for _, future, marks in ahead:
+        yield _finished(future, marks)
 
 
 def _finished(future: Future[EncodedTexts], marks: list[tuple[int, Mark]]) -> EncodedBatch:
@@ -211,13 +276,14 @@ def _finished(future: Future[EncodedTexts], marks: list[tuple[int, Mark]]) -> En
 def text_batches(
     documents: Iterator[Document],
 ) -> Iterator[tuple[list[str], list[bool], list[tuple[int, Mark]]]]:
-    """(texts, whether each ends its document, [(text index, mark)]) of about BATCH_CHARACTERS."""
+    """(texts, whether each ends its document, [(text index, mark)]) of about BATCH_CHARACTERS, with costs."""
     texts: list[str] = []
     last: list[bool] = []
     marks: list[tuple[int, Mark]] = []
     size, limit = 0, min(FIRST_BATCH_CHARACTERS, BATCH_CHARACTERS)
     for document in documents:
         marks.append((len(texts), document.mark()))
+        size += DOCUMENT_COST
         for piece, ends in text_pieces(document.text):
             texts.append(piece)
             last.append(ends)

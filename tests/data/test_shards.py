@@ -18,6 +18,7 @@ import argonne.data.shards as data_shards
 import argonne.data.stream as data_stream
 import argonne.testing.corpus as corpus
 from argonne.data.formats import open_shard
+from argonne.data.shard_reader import ShardReader
 from argonne.data.shards import (
     find_shards,
     manifest,
@@ -259,7 +260,7 @@ def test_a_resume_reads_nothing_before_its_row_group(
     opened: list[str] = []
     groups: list[int] = []
 
-    def watched_open(path: Path, column: str) -> data_formats.ParquetReader | data_formats.ArrowReader:
+    def watched_open(path: Path, column: str) -> ShardReader:
         opened.append(path.name)
         return open_shard(path, column)
 
