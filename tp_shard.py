@@ -284,6 +284,8 @@ def _attach_loss(
         num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = IGNORE_INDEX,
         shift_labels: Tensor | None = None,
+        logit_softcap: float = 0.0,
+        z_loss_weight: float = 0.0,
         **_: Any,
     ) -> Tensor:
         """As transformers' causal language model loss: labels are shifted here, shift_labels already are."""
@@ -293,7 +295,14 @@ def _attach_loss(
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         reduction = "mean" if num_items_in_batch is None else "sum"
         loss = vocab_parallel_cross_entropy(
-            logits, shift_labels, group, vocab_size=vocab_size, ignore_index=ignore_index, reduction=reduction
+            logits,
+            shift_labels,
+            group,
+            vocab_size=vocab_size,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            logit_softcap=logit_softcap,
+            z_loss_weight=z_loss_weight,
         )
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
