@@ -138,12 +138,13 @@ def test_unknown_arguments_and_settings_are_refused_by_name() -> None:
     model = small_model()
     with pytest.raises(TypeError, match="does not know the argument attention_maks"):
         model(input_ids=random_tokens(), attention_maks=None)
-    for key, value in {
+    refused: dict[str, Any] = {
         "sliding_window": 64,
         "mtp_horizon": 2,
         "attn_temperature": 1.5,
         "hidden_act": "gelu",
-    }.items():
+    }
+    for key, value in refused.items():
         with pytest.raises(ValueError, match=key):
             ArgonneConfig(**SMALL, **{key: value})
     ArgonneConfig(**SMALL, sliding_window=None, mtp_horizon=1, use_cache=False, initializer_range=0.02)
