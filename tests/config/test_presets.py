@@ -83,8 +83,9 @@ def test_a_key_that_would_make_another_model_is_refused_by_name(
 def test_neutral_values_and_keys_that_say_nothing_are_accepted(tmp_path: Path) -> None:
     settings = load_model_settings(
         written(
-            tmp_path, sliding_window=None, mtp_horizon=1, attention_dropout=0.0, hidden_act="silu",
-            use_cache=False, initializer_range=0.02, layer_types=["full_attention"], torch_dtype="bfloat16", _name_or_path="x",
+            tmp_path, sliding_window=None, mtp_horizon=1, attention_dropout=0.0,
+            hidden_act="silu", use_cache=False, initializer_range=0.02, layer_types=["full_attention"],
+            torch_dtype="bfloat16", _name_or_path="x",
             rope_parameters={"rope_type": "default", "rope_theta": 123.0}, transformers_version="5.0",
         )
     )  # fmt: skip
