@@ -1,35 +1,64 @@
 """The Argonne decoder as a plain Hugging Face model.
 
-Llama-like: RMSNorm, rotary embedding, grouped-query attention, SwiGLU, tied or untied head. The file is
-self-contained (torch and transformers only; an export copies it for ``trust_remote_code``) and knows
-nothing of distribution. What tensor parallelism replaces are modules and the small methods ``qkv``,
-``gate_up`` and ``down``; everything that depends on the sequence length is taken from ``input_ids``,
-because with sequence parallelism the embedding returns a slice of the sequence.
+Llama-like: RMSNorm, rotary embedding, grouped-query attention, SwiGLU, tied or untied head; and, by switches
+of the configuration, what the family has added since 2.0: norms on heads, sandwich norms, soft-capped
+logits, local attention in odd layers, z-loss. The file is self-contained (torch and transformers only; an
+export copies it for ``trust_remote_code``) and knows nothing of distribution. What tensor parallelism
+replaces are modules and the small methods ``qkv``, ``gate_up`` and ``down``; everything that depends on the
+sequence length is taken from ``input_ids``, because with sequence parallelism the embedding returns a slice
+of the sequence.
 
 Precision: the residual stream is in the compute dtype (the autocast dtype, cast once after the embedding);
 norms, softmax, rotation and cross entropy run in float32, or in float64 in a float64 model.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-# Keys of other Llama-like config.json files that this architecture fixes; any other value is refused.
-_FIXED_SETTINGS: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "rope_scaling": None,
+# Keys of other decoders' config.json files that would change the computation: only these values are accepted.
+# argonne/config/model_keys.py has the same two tables for a file that is read before torch is imported.
+NEUTRAL_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "attention_dropout": (0.0, None),
+    "hidden_act": ("silu", "swish", None),
+    "hidden_dropout": (0.0, None),
+    "mtp_horizon": (1, 0, None),
+    "partial_rotary_factor": (1.0, None),
+    "pretraining_tp": (1, None),
 }
+# Keys that say nothing of the computation.
+SILENT_SETTINGS = frozenset(
+    """
+    add_cross_attention architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens
+    block_size bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing id2label initializer_range is_decoder label2id length_penalty max_length
+    max_window_layers min_length model_type name_or_path no_repeat_ngram_size num_beam_groups num_beams
+    num_labels num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id suppress_tokens task_specific_params temperature tie_encoder_decoder tokenizer_class top_k
+    top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache use_flash_attention
+    """.split()
+)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -42,8 +71,15 @@ class ArgonneConfig(PretrainedConfig):
     ``head_dim`` defaults to ``hidden_size // num_attention_heads``, rounded down: the query projection maps
     ``hidden_size`` to ``num_attention_heads * head_dim``, which need not be ``hidden_size``.
 
-    Raises ValueError for head counts or sizes that cannot work, and for settings that the architecture
-    does not have (dropout, rotary scaling, another activation).
+    ``qk_norm`` and ``v_norm`` put an RMSNorm over head_dim on queries and keys, and on values, before the
+    rotation; ``sandwich_norm`` one on what attention and MLP return, before it is added to the residual
+    stream. ``logit_softcap`` c > 0 makes the logits ``c * tanh(logits / c)``. With
+    ``interleaved_local_attention`` position i of the odd layers (1, 3, ...) attends to i -
+    ``local_attention_window`` to i only. ``z_loss_weight`` w adds w * mean(logsumexp(logits) ** 2) to the
+    loss.
+
+    Raises ValueError for head counts or sizes that cannot work, for settings that the architecture does not
+    have (dropout, rotary scaling, another activation) and for any key whose meaning is not known.
     """
 
     model_type = "argonne2"
@@ -64,6 +100,13 @@ class ArgonneConfig(PretrainedConfig):
         max_position_embeddings: int = 4096,
         attention_bias: bool = False,
         mlp_bias: bool = False,
+        qk_norm: bool = False,
+        v_norm: bool = False,
+        sandwich_norm: bool = False,
+        logit_softcap: float = 0.0,
+        interleaved_local_attention: bool = False,
+        local_attention_window: int | None = None,
+        z_loss_weight: float = 0.0,
         tie_word_embeddings: bool = True,
         use_cache: bool = True,
         bos_token_id: int | None = None,
@@ -71,15 +114,8 @@ class ArgonneConfig(PretrainedConfig):
         pad_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
-        for key, value in _FIXED_SETTINGS.items():
-            given = kwargs.pop(key, None)
-            if given is not None and given != value:
-                raise ValueError(
-                    f"{key} {given!r} is not part of the Argonne architecture, only {value!r} is"
-                )
         rope_parameters = kwargs.pop("rope_parameters", None) or {}
-        if rope_parameters.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_parameters {rope_parameters!r}: only the default rotary embedding exists")
+        _refuse_unknown_settings(kwargs, rope_parameters)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -92,6 +128,13 @@ class ArgonneConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.attention_bias = attention_bias
         self.mlp_bias = mlp_bias
+        self.qk_norm = qk_norm
+        self.v_norm = v_norm
+        self.sandwich_norm = sandwich_norm
+        self.logit_softcap = logit_softcap or 0.0
+        self.interleaved_local_attention = interleaved_local_attention
+        self.local_attention_window = local_attention_window
+        self.z_loss_weight = z_loss_weight or 0.0
         self.use_cache = use_cache
         if self.num_attention_heads % self.num_key_value_heads != 0:
             raise ValueError(
@@ -100,6 +143,13 @@ class ArgonneConfig(PretrainedConfig):
             )
         if self.head_dim < 2 or self.head_dim % 2 != 0:
             raise ValueError(f"head_dim {self.head_dim} must be even and positive for the rotary embedding")
+        if self.logit_softcap < 0 or self.z_loss_weight < 0:
+            raise ValueError("logit_softcap and z_loss_weight must not be negative")
+        if interleaved_local_attention and (local_attention_window is None or local_attention_window < 1):
+            raise ValueError(
+                f"interleaved_local_attention needs a local_attention_window of at least 1, "
+                f"not {local_attention_window!r}"
+            )
         kwargs |= {
             "bos_token_id": bos_token_id,
             "eos_token_id": eos_token_id,
@@ -107,6 +157,32 @@ class ArgonneConfig(PretrainedConfig):
             "tie_word_embeddings": tie_word_embeddings,
         }
         super().__init__(**kwargs)
+
+    def local_window(self, layer_idx: int) -> int | None:
+        """How many tokens back a layer attends, beside the token itself; None: to all."""
+        local = self.interleaved_local_attention and layer_idx % 2 == 1
+        return self.local_attention_window if local else None
+
+
+def _refuse_unknown_settings(settings: dict[str, Any], rope_parameters: dict[str, Any]) -> None:
+    """Drop the neutral keys of ``settings``; ValueError naming the keys that would make another model."""
+    kinds = {rope_parameters.get(key, "default") for key in ("rope_type", "type")}
+    if kinds != {"default"} or set(rope_parameters) - {"rope_type", "type", "rope_theta"}:
+        raise ValueError(f"rope_parameters {rope_parameters!r}: only the default rotary embedding exists")
+    if settings.get("use_sliding_window") is False:
+        settings.pop("sliding_window", None)  # Qwen2 names a window that this switch turns off
+    if set(settings.get("layer_types") or ()) <= {"full_attention"}:
+        settings.pop("layer_types", None)
+    for key, neutral in NEUTRAL_SETTINGS.items():
+        if (given := settings.pop(key, None)) not in neutral:
+            raise ValueError(
+                f"{key} {given!r} is not part of the Argonne architecture, only {neutral[0]!r} is"
+            )
+    known = SILENT_SETTINGS | set(PretrainedConfig().to_dict())
+    unknown = [key for key in settings if key not in known and not key.startswith("_")]
+    unknown = [f"{key} {settings[key]!r}" for key in unknown if settings[key] not in (None, False)]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: ArgonneConfig does not know what this means for the model")
 
 
 def initial_std(config: ArgonneConfig, parameter_name: str) -> float | None:
@@ -120,7 +196,7 @@ def initial_std(config: ArgonneConfig, parameter_name: str) -> float | None:
     module_name = module_name.rpartition(".")[2]
     if leaf == "bias":
         return 0.0
-    if module_name in ("input_norm", "post_norm", "norm"):
+    if module_name.endswith("norm") or module_name == "v_norm_layer":
         return None
     std = config.hidden_size**-0.5
     if module_name in ("o_proj", "down_proj"):
@@ -202,6 +278,11 @@ class ArgonneRMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """``cap * tanh(logits / cap)`` (Gemma 2, section 2), or the logits themselves where ``cap`` is 0."""
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
 def causal_lm_loss(
     logits: Tensor,
     labels: Tensor | None,
@@ -209,9 +290,13 @@ def causal_lm_loss(
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
-    **kwargs: Any,
+    logit_softcap: float = 0.0,
+    z_loss_weight: float = 0.0,
 ) -> Tensor:
     """Cross entropy of logits (batch, seq_len, vocab) in float32, or in float64 for float64 logits.
+
+    The logits are soft-capped here where ``logit_softcap`` is given; ``z_loss_weight`` adds the z-loss, over
+    the same targets.
 
     ``labels`` are the input tokens, shifted here, once; ``shift_labels`` are targets already shifted and go
     before ``labels``. The mean over the targets that are not ``ignore_index``, or the sum divided by
@@ -222,11 +307,15 @@ def causal_lm_loss(
         if labels is None:
             raise ValueError("causal_lm_loss needs labels or shift_labels")
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    logits = logits.to(_compute_dtype(logits.dtype)).reshape(-1, vocab_size)
+    logits = soft_cap(logits.to(_compute_dtype(logits.dtype)).reshape(-1, vocab_size), logit_softcap)
     targets = shift_labels.reshape(-1).to(logits.device)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    total = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+    if z_loss_weight:
+        squares = logits.logsumexp(-1)[targets != ignore_index].square()
+        total = total + z_loss_weight * (squares.mean() if num_items_in_batch is None else squares.sum())
     if num_items_in_batch is None:
-        return F.cross_entropy(logits, targets, ignore_index=ignore_index)
-    total = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+        return total
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
@@ -291,6 +380,53 @@ def sdpa_attention(
     )
 
 
+def local_attention(
+    attend: "Attend",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    groups: int,
+    scaling: float,
+) -> Tensor:
+    """Causal attention over the last ``window`` tokens and the token itself; shapes as in sdpa_attention.
+
+    Queries are taken in runs of ``window`` (at least 128): a run sees itself and the window before it, so
+    that memory and work are linear in the length, on every device and with every kernel.
+    """
+    seq_len, run = query.shape[2], max(window, 128)
+    outputs = []
+    masks: dict[tuple[int, int], Tensor] = {}
+    for first in range(0, seq_len, run):
+        rows, before = min(run, seq_len - first), min(first, window)
+        if (rows, before) not in masks:
+            masks[rows, before] = _window_mask(query, rows, before, window)
+        keys = slice(first - before, first + rows)
+        outputs.append(
+            attend(
+                query[:, :, first : first + rows],
+                key[:, :, keys],
+                value[:, :, keys],
+                masks[rows, before],
+                groups,
+                scaling,
+            )
+        )
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _window_mask(query: Tensor, rows: int, before: int, window: int) -> Tensor:
+    """Added to scores of (1, 1, rows, before + rows): 0 where a row sees a column, else the least number.
+
+    Column ``before`` is the first row's own token.
+    """
+    distance = (torch.arange(rows, device=query.device) + before)[:, None]
+    distance = distance - torch.arange(before + rows, device=query.device)
+    hidden = (distance < 0) | (distance > window)
+    mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+    return mask.masked_fill_(hidden, torch.finfo(query.dtype).min)[None, None]
+
+
 def _fused_kernel_takes_groups(query: Tensor, attention_mask: Tensor | None) -> bool:
     """On CUDA only the flash kernel does: 16-bit, no mask, heads of up to 256. The CPU's always does."""
     if query.device.type == "cpu":
@@ -311,8 +447,16 @@ def eager_attention(
     return torch.matmul(weights, value)
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, float], Tensor]
+"""sdpa_attention or eager_attention."""
+
+
 class ArgonneAttention(nn.Module):
-    """Grouped-query attention. The head counts are attributes, which a split rewrites to its local counts."""
+    """Grouped-query attention. The head counts are attributes, which a split rewrites to its local counts.
+
+    The norms on heads have one weight of head_dim for all heads; under a split their gradients are sums over
+    the local heads.
+    """
 
     def __init__(self, config: ArgonneConfig, layer_idx: int) -> None:
         super().__init__()
@@ -323,15 +467,34 @@ class ArgonneAttention(nn.Module):
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
         self.head_dim = config.head_dim
         self.scaling = self.head_dim**-0.5
+        self.window = config.local_window(layer_idx)
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
+        if config.qk_norm:
+            self.q_norm = ArgonneRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = ArgonneRMSNorm(self.head_dim, config.rms_norm_eps)
+        if config.v_norm:
+            self.v_norm_layer = ArgonneRMSNorm(self.head_dim, config.rms_norm_eps)
 
     def qkv(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three projections, (batch, seq_len, heads * head_dim) each: a block's one entrance."""
         return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+
+    def _heads(self, hidden_states: Tensor) -> tuple[int, int, Tensor, Tensor, Tensor]:
+        """batch, seq_len, and queries, keys and values (batch, seq_len, heads, head_dim), normed."""
+        query, key, value = self.qkv(hidden_states)
+        batch, seq_len = query.shape[:2]
+        query = query.view(batch, seq_len, self.num_heads, self.head_dim)
+        key = key.view(batch, seq_len, self.num_kv_heads, self.head_dim)
+        value = value.view(batch, seq_len, self.num_kv_heads, self.head_dim)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.config.v_norm:
+            value = self.v_norm_layer(value)
+        return batch, seq_len, query, key, value
 
     def forward(
         self,
@@ -340,20 +503,19 @@ class ArgonneAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        query, key, value = self.qkv(hidden_states)
-        batch, seq_len = query.shape[:2]
+        batch, seq_len, query, key, value = self._heads(hidden_states)
         cos, sin = position_embeddings
-        query = apply_rotary(query.view(batch, seq_len, self.num_heads, self.head_dim), cos, sin).transpose(
-            1, 2
-        )
-        key = apply_rotary(key.view(batch, seq_len, self.num_kv_heads, self.head_dim), cos, sin).transpose(
-            1, 2
-        )
-        value = value.view(batch, seq_len, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        query = apply_rotary(query, cos, sin).transpose(1, 2)
+        key = apply_rotary(key, cos, sin).transpose(1, 2)
+        value = value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = eager_attention if self.config._attn_implementation == "eager" else sdpa_attention
-        output = attend(query, key, value, attention_mask, self.num_key_value_groups, self.scaling)
+        groups = self.num_key_value_groups
+        if self.window is not None and attention_mask is None:
+            output = local_attention(attend, query, key, value, self.window, groups, self.scaling)
+        else:
+            output = attend(query, key, value, attention_mask, groups, self.scaling)
         return self.o_proj(output.transpose(1, 2).reshape(batch, seq_len, self.num_heads * self.head_dim))
 
 
@@ -383,13 +545,18 @@ class ArgonneMLP(nn.Module):
 
 
 class ArgonneBlock(nn.Module):
-    """One layer: attention and feed-forward, each normed before and added to the residual stream."""
+    """One layer: attention and feed-forward, each normed before (with sandwich norms also after) and added to
+    the residual stream."""
 
     def __init__(self, config: ArgonneConfig, layer_idx: int) -> None:
         super().__init__()
         self.attn = ArgonneAttention(config, layer_idx)
         self.input_norm = ArgonneRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_norm = ArgonneRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.sandwich_norm = config.sandwich_norm
+        if config.sandwich_norm:
+            self.attn_out_norm = ArgonneRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mlp_out_norm = ArgonneRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = ArgonneMLP(config)
 
     def forward(
@@ -402,8 +569,13 @@ class ArgonneBlock(nn.Module):
         attended = self.attn(
             self.input_norm(hidden_states), position_embeddings, attention_mask, past_key_values
         )
+        if self.sandwich_norm:
+            attended = self.attn_out_norm(attended)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_norm(hidden_states))
+        transformed = self.mlp(self.post_norm(hidden_states))
+        if self.sandwich_norm:
+            transformed = self.mlp_out_norm(transformed)
+        return hidden_states + transformed
 
 
 class ArgonneModel(PreTrainedModel, GenerationMixin):
@@ -419,7 +591,8 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
     _supports_sdpa = True
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # Trainer hands num_items_in_batch over
 
     def __init__(self, config: ArgonneConfig) -> None:
         super().__init__(config)
@@ -429,6 +602,8 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary_frequencies = rotary_frequencies(config)
         self.loss_function = causal_lm_loss
+        self.loss_type = "ForCausalLM"  # Trainer counts the targets of models that say so
+        self.gradient_checkpointing = False
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -466,14 +641,27 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        **kwargs: Any,
+        cache: Cache | None = None,
+        cache_position: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **unknown: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (batch, seq_len, vocab), and the loss where ``labels`` or ``shift_labels`` are given.
 
         ``labels`` are shifted inside, once; ``shift_labels`` are targets already shifted. ``use_cache``
         defaults to the configuration's in evaluation and to False in training. ``logits_to_keep`` n > 0
-        computes the logits of the last n positions only (or of the positions in a 1-D tensor).
+        computes the logits of the last n positions only (or of the positions in a 1-D tensor). ``cache`` is
+        another name of ``past_key_values``, which later versions of transformers use; ``cache_position``
+        follows from the cache and is not needed.
+
+        Raises TypeError for an argument that the model does not know, ValueError for a contradiction.
         """
+        if unknown:
+            raise TypeError(f"ArgonneModel.forward does not know the argument {', '.join(sorted(unknown))}")
+        if cache is not None:
+            if past_key_values is not None and past_key_values is not cache:
+                raise ValueError("ArgonneModel.forward was given both cache and past_key_values")
+            past_key_values = cache
         if input_ids is not None and inputs_embeds is None:
             tokens, hidden_states = input_ids, self.embed_tokens(input_ids)
         elif inputs_embeds is not None and input_ids is None:
@@ -486,7 +674,7 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         position_embeddings = self._position_embeddings(
             tokens, hidden_states.dtype, position_ids, past_key_values
         )
-        mask = self._causal_mask(tokens, hidden_states.dtype, attention_mask, position_ids, past_key_values)
+        masks = self._masks(tokens, hidden_states.dtype, attention_mask, position_ids, past_key_values)
         # Only now: transformers looks for packed sequences in position_ids only where there is no cache.
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -494,13 +682,10 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
 
         collected = [hidden_states] if output_hidden_states else None
-        for block in self.blocks:
-            hidden_states = block(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=mask,
-                past_key_values=past_key_values,
-            )
+        for index, block in enumerate(self.blocks):
+            mask = masks[self.config.local_window(index) is not None]
+            run = partial(self._gradient_checkpointing_func, block.__call__) if self._checkpoints() else block
+            hidden_states = run(hidden_states, position_embeddings, mask, past_key_values)
             if collected is not None:
                 collected.append(hidden_states)
         hidden_states = self.norm(hidden_states)
@@ -515,14 +700,47 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
                 labels=labels,
                 shift_labels=shift_labels,
                 vocab_size=self.config.vocab_size,
-                **kwargs,
+                num_items_in_batch=num_items_in_batch,
+                logit_softcap=self.config.logit_softcap,
+                z_loss_weight=self.config.z_loss_weight,
             )
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
+            logits=soft_cap(logits, self.config.logit_softcap),
             past_key_values=past_key_values,
             hidden_states=None if collected is None else tuple(collected),
         )
+
+    def _checkpoints(self) -> bool:
+        """Whether transformers' gradient checkpointing is on (this suite recomputes blocks by itself)."""
+        return self.gradient_checkpointing and self.training
+
+    def _masks(
+        self,
+        tokens: Tensor,
+        dtype: torch.dtype,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The masks of global and of local layers, (batch, 1, seq_len, key_len) or None each."""
+        mask = self._causal_mask(tokens, dtype, attention_mask, position_ids, past_key_values)
+        window = self.config.local_window(1)
+        if window is None:
+            return mask, None
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        seq_len = tokens.shape[1]
+        if mask is None and isinstance(seen, int) and seen == 0:
+            return None, None
+        key_len = seen + seq_len if mask is None else mask.shape[-1]
+        distance = (torch.arange(seq_len, device=tokens.device) + seen)[:, None]
+        distance = distance - torch.arange(key_len, device=tokens.device)
+        visible = (distance >= 0) & (distance <= window)
+        if mask is None:
+            return None, visible[None, None]
+        if mask.dtype == torch.bool:
+            return mask, mask & visible
+        return mask, mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
 
     def _causal_mask(
         self,
@@ -577,4 +795,5 @@ def _keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tens
 
 
 AutoConfig.register("argonne2", ArgonneConfig, exist_ok=True)
+AutoModel.register(ArgonneConfig, ArgonneModel, exist_ok=True)
 AutoModelForCausalLM.register(ArgonneConfig, ArgonneModel, exist_ok=True)

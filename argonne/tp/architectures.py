@@ -26,6 +26,8 @@ ARGONNE_PLAN = TensorParallelPlan(
     rules=(
         Rule(pattern="embed_tokens", style=Style.VOCABULARY),
         *_SEPARATE_HEADS,
+        Rule(pattern="*.attn.[qk]_norm", style=Style.SUMMED),
+        Rule(pattern="*.attn.v_norm_layer", style=Style.SUMMED),
         *_GATED_MLP,
         Rule(pattern="*norm", style=Style.RESIDUAL),
         _HEAD,

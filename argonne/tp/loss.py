@@ -3,6 +3,9 @@
 The logits of one token lie on all ranks of the tensor-parallel group, a slice of the vocabulary each.
 One max and one stacked sum are reduced; full logits are never gathered, and full-precision copies are
 made a few hundred rows at a time. (Megatron-LM, Shoeybi et al. 2019, section 3.)
+
+Soft-capped logits, cap * tanh(logits / cap), and the z-loss, weight * logsumexp(logits) ** 2 a token, are
+computed here from the raw logits, so that no second copy of a slice is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -30,8 +33,18 @@ def _row_chunks(logits: Tensor) -> list[slice]:
     return [slice(first, first + rows) for first in range(0, logits.shape[0], rows)]
 
 
+def _capped(logits: Tensor, dtype: torch.dtype, cap: float) -> Tensor:
+    """A copy of the logits in ``dtype``, soft-capped where ``cap`` is not 0."""
+    copy = logits.to(dtype, copy=True)
+    return copy.div_(cap).tanh_().mul_(cap) if cap else copy
+
+
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Per-token losses (tokens,) from logits (tokens, local_vocab); gradient entirely local."""
+    """Per-token losses (tokens,) from logits (tokens, local_vocab); gradient entirely local.
+
+    With c(x) the capped logits, p their softmax, y the target, z = logsumexp(c) and w the z-loss weight:
+    loss = z - c_y + w z^2, d loss / d x_j = (p_j (1 + 2 w z) - [j = y]) (1 - (c_j / cap)^2).
+    """
 
     @staticmethod
     def forward(
@@ -42,12 +55,14 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         vocab_start: int,
         valid: int,
         ignore_index: int,
+        cap: float,
+        z_loss_weight: float,
     ) -> Tensor:
         dtype = _loss_dtype(logits)
         rows = logits.shape[0]
         held = logits[:, :valid]
         if valid:
-            largest = held.amax(dim=1).to(dtype)
+            largest = _capped(held.amax(dim=1), dtype, cap)
         else:
             largest = torch.full((rows,), -torch.inf, dtype=dtype, device=logits.device)
         largest = group.all_reduce(largest, "max")
@@ -60,16 +75,19 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         sums = torch.zeros((2, rows), dtype=dtype, device=logits.device)
         if valid:
             for chunk in _row_chunks(held):
-                sums[0, chunk] = (held[chunk].to(dtype) - largest[chunk, None]).exp_().sum(dim=1)
-            picked = held.gather(1, local_target[:, None]).squeeze(1).to(dtype) - largest
+                sums[0, chunk] = _capped(held[chunk], dtype, cap).sub_(largest[chunk, None]).exp_().sum(dim=1)
+            picked = _capped(held.gather(1, local_target[:, None]).squeeze(1), dtype, cap) - largest
             sums[1] = torch.where(mine, picked, 0.0)
         sums = group.all_reduce(sums, owned=True)
 
         log_sum = sums[0].log()
-        loss = torch.where(ignored, torch.zeros((), dtype=dtype, device=logits.device), log_sum - sums[1])
-        ctx.save_for_backward(logits, largest + log_sum, local_target, mine, ignored)
-        ctx.valid = valid
-        return loss
+        log_normalizer = largest + log_sum
+        loss = log_sum - sums[1]
+        if z_loss_weight:
+            loss = loss + z_loss_weight * log_normalizer.square()
+        ctx.save_for_backward(logits, log_normalizer, local_target, mine, ignored)
+        ctx.valid, ctx.cap, ctx.z_loss_weight = valid, cap, z_loss_weight
+        return torch.where(ignored, torch.zeros((), dtype=dtype, device=logits.device), loss)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,12 +96,24 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         weight = torch.where(ignored, 0.0, grads[0])
         grad = torch.empty_like(logits)
         grad[:, valid:] = 0
-        in_place = grad.dtype == log_normalizer.dtype
+        dtype, cap = log_normalizer.dtype, ctx.cap
+        in_place = grad.dtype == dtype
         for chunk in _row_chunks(logits):
-            part = grad[chunk, :valid] if in_place else logits[chunk, :valid].to(log_normalizer.dtype)
-            torch.sub(logits[chunk, :valid], log_normalizer[chunk, None], out=part).exp_()
+            normalizer = log_normalizer[chunk, None]
+            part = grad[chunk, :valid] if in_place else logits[chunk, :valid].to(dtype)
+            slope = None
+            if cap:
+                capped = _capped(logits[chunk, :valid], dtype, cap)
+                slope = (capped / cap).square_().neg_().add_(1.0)
+                torch.sub(capped, normalizer, out=part).exp_()
+            else:
+                torch.sub(logits[chunk, :valid], normalizer, out=part).exp_()
+            if ctx.z_loss_weight:
+                part.mul_(1.0 + 2.0 * ctx.z_loss_weight * normalizer)
             if valid:
                 part.scatter_add_(1, local_target[chunk, None], -mine[chunk, None].to(part.dtype))
+            if slope is not None:
+                part.mul_(slope)
             part.mul_(weight[chunk, None])
             # An ignored row may hold a non-finite logit that must not reach the gradient as NaN * 0. Asking
             # whether there is one costs more than the pass on a GPU.
@@ -91,7 +121,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
                 part.masked_fill_(ignored[chunk, None], 0.0)
             if not in_place:
                 grad[chunk, :valid] = part.to(grad.dtype)
-        return grad, None, None, None, None, None
+        return grad, *(None,) * 7
 
 
 def vocab_parallel_cross_entropy(
@@ -102,6 +132,8 @@ def vocab_parallel_cross_entropy(
     vocab_size: int | None = None,
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
+    logit_softcap: float = 0.0,
+    z_loss_weight: float = 0.0,
 ) -> Tensor:
     """Cross entropy of logits whose last dimension is this rank's slice of the vocabulary.
 
@@ -114,6 +146,8 @@ def vocab_parallel_cross_entropy(
             loss ignores. None: local_vocab_size * group.size.
         reduction: "none", "sum" or "mean" (over the targets that are not ignored; NaN when all are, as
             ``torch.nn.functional.cross_entropy`` gives; the gradient is zero then).
+        logit_softcap: cap of the logits, applied here; 0: none.
+        z_loss_weight: weight of the squared log-normalizer that is added to each token's loss.
 
     Returns:
         The loss, equal on all ranks. Its gradient with respect to ``logits`` needs no communication.
@@ -136,7 +170,14 @@ def vocab_parallel_cross_entropy(
     vocab_start = group.rank * local_vocab_size
     valid = max(0, min(local_vocab_size, total - vocab_start))
     losses = _VocabParallelCrossEntropy.apply(
-        logits.reshape(-1, local_vocab_size), flat_targets, group, vocab_start, valid, ignore_index
+        logits.reshape(-1, local_vocab_size),
+        flat_targets,
+        group,
+        vocab_start,
+        valid,
+        ignore_index,
+        logit_softcap,
+        z_loss_weight,
     )
     if reduction == "none":
         return losses.view(targets.shape)
@@ -157,6 +198,8 @@ def attach_loss(model: nn.Module, plan: TensorParallelPlan, group: TPGroup) -> N
         num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = IGNORE_INDEX,
         shift_labels: Tensor | None = None,
+        logit_softcap: float = 0.0,
+        z_loss_weight: float = 0.0,
         **_: Any,
     ) -> Tensor:
         """As transformers' causal language model loss: labels are shifted here, shift_labels already are."""
@@ -166,7 +209,14 @@ def attach_loss(model: nn.Module, plan: TensorParallelPlan, group: TPGroup) -> N
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         reduction = "mean" if num_items_in_batch is None else "sum"
         loss = vocab_parallel_cross_entropy(
-            logits, shift_labels, group, vocab_size=vocab_size, ignore_index=ignore_index, reduction=reduction
+            logits,
+            shift_labels,
+            group,
+            vocab_size=vocab_size,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            logit_softcap=logit_softcap,
+            z_loss_weight=z_loss_weight,
         )
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from argonne.config.options import ModelOptions, ParallelOptions, TrainingOptions
-from argonne.config.presets import PRESETS, REFERENCE
+from argonne.config.presets import MODEL_KEYS, PRESETS, REFERENCE
 from argonne.errors import ConfigError
 from argonne.ranks.recompute import compile_blocks, recompute_blocks
 from argonne.ranks.replicas import apply_ddp, apply_fsdp, local_parameters, local_tensor
@@ -108,8 +108,7 @@ def model_settings(
             f"the tokenizer has {tokenizer_length} tokens and {source} a vocabulary of "
             f"{settings['vocab_size']}: give the tokenizer that belongs to it (--tokenizer-path)"
         )
-    known = set(PRESETS[REFERENCE]) | {"vocab_size", "head_dim"}
-    return {key: value for key, value in settings.items() if key in known and value is not None}
+    return {key: value for key, value in settings.items() if key in MODEL_KEYS and value is not None}
 
 
 def choose_tp_size(settings: Mapping[str, Any], requested: int | None, world: World) -> int:
