@@ -124,6 +124,17 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return grad, *(None,) * 7
 
 
+def _check(logits: Tensor, targets: Tensor, total: int, ignore_index: int, reduction: str) -> None:
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction is {reduction!r}; use 'none', 'sum' or 'mean'")
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not match")
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = ((targets < 0) | (targets >= total)) & (targets != ignore_index)
+        if bool(outside.any()):
+            raise IndexError(f"a target is outside the vocabulary of {total}")
+
+
 def vocab_parallel_cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -156,17 +167,10 @@ def vocab_parallel_cross_entropy(
         ValueError: unknown reduction, or shapes that do not match.
         IndexError: a target outside the vocabulary.
     """
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f"reduction is {reduction!r}; use 'none', 'sum' or 'mean'")
-    if logits.shape[:-1] != targets.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not match")
     local_vocab_size = logits.shape[-1]
     total = local_vocab_size * group.size if vocab_size is None else vocab_size
+    _check(logits, targets, total, ignore_index, reduction)
     flat_targets = targets.reshape(-1)
-    if flat_targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = ((flat_targets < 0) | (flat_targets >= total)) & (flat_targets != ignore_index)
-        if bool(outside.any()):
-            raise IndexError(f"a target is outside the vocabulary of {total}")
     vocab_start = group.rank * local_vocab_size
     valid = max(0, min(local_vocab_size, total - vocab_start))
     losses = _VocabParallelCrossEntropy.apply(

@@ -48,8 +48,7 @@ def test_loss_and_every_gradient(changes: dict[str, Any], dtype: torch.dtype, to
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("window", [1, 200])
 def test_windows_shorter_and_longer_than_a_run_of_queries(window: int, attention: str) -> None:
-    changes = {"interleaved_local_attention": True, "local_attention_window": window}
-    model = small_model(num_hidden_layers=2, **changes)
+    model = small_model(num_hidden_layers=2, interleaved_local_attention=True, local_attention_window=window)
     model.set_attn_implementation(attention)
     compare(model, 1e-10, length=300)
 
