@@ -173,16 +173,9 @@ def vocab_parallel_cross_entropy(
     flat_targets = targets.reshape(-1)
     vocab_start = group.rank * local_vocab_size
     valid = max(0, min(local_vocab_size, total - vocab_start))
-    losses = _VocabParallelCrossEntropy.apply(
-        logits.reshape(-1, local_vocab_size),
-        flat_targets,
-        group,
-        vocab_start,
-        valid,
-        ignore_index,
-        logit_softcap,
-        z_loss_weight,
-    )
+    rows = logits.reshape(-1, local_vocab_size)
+    layout = (group, vocab_start, valid, ignore_index)
+    losses = _VocabParallelCrossEntropy.apply(rows, flat_targets, *layout, logit_softcap, z_loss_weight)
     if reduction == "none":
         return losses.view(targets.shape)
     if reduction == "sum":
