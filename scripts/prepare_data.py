@@ -15,25 +15,20 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import re
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from argonne.errors import ConfigError, DataError, RunError
-from argonne.files import synchronize
+from argonne.errors import ConfigError, DataError
 from argonne.tools.script import OneLineParser, run_script
+from argonne.tools.shard_writer import ShardWriter, new_folder
 
 MIB = 1 << 20
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".br": "brotli"}
 PACKED = tuple(CODECS)
-SURROGATES = re.compile("[\ud800-\udfff]")
-"""What stands for bytes that are not UTF-8, and has no UTF-8 of its own."""
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
@@ -278,107 +273,6 @@ def paragraphs(lines: TextIO) -> Iterator[str]:
             paragraph = []
     if paragraph:
         yield "".join(paragraph)
-
-
-class ShardWriter:
-    """Spreads documents over parquet shards; empty ones are left out.
-
-    ``shard_mib`` and ``row_group_mib`` are MiB of text after which the next shard or row group begins.
-    """
-
-    def __init__(self, folder: Path, *, shard_mib: float, row_group_mib: float, compression: str) -> None:
-        self._folder = folder
-        self._shard_bytes = shard_mib * MIB
-        self._group_bytes = row_group_mib * MIB
-        self._compression = compression
-        self._rows: list[bytes] = []
-        self._rows_bytes = self._written_bytes = 0
-        self._file: Any = None
-        self.documents = self.total_bytes = self.shards = self.skipped = self.replaced = 0
-
-    def add(self, text: str | None) -> None:
-        if not text:
-            return
-        clean = SURROGATES.sub("\ufffd", text)
-        self.replaced += clean != text
-        row = clean.encode()
-        self._rows.append(row)
-        self._rows_bytes += len(row)
-        self.documents += 1
-        self.total_bytes += len(row)
-        if self._rows_bytes >= self._group_bytes:
-            self._write_group()
-
-    def _write_group(self) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        if self._file is None:
-            path = self._folder / f"{self.shards // 100000:03d}_{self.shards % 100000:05d}.parquet"
-            self._path = path
-            self._file = pq.ParquetWriter(
-                path,
-                pa.schema([("text", pa.large_string())]),
-                compression=self._compression,
-                use_dictionary=False,
-                write_page_checksum=True,
-                write_statistics=False,  # of texts: whole documents in footers and page headers
-                write_batch_size=64,
-            )
-            self.shards += 1
-        array = pa.array(self._rows, pa.large_binary()).cast(pa.large_string())
-        self._file.write_table(pa.table({"text": array}), row_group_size=len(self._rows))
-        self._written_bytes += self._rows_bytes
-        self._rows, self._rows_bytes = [], 0
-        if self._written_bytes >= self._shard_bytes:
-            self._close()
-
-    def _close(self) -> None:
-        self._file.close()
-        self._file, self._written_bytes = None, 0
-        synchronize(self._path)
-
-    def finish(self) -> None:
-        """Write what is left. Raises DataError where there was no text at all."""
-        if self._rows:
-            self._write_group()
-        if self._file is not None:
-            self._close()
-        if self.documents == 0:
-            raise DataError("the inputs hold no text: nothing was written")
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill, which gets the name ``output`` once it is whole; a failure leaves nothing of it.
-
-    Raises RunError, naming --output-dir, where it cannot be written.
-    """
-    partial = output.with_name(output.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        replace_folder(partial, output)
-    except OSError as error:
-        reason = f"cannot write {output}: {error.strerror or error}"
-        raise RunError(f"{reason}: free space or give another --output-dir") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def replace_folder(partial: Path, output: Path) -> None:
-    """Give the finished folder its name."""
-    synchronize(partial)
-    if output.exists():
-        old = output.with_name(output.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-        partial.rename(output)
-        shutil.rmtree(old)
-    else:
-        partial.rename(output)
-    synchronize(output.parent)
 
 
 if __name__ == "__main__":

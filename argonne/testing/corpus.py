@@ -8,7 +8,9 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-EOS = "<|endoftext|>"
+from argonne.tools.bpe import EOS as EOS
+from argonne.tools.bpe import train_bpe
+
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,29 +46,8 @@ def short_texts(count: int, length: int = 400, skip: int = 0) -> list[str]:
 
 def build_tokenizer(folder: Path, vocab_size: int = 512) -> Path:
     """Train a byte-level BPE tokenizer and save it as a Hugging Face tokenizer folder; returns the folder."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(standard_library_texts()[:30], trainer)
     folder.mkdir(parents=True, exist_ok=True)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS).save_pretrained(
-        str(folder)
-    )
+    train_bpe(standard_library_texts()[:30], folder, vocab_size=vocab_size, pattern=PATTERN, normalize=True)
     return folder
 
 
