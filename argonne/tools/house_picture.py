@@ -72,7 +72,7 @@ def places(arrows: Mapping[str, set[str]]) -> dict[str, tuple[float, int]]:
         rooms = [room for room in arrows if floor_of[room] == floor]
 
         def wish(room: str) -> float:
-            below = [found[target][0] for target in arrows[room]]
+            below = sorted(found[target][0] for target in arrows[room])
             if below:
                 return sum(below) / len(below)
             return LOWEST.index(room) if room in LOWEST else 0
@@ -131,9 +131,9 @@ def draw(root: Path) -> str:
     width = BOX * 0.8
     curves = []
     for room, targets in arrows.items():
-        leaving = sorted(targets, key=lambda target: at[target][0])
+        leaving = sorted(targets, key=lambda target: (at[target][0], target))
         for index, target in enumerate(leaving):
-            arriving = sorted((r for r in arrows if target in arrows[r]), key=lambda r: at[r][0])
+            arriving = sorted((r for r in arrows if target in arrows[r]), key=lambda r: (at[r][0], r))
             start = (at[room][0] + _spread(len(leaving), index, width), y_of(at[room][1]) + BOX_HEIGHT)
             x = at[target][0] + _spread(len(arriving), arriving.index(room), width)
             main = (room, target) in important
