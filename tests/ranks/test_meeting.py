@@ -86,11 +86,11 @@ def test_an_interrupt_while_the_other_ranks_are_awaited(tmp_path: Path, data: li
 
 
 PLACES = {
-    "before it reached the store": ("parallel_meeting", "open_store"),
-    "before the groups were made": ("parallel", "connect"),
+    "before it reached the store": ("argonne.ranks.meeting", "open_store"),
+    "before the groups were made": ("argonne.ranks.world", "connect"),
     "between the groups": ("torch.distributed", "new_group"),
-    "while the model was built": ("training_build", "build_model"),
-    "before the loop": ("training_run", "Run"),
+    "while the model was built": ("argonne.training.build", "build_model"),
+    "before the loop": ("argonne.training.state", "Run"),
 }
 BEFORE_ANYONE_LISTENS = {"before it reached the store"}
 """The other rank may still import torch when torchrun sends it SIGTERM."""
