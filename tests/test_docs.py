@@ -135,3 +135,18 @@ def test_howto_flag(tmp_path: Path) -> None:
     (said,) = (text for text in code_blocks("howto_flag.md", "text") if text.startswith("error"))
     assert refused.returncode == 2 and refused.stderr == said
     assert run_in(copy, "scripts/update_docs.py", "--check").returncode == 0
+
+
+def test_howto_data_format(tmp_path: Path) -> None:
+    """Its reader and its line, put into a copy of the suite, read what pyarrow wrote."""
+    copy = copy_of(tmp_path)
+    reader, branch, check = code_blocks("howto_data_format.md", "python")
+    path = copy / "argonne" / "data" / "formats.py"
+    text = path.read_text()
+    last_of_magic = "        magic = file.read(8)\n"
+    assert text.count(last_of_magic) == 1
+    path.write_text(text.replace(last_of_magic, last_of_magic + branch) + "\n\n" + reader)
+    script = copy / "check.py"
+    script.write_text(check)
+    finished = run_in(copy, "check.py", str(tmp_path))
+    assert finished.returncode == 0 and finished.stdout == "the same rows\n", finished.stderr

@@ -8,8 +8,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from argonne.tools.bpe import EOS as EOS
-from argonne.tools.bpe import train_bpe
+from argonne.tools.bpe_trainer import train_tokenizer
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -46,9 +45,8 @@ def short_texts(count: int, length: int = 400, skip: int = 0) -> list[str]:
 
 def build_tokenizer(folder: Path, vocab_size: int = 512) -> Path:
     """Train a byte-level BPE tokenizer and save it as a Hugging Face tokenizer folder; returns the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    train_bpe(standard_library_texts()[:30], folder, vocab_size=vocab_size, pattern=PATTERN, normalize=True)
-    return folder
+    texts = standard_library_texts()[:30]
+    return train_tokenizer(texts, folder, vocab_size=vocab_size, pattern=PATTERN, normalize=True)
 
 
 def write_shards(

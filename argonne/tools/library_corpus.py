@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from argonne.errors import DataError
-from argonne.tools.bpe import train_bpe
+from argonne.tools.bpe_trainer import train_tokenizer
 from argonne.tools.shard_writer import ShardWriter, new_folder
 
 PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[\r\n]+|[ \t]+(?![^\s])|[ \t]+"
@@ -104,7 +104,7 @@ def build(output_dir: Path, *, vocab_size: int, shard_mib: float) -> str:
         for text in texts:
             writer.add(text)
         writer.finish()
-        train_bpe(
+        train_tokenizer(
             first_texts(texts, TOKENIZER_BYTES), partial / "tokenizer", vocab_size=vocab_size, pattern=PATTERN
         )
     return (

@@ -1,4 +1,4 @@
-"""Write documents into parquet shards, in a folder that appears once it is whole."""
+"""Write documents as parquet shards, in a folder that appears only once it is whole."""
 
 from __future__ import annotations
 

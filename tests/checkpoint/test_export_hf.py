@@ -17,7 +17,8 @@ from argonne.checkpoint.export_hf import export_hf, plan_shards, quiet_transform
 from argonne.checkpoint.parts import open_any
 from argonne.errors import ConfigError, DataError
 from argonne.testing.checkpoint_samples import MODEL_CONFIG, save_sample, unsharded
-from argonne.testing.corpus import EOS, build_tokenizer
+from argonne.testing.corpus import build_tokenizer
+from argonne.tools.bpe_trainer import EOS
 from model import ArgonneConfig, ArgonneModel
 from tests import FIXTURES
 from tests.checkpoint.pipeline_samples import fixture_config

@@ -25,6 +25,7 @@ from argonne.data.tokenizer import (
     tokenizer_fingerprint,
 )
 from argonne.errors import DataError
+from argonne.tools.bpe_trainer import EOS
 from tests import ROOT
 
 TEXTS = [
@@ -33,7 +34,7 @@ TEXTS = [
     " ",
     "\n\n\t tabs and\r\nnewlines \u00a0",
     "e\u0301 e\u0301 \ufb01ne \u212b 你好 \U0001f600\u200d\U0001f468",
-    f"a special {corpus.EOS} inside{corpus.EOS}",
+    f"a special {EOS} inside{EOS}",
     "x" * 5000,
     "0123456789" * 50,
     *corpus.short_texts(5, 3000),
@@ -73,15 +74,15 @@ def variant(folder: Path, tmp_path: Path, kind: str) -> Any:
             "pad_to_multiple_of": None,
             "pad_id": 0,
             "pad_type_id": 0,
-            "pad_token": corpus.EOS,
+            "pad_token": EOS,
         }
     if kind == "templated":
-        token = {"SpecialToken": {"id": corpus.EOS, "type_id": 0}}
+        token = {"SpecialToken": {"id": EOS, "type_id": 0}}
         content["post_processor"] = {
             "type": "TemplateProcessing",
             "single": [token, {"Sequence": {"id": "A", "type_id": 0}}],
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-            "special_tokens": {corpus.EOS: {"id": corpus.EOS, "ids": [0], "tokens": [corpus.EOS]}},
+            "special_tokens": {EOS: {"id": EOS, "ids": [0], "tokens": [EOS]}},
         }
     other = tmp_path / kind
     other.mkdir()

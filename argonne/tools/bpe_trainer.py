@@ -1,19 +1,19 @@
-"""Train a small byte-level BPE tokenizer and save it as a Hugging Face folder."""
+"""Train a small byte-level BPE tokenizer (for the quickstart's corpus and for tests)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 EOS = "<|endoftext|>"
 
 
-def train_bpe(
-    texts: Sequence[str], folder: Path, *, vocab_size: int, pattern: str, normalize: bool = False
-) -> None:
-    """Learn ``vocab_size`` tokens from texts cut by the regular expression ``pattern``.
+def train_tokenizer(
+    texts: Iterable[str], folder: Path, *, vocab_size: int, pattern: str, normalize: bool = False
+) -> Path:
+    """Learn the merges from ``texts`` and save a Hugging Face tokenizer folder; returns the folder.
 
-    ``normalize`` composes characters first (NFC), as Qwen's tokenizers do. Equal texts give equal bytes.
+    ``pattern`` is the regular expression whose matches are tokenized alone; ``normalize`` applies NFC first.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -35,6 +35,8 @@ def train_bpe(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS).save_pretrained(
         str(folder)
     )
+    return folder

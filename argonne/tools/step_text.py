@@ -1,0 +1,150 @@
+"""The text that a training step sees, found by its number, its place, a checkpoint or the metrics."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from argonne.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from argonne.data.source import SourceOptions
+    from data_stream import OpenedStream
+
+
+def show_step(options: argparse.Namespace) -> None:
+    """Print the samples of one step. Raises ConfigError for a step or place that is not there."""
+    from argonne.data.tokenizer import load_tokenizer
+    from data_stream import open_stream
+
+    tokenizer = load_tokenizer(options.tokenizer_path, options.trust_remote_code)
+    saved = read_checkpoint(options.checkpoint_path) if options.checkpoint_path is not None else {}
+    position, state = saved.get("data_position"), saved.get("data_state")
+    if options.at is not None:
+        position = parse_position(options)
+    first = int(saved.get("global_step", 0))
+    if options.metrics is not None and options.step > 0:
+        position, first = metrics_position(options.metrics, options.step), options.step
+    step = first if options.step is None else options.step
+    if step < first:
+        raise ConfigError(
+            f"--step {step} lies before the checkpoint's step {first}: give an earlier checkpoint"
+        )
+    source = open_stream(
+        source_options(options, state),
+        tokenizer,
+        saved_position=position,
+        saved_state=state,
+        global_step=first,
+    )
+    for notice in source.notices:
+        print(f"warning: {notice}", file=sys.stderr)
+    try:
+        if options.at is not None:
+            check_row(source)
+        print_step(source, tokenizer, step, first, options)
+    finally:
+        source.source.close()
+
+
+def source_options(options: argparse.Namespace, state: dict[str, Any] | None) -> SourceOptions:
+    """What decides the tokens: the flags, and over them a checkpoint's ``data_state``."""
+    from argonne.data.source import SourceOptions
+
+    replicas = options.batch_size * options.gradient_accumulation_steps * options.data_parallel_size
+    built = SourceOptions(
+        data_glob=options.data_glob,
+        block_size=options.block_size,
+        samples_per_step=options.global_batch_size or replicas,
+        text_column=options.text_column,
+        streaming=not options.no_streaming,
+        packing=not options.no_packing,
+        seed=options.seed,
+        num_proc=options.num_proc,
+        trust_remote_code=options.trust_remote_code,
+        skip_bad_shards=options.skip_bad_shards,
+        allow_data_change=options.allow_data_change,
+        cache_dir=options.cache_dir,
+    )
+    if state is not None:
+        known = ("block_size", "samples_per_step", "text_column", "streaming", "packing", "seed")
+        built = replace(built, **{key: state[key] for key in known})
+    if not built.streaming and built.cache_dir is None:
+        raise ConfigError("the shuffled order needs --cache-dir: give the run's cache folder")
+    return built
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The entries of a checkpoint that are not tensors; its weights stay on disk."""
+    from argonne.checkpoint.parts import open_any
+
+    reader = open_any(path)
+    return {**reader.metadata, "global_step": reader.step}
+
+
+def metrics_position(path: Path, step: int) -> dict[str, Any]:
+    """Where ``step`` began: the place that the metrics record after the step before it."""
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for line in lines:
+                record = json.loads(line)
+                if record.get("step") == step and "data_position" in record:
+                    return record["data_position"]
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path} (--metrics): {error}") from error
+    raise DataError(f"{path} has no place of the data for step {step} (--metrics): leave --metrics out")
+
+
+def check_row(source: OpenedStream) -> None:
+    place = source.start.position
+    rows = source.shards[place.file_index].rows
+    if place.row >= rows:
+        raise ConfigError(f"--at names row {place.row}, {place.file_name} has {rows} (from 0)")
+
+
+def parse_position(options: argparse.Namespace) -> dict[str, Any]:
+    """--at as a ``data_position``; raises ConfigError."""
+    from argonne.data.shards import find_shards, shard_names
+
+    parts = options.at.rsplit(":", 2) if options.at.count(":") > 1 else [*options.at.rsplit(":", 1), "0"]
+    if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
+        raise ConfigError(f"--at {options.at!r} is not FILE:ROW or FILE:ROW:TOKEN")
+    names = shard_names(find_shards(options.data_glob))
+    if parts[0] not in names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ConfigError(f"--at {options.at!r}: --data-glob gives no shard {parts[0]!r}, but {shown}")
+    return {"file_name": parts[0], "row": int(parts[1]), "token_offset": int(parts[2]), "epoch": 0}
+
+
+def print_step(
+    source: OpenedStream, tokenizer: Any, step: int, first: int, options: argparse.Namespace
+) -> None:
+    from tqdm import tqdm
+
+    before = source.start
+    for _ in tqdm(range(first, step), desc="Finding the step", unit="step", disable=None):
+        before = source.source.next_step().progress
+    taken = source.source.next_step()
+    place = before.position
+    if options.at is None:
+        print(f'step {step} ("step": {step + 1} in the metrics): {len(taken.tokens)} samples')
+    if place.sample is None:
+        print(f"from {place.file_name}, row {place.row}, token {place.token_offset}, epoch {place.epoch}")
+    else:
+        print(f"from sample {place.sample} of the shuffled order of epoch {place.epoch}")
+    print(f"to   {describe(taken.progress.position)}; stream hash after it {taken.progress.stream_hash}")
+    for index, sample in enumerate(taken.tokens[: options.samples]):
+        text = tokenizer.decode(sample[:-1])
+        shown = text[: options.characters] if options.characters else text
+        cut = f"\n[... {len(text) - len(shown):,} more characters]" if len(shown) < len(text) else ""
+        print(f"\n--- sample {index}: {len(sample) - 1} input tokens ---\n{shown}{cut}")
+
+
+def describe(position: Any) -> str:
+    if position.sample is not None:
+        return f"sample {position.sample} of epoch {position.epoch}"
+    return f"{position.file_name}, row {position.row}, token {position.token_offset}, epoch {position.epoch}"
