@@ -5,6 +5,7 @@
 #
 # ARGONNE_PYTHON names the interpreter (3.11 or newer), ARGONNE_VENV another folder than .venv.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}" && exit 0 ;; esac
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${ARGONNE_VENV:-$root/.venv}
 extras=${1:-}

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Shared by the launchers: checks that fail early with a reason, and the environment that NCCL wants.
+# Shared by the launchers: checks that fail early with a reason, and the recommended NCCL settings.
 # Sourced, not run, after the launcher has set root (this checkout) and its options.
 : "${root:?}" "${dry_run:=no}" "${shutdown_timeout:=600}" "${processes:=}"
 
@@ -95,11 +95,10 @@ PY
 # check_training_arguments ARGUMENT...: what the training script would refuse, before anything starts.
 check_training_arguments() {
     [ "$#" -gt 0 ] || fail "no arguments for the training script: give at least --tokenizer-path PATH after --"
-    PYTHONPATH=$root "$python" -c 'import sys; from argonne.config import command_line; command_line.parse_command_line(sys.argv[1:])' "$@" ||
-        exit $?
+    "$python" "$root/scripts/check_flags.py" "$@" || exit $?
 }
 
-# set_environment: what NCCL and PyTorch want; what the user has set stays.
+# set_environment: recommended NCCL and PyTorch settings; those that the user has set are kept.
 set_environment() {
     # One wrong thread count slows every rank: by default share the cores among the processes.
     local cores

@@ -7,6 +7,7 @@
 # under quickstart/; run it again and the corpus is kept and the new run gets a folder of its own.
 # ARGONNE_PYTHON names the Python (3.11 or newer) to install with.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}" && exit 0 ;; esac
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 python=${ARGONNE_VENV:-$root/.venv}/bin/python

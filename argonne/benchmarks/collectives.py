@@ -104,7 +104,7 @@ def run(rounds: int = ROUNDS) -> Report:
         remarks=(
             f"Hidden {SHAPE.hidden_size}, {SHAPE.layers} layers, {SHAPE.batch * SHAPE.seq_len} tokens, "
             "float32. Payload is that of the unsharded side; DTensor's calls as its CommDebugMode sees them.",
-            "Outside the group a step adds one all-reduce of four numbers and the hand-out of the tokens.",
+            "Outside the group a step adds one all-reduce of five numbers and the broadcast of the tokens.",
         ),
         data=counted,
     )

@@ -14,26 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from quickstart_corpus import documents
 
 from argonne.benchmarks.common import ROUNDS, Report, Row, interleaved, summary, timed_row
+from argonne.benchmarks.data_corpus import (
+    BLOCK_SIZE,
+    SAMPLES,
+    VOCABULARY,
+    Corpus,
+    check_ids,
+    count_tokens,
+)
 from argonne.data.encoder_pool import EncoderPool
 from argonne.data.feed import StepFeed
-from argonne.data.position import DataPosition
-from argonne.data.shards import DEFAULT_TEXT_COLUMN, open_corpus
 from argonne.data.source import SourceOptions
-from argonne.data.stream import DocumentReader, encoded_documents, text_batches
-from argonne.data.tokenizer import EncoderRecipe, load_tokenizer, plain_ids
+from argonne.data.stream import encoded_documents
+from argonne.data.tokenizer import EncoderRecipe, load_tokenizer
 from argonne.errors import DataError
-from argonne.testing.corpus import build_tokenizer
 from argonne.testing.distributed import run_ranks
-from argonne.tools.shard_writer import ShardWriter
 from data_stream import open_stream
 
-VOCABULARY = 16384
-SHARD_MIB, ROW_GROUP_MIB = 1.4, 0.5
-BLOCK_SIZE, SAMPLES = 4096, 4
-"""A step of the training script's own defaults."""
 PASSES = 2
 """Passes through the corpus in a timed turn: what is read ahead at its end weighs less."""
 FIRST_TOKENS = 300_000
@@ -42,50 +41,6 @@ FEED_STEPS = 80
 QUIET_SECONDS = 0.3
 
 Turns = dict[str, list[float]]
-
-
-class Corpus:
-    """The standard library's text in shards, its tokenizer, and how many steps one pass of it gives."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        texts = documents()
-        write(texts, folder / "data")
-        self.tokenizer_path = str(build_tokenizer(folder / "tokenizer", VOCABULARY))
-        self.tokenizer = load_tokenizer(self.tokenizer_path)
-        self.rows, self.characters = len(texts), sum(map(len, texts))
-        self.shards = open_corpus(str(folder / "data"))
-        self.batches = [texts for texts, _, _ in text_batches(iter(self.reader()))]
-        """The texts as the pipeline hands them to its tokenizing threads."""
-        backend = self.tokenizer.backend_tokenizer
-        self.tokens = self.rows + sum(_encode(backend, batch) for batch in self.batches)
-        self.steps = self.tokens // (BLOCK_SIZE * SAMPLES)
-
-    def reader(self) -> DocumentReader:
-        """One pass through the shards."""
-        return DocumentReader(self.shards, DEFAULT_TEXT_COLUMN, DataPosition(), epochs=1)
-
-    def options(self, threads: int) -> SourceOptions:
-        return SourceOptions(
-            data_glob=str(self.folder / "data" / "*.parquet"),
-            block_size=BLOCK_SIZE,
-            samples_per_step=SAMPLES,
-            num_proc=threads,
-            cache_dir=self.folder / "cache",
-        )
-
-
-def write(texts: list[str], folder: Path) -> None:
-    """Shards as scripts/prepare_data.py makes them."""
-    folder.mkdir()
-    writer = ShardWriter(folder, shard_mib=SHARD_MIB, row_group_mib=ROW_GROUP_MIB, compression="zstd")
-    for text in texts:
-        writer.add(text)
-    writer.finish()
-
-
-def _encode(backend: Any, batch: list[str]) -> int:
-    return sum(len(encoding) for encoding in backend.encode_batch_fast(batch, add_special_tokens=False))
 
 
 @contextlib.contextmanager
@@ -146,10 +101,10 @@ def bare(corpus: Corpus, threads: int) -> tuple[float, float]:
         clock = Clock()
         if threads == 1:
             for batch in batches:
-                _encode(backend, batch)
+                count_tokens(backend, batch)
         else:
             with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(lambda batch: _encode(backend, batch), batches))
+                list(pool.map(lambda batch: count_tokens(backend, batch), batches))
         wall, cpu = clock.stop()
     return wall / PASSES, cpu / PASSES
 
@@ -329,14 +284,6 @@ def rows_of(m: Turns) -> list[Row]:
         timed_row("datasets streaming with skip: first rows, at 99 % / at 0 %", m["datasets skip to 99 %"],
                   m["datasets at 0 %"]),
     ]  # fmt: skip
-
-
-def check_ids(corpus: Corpus) -> None:
-    """The pipeline's encoder gives the ids of the plain call."""
-    texts = corpus.batches[0]
-    ids, _ = EncoderRecipe(tokenizer=corpus.tokenizer).build().encode(texts, [False] * len(texts))
-    if ids.tolist() != [token for text in texts for token in plain_ids(corpus.tokenizer, text)]:
-        raise DataError("the pipeline's ids are not the tokenizer's: nothing here can be compared")
 
 
 def run(rounds: int = ROUNDS) -> Report:

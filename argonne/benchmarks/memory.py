@@ -65,7 +65,7 @@ def saved_rank(rank: int, world_size: int, shape: Shape) -> dict[str, dict[int, 
 
 
 def formula(shape: Shape, *, sequence_parallel: bool) -> float:
-    """float32 bytes of one layer by ``tp_costs.activation_bytes`` (which counts 16-bit ones)."""
+    """float32 bytes of one layer by ``argonne.tp.costs.activation_bytes`` (which counts 16-bit ones)."""
     totals = {}
     for layers in (FEW, MANY):
         with torch.device("meta"):
@@ -107,7 +107,7 @@ def run(rounds: int = ROUNDS) -> Report:
         remarks=(
             "Activations: bytes of the storages autograd keeps, each once, parameters left out, float32, "
             "hidden 512, 512 tokens; the difference of 4 and 2 layers: embedding, head and loss cancel.",
-            "Formula: tp_costs.activation_bytes (Korthikanti et al. 2022, section 4, for this block).",
+            "Formula: activation_bytes of argonne/tp/costs.py (Korthikanti et al. 2022, section 4).",
         ),
         data=data,
     )

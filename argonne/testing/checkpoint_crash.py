@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-import argonne.checkpoint.streamed_file as checkpoint_output
+import argonne.checkpoint.streamed_file as streamed_file
 from argonne.checkpoint.verifier import verify_checkpoint
 from argonne.testing.checkpoint_samples import save_sample
 from checkpointing import choose_checkpoint, clean_temporary_files, prune
@@ -89,7 +89,7 @@ def run_child(folder: Path, old: Path, operation: int) -> tuple[bool, int]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    checkpoint_output.BUFFER_BYTES = BUFFER_BYTES
+    streamed_file.BUFFER_BYTES = BUFFER_BYTES
     old, _ = save_sample(folder / "old", step=OLD)
     _, total = run_child(folder / "whole", old, 0)
     seen: list[int] = []

@@ -37,15 +37,15 @@ Fault = dict[str, Any]
 
 def in_saves(call: Callable[[], None]) -> None:
     """Run ``call`` when a save begins on this rank."""
-    import argonne.training.keeper as training_save
+    import argonne.training.keeper as keeper
 
-    save = training_save.save_checkpoint
+    save = keeper.save_checkpoint
 
     def faulty_save(*args: Any, **kwargs: Any) -> Any:
         call()
         return save(*args, **kwargs)
 
-    training_save.save_checkpoint = faulty_save
+    keeper.save_checkpoint = faulty_save
 
 
 def in_steps(call: Callable[[Any, int], None]) -> None:
@@ -184,15 +184,15 @@ def send(fault: Fault) -> None:
     if fault["phase"] == "save":
         in_saves(once)
     elif fault["phase"] == "sample":
-        import argonne.training.state as training_run
+        import argonne.training.state as run_state
 
-        generate = training_run.generate_text
+        generate = run_state.generate_text
 
         def faulty_generate(*args: Any, **kwargs: Any) -> str:
             once()
             return generate(*args, **kwargs)
 
-        training_run.generate_text = faulty_generate
+        run_state.generate_text = faulty_generate
     else:
         in_steps(lambda one_step, step: once() if step == fault["step"] else None)
 

@@ -102,6 +102,13 @@ def _rank_color(rank: int) -> str:
     return _RANKS[rank % len(_RANKS)]
 
 
+def _block_rows(num_layers: int, each: str) -> list[tuple[str, str]]:
+    """Name and remark of the blocks that the stack shows: the first, what stands for the others, the last."""
+    if num_layers < 3:
+        return [("block 0", "shown on the right"), ("block 1", each)][:num_layers]
+    return [("block 0", "shown on the right"), ("...", each), (f"block {num_layers - 1}", "")]
+
+
 def _stack(canvas: Canvas, layout: Layout, x: float, top: float, width: float) -> None:
     """The whole model from tokens to loss, with what is communicated."""
     canvas.text(x, top, "The stack", 12, align="left", bold=True)
@@ -113,9 +120,7 @@ def _stack(canvas: Canvas, layout: Layout, x: float, top: float, width: float) -
     norm = "whole; own positions" if layout.sequence_parallel else "whole on every rank"
     forward, backward = layout.block_traffic
     each = "" if layout.tp_size == 1 else f"each block: {forward} / {backward}"
-    blocks = [("block 0", "shown on the right"), ("...", each), (f"block {layout.num_layers - 1}", "")]
-    if layout.num_layers < 3:
-        blocks = [("block 0", "shown on the right"), ("block 1", each)][: layout.num_layers]
+    blocks = _block_rows(layout.num_layers, each)
     padded = ", padded" if layout.embedding.is_padded else ""
     steps: list[tuple[str, str, str, str]] = [
         ("tokens", "the same on every rank", _PAPER, ""),

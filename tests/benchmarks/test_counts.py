@@ -9,12 +9,12 @@ from torch import nn
 
 from argonne.config.presets import PRESETS
 from argonne.testing.models import loss_of, random_tokens, small_model
-from argonne.testing.saved_activations import saved_bytes
 from argonne.tp.architectures import ARGONNE_PLAN
 from argonne.tp.group import SimulatedTPGroup
 from argonne.tp.plan import build_slice_map
 from argonne.verification.simulate import simulate
 from model import ArgonneConfig, ArgonneModel
+from tests.benchmarks.saved_activations import saved_bytes
 from tp_shard import shard_tensor_parallel
 
 Traffic = dict[str, tuple[int, int]]

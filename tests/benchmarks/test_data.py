@@ -6,6 +6,7 @@ import os
 import pytest
 
 import argonne.benchmarks.data as benchmark_data
+import argonne.benchmarks.data_corpus as data_corpus
 import argonne.testing.corpus as corpus
 
 
@@ -20,8 +21,10 @@ def test_every_row_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         "FIRST_TOKENS": 1000,
         "FEED_STEPS": 5,
     }.items():
-        monkeypatch.setattr(benchmark_data, name, value)
-    monkeypatch.setattr(benchmark_data, "documents", lambda: corpus.short_texts(200, 300))
+        for module in (benchmark_data, data_corpus):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(data_corpus, "documents", lambda: corpus.short_texts(200, 300))
     cores = os.sched_getaffinity(0)
     report = benchmark_data.run(1)
     assert os.sched_getaffinity(0) == cores

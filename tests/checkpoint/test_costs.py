@@ -1,11 +1,11 @@
-"""Memory of loading and saving a checkpoint of a few GB; checkpoint_costs.py prints figures, and times."""
+"""Memory of loading and saving a checkpoint of a few GB; costs.py prints figures, and times."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from argonne.testing.checkpoint_costs import largest_tensor, make, measure
+from tests.checkpoint.costs import largest_tensor, make, measure
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

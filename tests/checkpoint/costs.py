@@ -1,6 +1,6 @@
 """What saving and loading a checkpoint of a few GB costs: anonymous memory of each rank, and time.
 
-    python -m argonne.testing.checkpoint_costs FOLDER [ROUNDS]
+    python -m tests.checkpoint.costs FOLDER [ROUNDS]
 
 saves and loads 2.7 GB on 1, 2 and 4 ranks, prints a line for each, then the time of ROUNDS saves beside that
 of writing the same bytes raw with fsync. The file is removed at the end.
