@@ -13,7 +13,8 @@ def test_flight_recorder_keeps_what_the_user_set(tmp_path: Path) -> None:
 
 
 def test_stacks_name_the_functions_of_every_thread(tmp_path: Path) -> None:
+    (tmp_path / "stats").mkdir()
     dump_stacks(tmp_path, 3)
-    text = (tmp_path / "stack_rank_3.txt").read_text()
+    text = (tmp_path / "stats" / "stack_rank_3.txt").read_text()
     assert "test_stacks_name_the_functions_of_every_thread" in text
     dump_stacks(tmp_path / "nowhere", 3)  # a disk that refuses costs the file only
