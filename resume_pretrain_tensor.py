@@ -214,6 +214,7 @@ def loop(run: Run) -> bool:
         run.report.info(f"Nothing to train: step {run.step}, --total-steps {config.training.total_steps}")
     else:
         run.feed.wait()  # maybe hours for a token cache: until the loop begins, a signal ends the run at once
+    control.record(total_steps=config.training.total_steps)
     control.begin(run.step)
     stop = False
     while run.step < config.training.total_steps and not stop:

@@ -135,8 +135,8 @@ heading "5/6  A sample from the trained model"
 "$python" scripts/generate.py --checkpoint-path "$checkpoint" --tokenizer-path "$corpus/tokenizer" \
     --prompt "    def __init__(self" --max-new-tokens 80 --temperature 0.6 --seed 1
 
-heading "6/6  The loss"
-"$python" scripts/plot_metrics.py "$run" --mark "$stopped_at=stopped with 2 processes, resumed with 1"
+heading "6/6  The curves"
+"$python" scripts/plot_training.py "$run" --mark "$stopped_at=stopped with 2 processes, resumed with 1"
 
 cat <<END
 
@@ -146,7 +146,7 @@ $(printf '  %-46s %s\n' \
     "$corpus/tokenizer/" "its tokenizer" \
     "$run/pretrained/*.pth" "checkpoints (at the stop and at the end)" \
     "$run/stats/training_metrics.jsonl" "one line per step" \
-    "$run/stats/loss.png" "the picture" \
+    "$run/stats/training.png, .html" "the curves" \
     "$run/*.log" "what torchrun and the libraries said")
 
 To train for real, on the 8 GPUs of one machine (README.md has the rest):

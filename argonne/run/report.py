@@ -223,6 +223,8 @@ class RunReport:
         }
         if self._flops_per_token and self._peak:
             line["mfu"] = self._flops_per_token * per_second / self._peak
+        if self._first_step and record.step == self._first_step + 1:
+            line["resumed"] = True
         return {**line, **record.extra}
 
     def sample(self, step: int, text: str) -> None:

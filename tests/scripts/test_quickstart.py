@@ -53,7 +53,7 @@ def test_the_whole_story_twice_and_an_interrupt(copy: Path) -> None:
         first, last = (sum(line["loss"] for line in part) / 20 for part in (lines[:20], lines[-20:]))
         assert last < first - 1.5
         assert len(list((run / "pretrained").glob("*.pth"))) == 2  # at the stop and at the end
-        assert (run / "stats" / "loss.png").stat().st_size > 10_000
+        assert (run / "stats" / "training.png").stat().st_size > 10_000
         assert "torchrun --standalone --nproc_per_node=8 resume_pretrain_tensor.py" in stdout
 
     process = quickstart(copy)
