@@ -64,6 +64,8 @@ class Run:
     tokens_processed: int = 0
     loss: float = 0.0
     """Of the last step."""
+    resumed_from: Path | None = None
+    """The checkpoint that this run began with; None: from scratch."""
     progress: DataProgress | None = None
     """Where the data stands after the last batch trained on (rank 0)."""
 
@@ -74,7 +76,7 @@ class Run:
             self.report.note(data_skipped=list(self.progress.skipped))
         if view is None:
             return
-        self.step = view.step
+        self.step, self.resumed_from = view.step, view.path
         self.control.record(checkpoint=str(view.path))
         self.tokens_processed = int(view.metadata.get("tokens_processed") or 0)
         self.loss = float(view.metadata.get("loss") or 0.0)
@@ -83,6 +85,23 @@ class Run:
             self.report.info(line)
         if (jump := rate_jump(view, Schedule.of(self.config.training))) is not None:
             self.report.warn(jump)
+
+    @property
+    def newest_checkpoint(self) -> Path | None:
+        """The last checkpoint written, or else the one resumed from."""
+        return self.keeper.newest or self.resumed_from
+
+    def finished_before(self) -> str:
+        """What to print where no step is left to train."""
+        training = self.config.training
+        flag, asked = "--total-steps", f"--total-steps {training.total_steps}"
+        if training.total_tokens is not None:
+            flag = "--total-tokens"
+            asked = f"the {training.total_steps} steps of --total-tokens {training.total_tokens}"
+        return (
+            f"This run has already finished: {self.resumed_from} is at step {self.step} of {asked}; "
+            f"give a larger {flag} to train on"
+        )
 
     def complete(self, batch: StepBatch, result: StepResult, step_seconds: float) -> None:
         """Count and record a step; NonFiniteError on all ranks where too many in a row were skipped."""
