@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from argonne.checkpoint.commit import clean_temporary_files
 from argonne.checkpoint.contents import estimate_checkpoint_bytes
-from argonne.checkpoint.export_hf import export_hf
+from argonne.checkpoint.export_hf import check_export_folder, export_hf
 from argonne.checkpoint.folder import find_checkpoints, later_checkpoints, own_checkpoints, prune
 from argonne.checkpoint.load import LoadReport, load_slices
 from argonne.checkpoint.parts import open_any
@@ -36,6 +36,7 @@ __all__ = [
     "LoadReport",
     "SaveEstimate",
     "SaveReport",
+    "check_export_folder",
     "check_model_config",
     "check_room",
     "checkpoint_path",
@@ -120,6 +121,8 @@ def _requested_checkpoint(
     if requested is not None and not folder.exists():
         raise CheckpointError(f"--checkpoint-path {requested} does not exist: name a file, a folder or NONE")
     if folder.is_file():
+        if ".safetensors" in folder.suffixes:
+            raise _weights_only(folder)
         reader = verify_checkpoint(folder)
         return CheckpointChoice(reader=reader, reason=f"resuming from {folder} (step {reader.step})")
     candidates = find_checkpoints(folder) if folder.is_dir() else []
@@ -127,10 +130,19 @@ def _requested_checkpoint(
     if not candidates and requested is not None and inner.is_dir():  # it names a run's --output-dir
         folder, candidates = inner, find_checkpoints(inner)
     if not candidates and requested is not None:
+        if any(folder.glob("*.safetensors*")):
+            raise _weights_only(folder)
         raise CheckpointError(f"--checkpoint-path {requested} holds no checkpoint (*_checkpoint_step_N.pth)")
     if not candidates:
         return CheckpointChoice(reader=None, reason=f"no checkpoint in {folder}: starting from scratch")
     return _newest_that_verifies(folder, candidates)
+
+
+def _weights_only(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"--checkpoint-path {path} holds weights only (safetensors), no training state: start from them with "
+        f"--init-from {path}"
+    )
 
 
 def _newest_that_verifies(folder: Path, candidates: list[tuple[int, Path]]) -> CheckpointChoice:

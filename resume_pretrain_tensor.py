@@ -9,7 +9,13 @@ at once.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: Ctrl-C during any import below ends in one line
+    from argonne.run.signals import leave_on_signals
+
+    leave_on_signals()
+
 import contextlib
+import dataclasses
 import importlib
 import os
 import sys
@@ -20,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from argonne.config.command_line import flag_values, parse_command_line
-from argonne.config.options import RunConfig, derive_accumulation
+from argonne.config.options import RunConfig, derive_accumulation, derive_steps
 from argonne.errors import RunError
 
 if TYPE_CHECKING:
@@ -54,19 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run and end the process: 0 (done), 1 (failed), 2 (wrong flags) or 75 (stopped by a signal, saved)."""
     config = parse_command_line(argv)
 
-    from argonne.ranks.faults import run_error_of
     from argonne.ranks.launch import Environment
+
+    try:
+        environment = Environment.read(config.parallel.local_rank)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+    from argonne.ranks.faults import run_error_of
     from argonne.ranks.world import disconnect
     from argonne.run.control import RunControl
     from argonne.run.report import RunReport
     from argonne.run.traces import enable_flight_recorder
 
     output_dir = Path(config.output.output_dir)
-    try:
-        environment = Environment.read(config.parallel.local_rank)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     enable_flight_recorder(output_dir, os.environ)
     report = RunReport(output_dir, rank=environment.rank, log_interval=config.output.log_interval)
     control = RunControl(
@@ -114,7 +122,8 @@ def train(config: RunConfig, environment: Environment, control: RunControl, repo
     world = connect_ranks(config, environment, control)
     ended = claim_output(control, world)
     if ended is not None:
-        report.info(f"An earlier attempt of this launch {ended[0]} ({ended[1]}): there is nothing left to do")
+        why = f" ({ended[1]})" if ended[1] else ""
+        report.info(f"An earlier attempt of this launch has {ended[0]}{why}: nothing is left to do")
         return control.finish(*ended)
     start = choose_start(config, control, report, world)
     run = build_run(config, start, control, report, world)
@@ -167,6 +176,8 @@ def build_run(config: RunConfig, start: Start, control: RunControl, report: RunR
     parallel = build_parallel(world, tp_size)
     accumulation = derive_accumulation(training, parallel.dp_size)
     samples_per_step = training.batch_size * accumulation * parallel.dp_size
+    training = derive_steps(training, samples_per_step)
+    config = dataclasses.replace(config, training=training)
     opened, feed = open_feed(config, start, samples_per_step, report, world)
 
     trained = build_model(start.settings, config.parallel, training, parallel)
@@ -211,7 +222,7 @@ def loop(run: Run) -> bool:
 
     config, control, keeper = run.config, run.control, run.keeper
     if run.step >= config.training.total_steps:
-        run.report.info(f"Nothing to train: step {run.step}, --total-steps {config.training.total_steps}")
+        run.report.info(run.finished_before())
     else:
         run.feed.wait()  # maybe hours for a token cache: until the loop begins, a signal ends the run at once
     control.record(total_steps=config.training.total_steps)
@@ -240,13 +251,13 @@ def loop(run: Run) -> bool:
 def close(run: Run, stopped: bool) -> int:
     """Prove the last checkpoint, export a finished model where asked, end together; the exit code."""
     from argonne.ranks.agree import barrier
-    from argonne.training.setup import export_if_asked
+    from argonne.training.final_model import export_if_asked
 
     control, report, world = run.control, run.report, run.trained.parallel
     run.feed.close()
     run.keeper.close(save_again=run.save)
     if not stopped:
-        export_if_asked(run.config, run.keeper.newest, run.settings, world, control, report)
+        export_if_asked(run.config, run.newest_checkpoint, run.settings, world, control, report)
     barrier(world)
     state, reason = ("stopped", control.stop_reason()) if stopped else ("finished", None)
     report.info(f"{state.capitalize()} at step {run.step}" + (f" ({reason})" if reason else ""))

@@ -41,16 +41,19 @@ def export_hf(
     *,
     dtype: torch.dtype = torch.bfloat16,
     trust_remote_code: bool = False,
+    flag: str = "--output-dir",
 ) -> Path:
     """Write the folder and return it.
 
     It appears whole or not at all: everything is written beside it and renamed. An earlier export in
-    ``output_dir`` is replaced. Raises ConfigError for any other folder that is not empty and for a tokenizer
+    ``output_dir`` is replaced. ``flag`` names the folder in messages.
+
+    Raises ConfigError for any other folder that is not empty and for a tokenizer
     larger than the model's vocabulary, DataError for one that does not load, and CheckpointError where the
     disk fails or a weight is not finite.
     """
     output_dir = Path(output_dir)
-    _check_target(output_dir)
+    check_export_folder(output_dir, flag)
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code)
     if len(tokenizer) > model_config["vocab_size"]:
         raise ConfigError(
@@ -74,15 +77,14 @@ def export_hf(
     return output_dir
 
 
-def _check_target(folder: Path) -> None:
+def check_export_folder(folder: Path, flag: str) -> None:
+    """Raise ConfigError naming ``flag`` where an export would replace what is no export."""
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ConfigError(f"--output-dir {folder} is a file: name a folder")
+        raise ConfigError(f"{flag} {folder} is a file: name a folder")
     if any(folder.iterdir()) and not _is_export(folder):
-        raise ConfigError(
-            f"--output-dir {folder} is not empty and not an earlier export: name another folder"
-        )
+        raise ConfigError(f"{flag} {folder} is not empty and not an earlier export: name another folder")
 
 
 def _is_export(folder: Path) -> bool:

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import math
 import socket
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from argonne.errors import ConfigError, DeviceError
 from argonne.ranks.faults import cannot_join
 from argonne.ranks.launch import Environment
-from argonne.tp.plan import check_degree, degree_fits
+from argonne.tp.plan import check_degree, degree_fits, degree_list, fitting_degrees
 
 AGREEMENT_TIMEOUT = timedelta(days=7)
 """Of the gloo groups: ranks wait in them through the longest save; a dead peer ends the wait at once."""
@@ -52,7 +54,7 @@ class World:
     world_size: int
     local_rank: int
     local_world_size: int
-    """Ranks on this host."""
+    """Ranks on each host; the greatest common divisor where the hosts differ."""
     device: torch.device
     control_group: dist.ProcessGroup | None
     """All ranks over gloo, for agreement, checkpoints and errors; None in a single process."""
@@ -129,23 +131,27 @@ def disconnect() -> None:
 
 
 def _check_places(environment: Environment, device: torch.device, group: dist.ProcessGroup) -> int:
-    """Ranks on this host; raises DeviceError on all ranks where two of them share a GPU."""
+    """Ranks on each host (their greatest common divisor where the hosts differ), the same on all ranks.
+
+    Raises DeviceError on all ranks where two of them share a GPU.
+    """
     if device.type == "cuda":
         gpu = str(torch.cuda.get_device_properties(device).uuid)
     else:
         gpu = ""
     places: list[Any] = [None] * environment.world_size
     host = socket.gethostname()
-    dist.all_gather_object(places, (host, gpu), group=group)
+    dist.all_gather_object(places, (host, gpu, environment.local_world_size), group=group)
     seen: dict[tuple[str, str], int] = {}
-    for rank, place in enumerate(places):
-        if gpu and place in seen:
+    for rank, (name, device_id, _) in enumerate(places):
+        if device_id and (name, device_id) in seen:
             raise DeviceError(
-                f"ranks {seen[place]} and {rank} share one GPU of {place[0]}: start one process per GPU "
-                "(--nproc_per_node, or CUDA_VISIBLE_DEVICES for each process)"
+                f"ranks {seen[name, device_id]} and {rank} share one GPU of {name}: start one process per "
+                "GPU (--nproc_per_node, or CUDA_VISIBLE_DEVICES for each process)"
             )
-        seen[place] = rank
-    return environment.local_world_size or sum(place[0] == host for place in places)
+        seen[name, device_id] = rank
+    ranks_of = Counter(name for name, _, _ in places)
+    return math.gcd(*(told or ranks_of[name] for name, _, told in places))
 
 
 def default_tp_size(local_world_size: int, query_heads: int, key_value_heads: int) -> int:
@@ -160,13 +166,13 @@ def resolve_tp_size(
     """The tensor-parallel degree; raises ConfigError naming the degrees that work."""
     if requested is None:
         return default_tp_size(local_world_size, query_heads, key_value_heads)
-    check_degree(query_heads, key_value_heads, requested)
+    check_degree(query_heads, key_value_heads, requested, world_size)
     if world_size % requested:
-        fitting = [d for d in range(1, world_size + 1) if world_size % d == 0]
-        fitting = [d for d in fitting if degree_fits(query_heads, key_value_heads, d)]
+        degrees = fitting_degrees(query_heads, key_value_heads)
         raise ConfigError(
-            f"--tensor-parallel-size {requested} does not divide the {world_size} processes started; "
-            f"use {' or '.join(map(str, fitting))}, or start a multiple of {requested} processes"
+            f"--tensor-parallel-size {requested} does not divide the {world_size} processes started; use "
+            f"{degree_list([degree for degree in degrees if world_size % degree == 0])}, or start a multiple "
+            f"of {requested} processes"
         )
     return requested
 

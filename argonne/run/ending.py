@@ -27,7 +27,7 @@ from argonne.errors import (
 from argonne.run.lock import OutputLock
 from argonne.run.peers import Note, Peers
 from argonne.run.processes import Launch, kill_children
-from argonne.run.signals import SignalInbox
+from argonne.run.signals import SignalInbox, unsaved_line
 from argonne.run.stalls import Progress
 from argonne.run.status import RunStatus, mark_failed
 from argonne.run.traces import dump_stacks
@@ -88,7 +88,7 @@ class Ending:
                     return self._death(dead)
                 if left := self.left_peer():
                     if left[1].state == "stopped":
-                        self.leave(self._launch.stop_code, None, left[1])
+                        self._leave_unsaved(left[1])
                     return _ToldError(f"rank {left[0]}: {left[1].text}")
                 time.sleep(0.1)
         if isinstance(error, RunError):
@@ -141,17 +141,24 @@ class Ending:
         note = Note(state="failed", text=str(error))
         self.leave(error.exit_code, self._line(error, note), note)
 
-    def leave_stopped(self, text: str, line: str | None) -> NoReturn:
-        """End as stopped before there was anything to save."""
-        self.leave(self._launch.stop_code, line, Note(state="stopped", text=text, final=True))
+    def leave_unsaved(self, text: str, code: int, line: str | None = None) -> NoReturn:
+        """End as stopped before there was anything to save; rank 0 says so where no ``line`` is given."""
+        code = self._launch.unsaved_code(code)
+        self._leave_unsaved(Note(state="stopped", text=text, final=True, code=code), line)
+
+    def _leave_unsaved(self, note: Note, line: str | None = None) -> NoReturn:
+        if line is None and self._rank == 0:
+            line = unsaved_line(note.text)
+        self.leave(note.code, line, note)
 
     def follow(self) -> None:
         """End with a peer that died, or that said why it failed."""
         if self.peers is not None and (dead := self.peers.dead()):
             self.leave_for(self._death(dead))
         if (left := self.left_peer()) is not None:
-            stopped = left[1].state == "stopped"
-            self.leave(self._launch.stop_code if stopped else EXIT_FAILURE, None, left[1])
+            if left[1].state == "stopped":
+                self._leave_unsaved(left[1])
+            self.leave(EXIT_FAILURE, None, left[1])
 
     def left_peer(self) -> tuple[int, Note] | None:
         """A rank that ended while this one would continue: it failed, or stopped before the first step."""

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+from argonne.errors import EXIT_FAILURE
 from argonne.run.processes import process_fields
 from argonne.run.stalls import Beat, Progress, StallJudge, Verdict
 
@@ -37,6 +38,8 @@ class Note:
     text: str
     final: bool = False
     """whether a restart would only repeat it"""
+    code: int = EXIT_FAILURE
+    """exit code of the ranks that end with it, where it stopped before the first step"""
 
 
 class Peers:

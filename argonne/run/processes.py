@@ -37,6 +37,10 @@ class Launch:
         """Exit code of a run stopped by a signal after saving: 75, but 0 where that would restart it."""
         return 0 if self.may_restart else EXIT_STOPPED
 
+    def unsaved_code(self, code: int) -> int:
+        """Exit code of a run stopped with nothing saved: ``code``, but 0 where that would restart it."""
+        return 0 if self.may_restart else code
+
     def grace_warning(self, save_seconds: float) -> str | None:
         """What to warn of at the start where a save takes longer than torchrun waits after a signal."""
         grace = self.grace_seconds

@@ -1,5 +1,6 @@
 """Signals that stop a run: how they are received, and whether one insists on an earlier one."""
 
+import contextlib
 import os
 import select
 import signal
@@ -10,6 +11,39 @@ SAME_SIGNAL_SECONDS = 2.0
 """A signal of the same kind within this time is the same request: Slurm and torchrun both send it."""
 SAME_INTERRUPT_SECONDS = 0.3
 """The same for SIGINT, which a person repeats faster."""
+
+
+def unsaved_line(text: str) -> str:
+    """The line of a run that a signal ends before its first step; ``text`` of :func:`too_early`."""
+    return f"stopped by {text}: nothing was saved, the same command starts again"
+
+
+def too_early(number: int) -> str:
+    """What ended a run that had nothing to save yet."""
+    return f"{signal.Signals(number).name} before the first step"
+
+
+def leave_on_signals() -> None:
+    """Until an inbox is opened, a stop signal ends the process at once, in one line from rank 0.
+
+    To be called from the main thread before anything large is imported: a KeyboardInterrupt would come out
+    of the middle of an import.
+    """
+    for number in STOP_SIGNALS:
+        if not _deaf(number):
+            signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: object) -> None:
+    if os.environ.get("RANK", "").strip() in ("", "0"):
+        with contextlib.suppress(OSError):
+            os.write(2, unsaved_line(too_early(number)).encode() + b"\n")
+    os._exit(128 + number)
+
+
+def _deaf(number: int) -> bool:
+    """nohup, or a shell's background: a lost terminal or a Ctrl-C for another is no reason to stop."""
+    return number in (signal.SIGHUP, signal.SIGINT) and signal.getsignal(number) == signal.SIG_IGN
 
 
 class SignalInbox:
@@ -29,9 +63,7 @@ class SignalInbox:
         self._write.setblocking(False)
         signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
-            # nohup, or a shell's background: a lost terminal or a Ctrl-C for another is no reason to stop.
-            deaf = number in (signal.SIGHUP, signal.SIGINT) and signal.getsignal(number) == signal.SIG_IGN
-            if not deaf:
+            if not _deaf(number):
                 signal.signal(number, lambda number, frame: None)
         # A forked child would send its own signals down our wake-up socket: give it the ordinary ones back.
         os.register_at_fork(after_in_child=self._in_child)

@@ -14,7 +14,7 @@ from argonne.errors import EXIT_FAILURE, PeerError, rank_list
 from argonne.run.ending import Ending
 from argonne.run.peers import Note, Peers
 from argonne.run.processes import Launch
-from argonne.run.signals import SignalInbox
+from argonne.run.signals import SignalInbox, too_early
 from argonne.run.stalls import Progress, Verdict
 
 BOUNDARY_SECONDS = 10.0
@@ -129,12 +129,12 @@ class Watcher:
         self._request(f"{number.name}" if self._rank == 0 else f"{number.name} to rank {self._rank}")
 
     def _leave_before_the_first_step(self, number: signal.Signals) -> NoReturn:
-        text, line = f"{number.name} before the first step", None
+        text, line = too_early(number), None
         absent = self._peers.absent() if self._peers is not None else []
         if self._peers is not None and absent:  # torchrun sends it, too, when one of them has died
             text += f", before {rank_list(absent)} had joined: look for its last message above"
             line = f"error: left on {text}" if self._peers.is_first_left(absent) else None
-        self._ending.leave_stopped(text, line)
+        self._ending.leave_unsaved(text, 128 + number, line)
 
     def _request(self, reason: str) -> None:
         if self.reason is None:
@@ -168,7 +168,7 @@ class Watcher:
     def _end_of_time(self, reason: str) -> None:
         if not self._progress.looping:  # a corpus may be tokenized for hours, which is kept
             text = f"{reason} was over before the first step: give the run more time"
-            self._ending.leave_stopped(text, f"error: {text}" if self._rank == 0 else None)
+            self._ending.leave_unsaved(text, EXIT_FAILURE, f"error: {text}" if self._rank == 0 else None)
         self._request(reason)
 
     def _give_up_agreement(self, peers: Peers) -> NoReturn:

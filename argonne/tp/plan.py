@@ -8,6 +8,7 @@ drives splitting, gathering, initial values, clipping and checkpoints, through t
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -135,16 +136,29 @@ def fitting_degrees(query_heads: int, key_value_heads: int) -> list[int]:
     ]
 
 
-def check_degree(query_heads: int, key_value_heads: int, tp_size: int) -> None:
-    """Raise ConfigError, naming the degrees that work, where ``tp_size`` does not fit the heads."""
+def check_degree(query_heads: int, key_value_heads: int, tp_size: int, processes: int = 0) -> None:
+    """Raise ConfigError where ``tp_size`` does not fit the heads.
+
+    It names the degrees that work; where the number of ``processes`` is given, those that divide it too.
+    """
     if degree_fits(query_heads, key_value_heads, tp_size):
         return
-    degrees = [str(degree) for degree in fitting_degrees(query_heads, key_value_heads)]
-    listed = degrees[0] if len(degrees) == 1 else f"{', '.join(degrees[:-1])} or {degrees[-1]}"
-    raise ConfigError(
-        f"--tensor-parallel-size {tp_size} does not divide {key_value_heads} key/value heads or "
-        f"{query_heads} attention heads; use {listed}"
+    degrees = [degree for degree in fitting_degrees(query_heads, key_value_heads) if processes % degree == 0]
+    more = (
+        ", nor is it a multiple of them"
+        if query_heads % tp_size == 0
+        else f" or {query_heads} attention heads"
     )
+    raise ConfigError(
+        f"--tensor-parallel-size {tp_size} does not divide {key_value_heads} key/value heads{more}; "
+        f"use {degree_list(degrees)}"
+    )
+
+
+def degree_list(degrees: Sequence[int]) -> str:
+    """Degrees as a message names them: ``1, 2 or 4``."""
+    *others, last = [str(degree) for degree in degrees]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _weight_cut(rule: Rule, shape: Shape, heads: HeadCounts, tp_size: int, dimension: int) -> Cut:

@@ -1,8 +1,7 @@
-"""What happens once, before and after the loop: output folder, tokenizer, checkpoint, data, export."""
+"""What happens once, before the loop: output folder, tokenizer, checkpoint, data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,14 @@ from argonne.run.lock import prepare_output_dir
 from argonne.run.report import RunReport
 from argonne.run.status import already_ended
 from argonne.training.build import TrainedModel, model_settings
+from argonne.training.final_model import check_final_model_dir
 from argonne.verification.compare import compare_with_unsharded
 from checkpointing import (
     CheckpointView,
     check_room,
     clean_temporary_files,
-    export_hf,
     open_chosen,
     own_checkpoints,
-    verify_checkpoint,
 )
 from data_stream import OpenedStream, SourceOptions, StepFeed, load_tokenizer, open_stream
 
@@ -84,7 +82,8 @@ def tokenizer_on_rank_0(config: RunConfig, world: World) -> tuple[Any, int]:
 
 
 def choose_start(config: RunConfig, control: RunControl, report: RunReport, world: World) -> Start:
-    """Tokenizer, checkpoint and shape of the model, the same on all ranks."""
+    """Tokenizer, checkpoint and shape of the model, the same on all ranks; the export's folder is checked."""
+    on_rank_0(lambda: check_final_model_dir(config), world)
     tokenizer, tokenizer_size = tokenizer_on_rank_0(config, world)
     view, reason, warnings = open_chosen(
         config.checkpoint.checkpoint_path,
@@ -186,30 +185,3 @@ def verify_if_asked(config: RunConfig, trained: TrainedModel, control: RunContro
     with control.phase("verify"):
         result = compare_with_unsharded(trained.model, trained.wrapped, parallel, tokens, dtype=trained.dtype)
     report.info(f"Verified the split: {result.summary()}")
-
-
-def export_if_asked(
-    config: RunConfig,
-    checkpoint: Path | None,
-    settings: Mapping[str, Any],
-    world: World,
-    control: RunControl,
-    report: RunReport,
-) -> None:
-    """Export the finished run's last checkpoint to --final-model-dir; on rank 0, the others wait."""
-    target = config.output.final_model_dir
-    if target is None or checkpoint is None:
-        return
-
-    def export() -> None:
-        export_hf(
-            verify_checkpoint(checkpoint),
-            dict(settings),
-            config.data.tokenizer_path,
-            Path(target),
-            trust_remote_code=config.data.trust_remote_code,
-        )
-
-    with control.phase("export"):
-        on_rank_0(export, world)
-    report.info(f"Exported the model to {target}")

@@ -17,8 +17,16 @@ from argonne.errors import NonFiniteError
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport, StepRecord
 from argonne.training.build import TrainedModel
+from argonne.training.changes import (
+    SETTINGS_KEY,
+    changed_settings,
+    rate_jump,
+    run_settings,
+    saved_settings,
+)
 from argonne.training.generation import generate_text
 from argonne.training.keeper import CheckpointKeeper
+from argonne.training.schedule import Schedule
 from argonne.training.step import StepResult, TrainingStep
 from argonne.verification.replicas import check_replicas
 from checkpointing import CheckpointView
@@ -56,21 +64,44 @@ class Run:
     tokens_processed: int = 0
     loss: float = 0.0
     """Of the last step."""
+    resumed_from: Path | None = None
+    """The checkpoint that this run began with; None: from scratch."""
     progress: DataProgress | None = None
     """Where the data stands after the last batch trained on (rank 0)."""
 
     def restore(self, view: CheckpointView | None) -> None:
-        """Counters from the checkpoint; where the data begins, from the source."""
+        """Counters from the checkpoint, and what this run changes; where the data begins, from the source."""
         if self.opened is not None:
             self.progress = self.opened.start
             self.report.note(data_skipped=list(self.progress.skipped))
         if view is None:
             return
-        self.step = view.step
+        self.step, self.resumed_from = view.step, view.path
         self.control.record(checkpoint=str(view.path))
         self.tokens_processed = int(view.metadata.get("tokens_processed") or 0)
         self.loss = float(view.metadata.get("loss") or 0.0)
         self.one_step.scaler.load_state_dict(view.metadata.get("loss_scaler") or {})
+        for line in changed_settings(saved_settings(view), self._settings()):
+            self.report.info(line)
+        if (jump := rate_jump(view, Schedule.of(self.config.training))) is not None:
+            self.report.warn(jump)
+
+    @property
+    def newest_checkpoint(self) -> Path | None:
+        """The last checkpoint written, or else the one resumed from."""
+        return self.keeper.newest or self.resumed_from
+
+    def finished_before(self) -> str:
+        """What to print where no step is left to train."""
+        training = self.config.training
+        flag, asked = "--total-steps", f"--total-steps {training.total_steps}"
+        if training.total_tokens is not None:
+            flag = "--total-tokens"
+            asked = f"the {training.total_steps} steps of --total-tokens {training.total_tokens}"
+        return (
+            f"This run has already finished: {self.resumed_from} is at step {self.step} of {asked}; "
+            f"give a larger {flag} to train on"
+        )
 
     def complete(self, batch: StepBatch, result: StepResult, step_seconds: float) -> None:
         """Count and record a step; NonFiniteError on all ranks where too many in a row were skipped."""
@@ -127,6 +158,9 @@ class Run:
             return {}
         return self.opened.position_dict(self.progress)
 
+    def _settings(self) -> dict[str, Any]:
+        return run_settings(self.config.training, self.trained.dtype, self.samples_per_step)
+
     def check_replicas_if_due(self) -> None:
         """Compare what several ranks hold alike; PeerError on all ranks where a copy has drifted."""
         interval = self.config.parallel.replica_check_interval
@@ -152,6 +186,7 @@ class Run:
             "loss_scaler": dict(self.one_step.scaler.state_dict()),
             "global_batch_size": self.samples_per_step,
             "seed": self.config.training.seed,
+            SETTINGS_KEY: self._settings(),
             "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **data,
         }

@@ -128,3 +128,32 @@ def test_torch_versions_with_known_holes_are_refused() -> None:
             require_safe_torch(version)
     for version in ("2.10.0", "2.13.0+cpu", "3.0"):
         require_safe_torch(version)
+
+
+@pytest.mark.parametrize(
+    ("path", "files"),
+    [
+        ("model.safetensors", ["model.safetensors"]),
+        (".", ["model.safetensors", "config.json"]),
+        (".", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
+        ("model.safetensors.index.json", ["model.safetensors.index.json"]),
+    ],
+)
+def test_weights_without_a_training_state_name_the_flag_that_takes_them(
+    tmp_path: Path, path: str, files: list[str]
+) -> None:
+    for name in files:
+        (tmp_path / name).write_bytes(b"weights")
+    requested = str(tmp_path / path)
+    with pytest.raises(CheckpointError) as refusal:
+        choose_checkpoint(requested, tmp_path / "out")
+    assert f"--checkpoint-path {requested} holds weights only (safetensors)" in str(refusal.value)
+    assert str(refusal.value).endswith(f"--init-from {requested}")
+
+
+def test_safetensors_beside_checkpoints_do_not_matter(output_dir: Path) -> None:
+    (output_dir / "model.safetensors").touch()
+    (output_dir / "pretrained" / "model.safetensors").touch()
+    for requested in (output_dir, output_dir / "pretrained"):
+        choice = choose_checkpoint(str(requested), output_dir)
+        assert choice.reader is not None and choice.reader.step == 11

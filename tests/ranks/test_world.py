@@ -1,5 +1,7 @@
 """The device of a process, and the tensor-parallel degree of a world."""
 
+import re
+
 import pytest
 import torch
 
@@ -18,6 +20,29 @@ def test_default_degree_is_the_largest_that_fits_a_node() -> None:
 def test_degree_that_does_not_divide_the_processes_is_refused() -> None:
     with pytest.raises(ConfigError, match="does not divide the 6 processes started; use 1 or 2"):
         resolve_tp_size(4, world_size=6, local_world_size=6, query_heads=8, key_value_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("requested", "processes", "text"),
+    [
+        (3, 4, "3 does not divide 8 key/value heads, nor is it a multiple of them; use 1, 2 or 4"),
+        (5, 6, "5 does not divide 8 key/value heads or 24 attention heads; use 1 or 2"),
+        (16, 16, "16 does not divide 8 key/value heads or 24 attention heads; use 1, 2, 4 or 8"),
+        (3, 3, "3 does not divide 8 key/value heads, nor is it a multiple of them; use 1"),
+        (8, 12, "8 does not divide the 12 processes started; use 1, 2 or 4, or start a multiple of 8"),
+        (24, 8, "24 does not divide the 8 processes started; use 1, 2, 4 or 8, or start a multiple of 24"),
+    ],
+)
+def test_refused_degrees_name_those_that_fit_heads_and_processes(
+    requested: int, processes: int, text: str
+) -> None:
+    heads = {"query_heads": 24, "key_value_heads": 8}
+    with pytest.raises(ConfigError) as refusal:
+        resolve_tp_size(requested, world_size=processes, local_world_size=processes, **heads)
+    assert f"--tensor-parallel-size {text}" in str(refusal.value)
+    named = re.findall(r"\d+", str(refusal.value).partition("; use ")[2].partition(", or start")[0])
+    for degree in map(int, named):
+        assert resolve_tp_size(degree, world_size=processes, local_world_size=processes, **heads) == degree
 
 
 def test_the_gpu_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

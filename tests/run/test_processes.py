@@ -15,7 +15,8 @@ def launch_of(**changes: Any) -> Launch:
 
 
 def test_a_stop_is_no_failure_where_torchrun_may_restart() -> None:
-    assert launch_of().stop_code == 75
+    assert launch_of().stop_code == 75 and launch_of().unsaved_code(130) == 130
+    assert launch_of(max_restarts=3).unsaved_code(130) == 0
     assert launch_of(max_restarts=3).stop_code == 0
     assert launch_of(max_restarts=3, restart_count=3).stop_code == 75
 

@@ -2,13 +2,18 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from argonne.run.signals import SignalInbox
+from tests import ROOT
 from tests.run.pretended import Start, elastic, ended, status_of, wait_for, wait_for_step
+
+NOTHING_SAVED = "nothing was saved, the same command starts again"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
@@ -37,7 +42,7 @@ def test_a_second_interrupt_leaves_at_once_even_in_a_save(start: Start, tmp_path
     assert all(rank.poll() is None for rank in ranks)
     for rank in ranks:
         rank.send_signal(signal.SIGTERM)  # what torchrun sends at a second Ctrl-C
-    outcomes = ended(ranks, 8.0)
+    outcomes = ended(ranks)
     assert [code for code, _ in outcomes] == [128 + signal.SIGTERM] * 2
     assert "".join(errors for _, errors in outcomes).count("error: ") == 1
     assert not (tmp_path / "saved").exists()
@@ -62,7 +67,7 @@ def test_the_same_signal_again_after_a_while_leaves_at_once(start: Start, tmp_pa
         for rank in ranks:
             rank.send_signal(signal.SIGTERM)
         time.sleep(2.5)
-    outcomes = ended(ranks, 8.0)
+    outcomes = ended(ranks)
     assert [code for code, _ in outcomes] == [128 + signal.SIGTERM] * 2
     assert "".join(errors for _, errors in outcomes).count("error: left at once on a second SIGTERM") == 1
     assert not (tmp_path / "saved").exists() and status_of(tmp_path)["state"] == "stopped"
@@ -73,7 +78,8 @@ def test_a_signal_before_the_first_step_ends_at_once(start: Start, tmp_path: Pat
     wait_for(lambda: (tmp_path / "store_0" / "starting_1").exists())
     for rank in ranks:
         rank.send_signal(signal.SIGTERM)
-    assert ended(ranks, 8.0) == [(75, ""), (75, "")]
+    line = f"stopped by SIGTERM before the first step: {NOTHING_SAVED}\n"
+    assert ended(ranks) == [(128 + signal.SIGTERM, line), (128 + signal.SIGTERM, "")]
     assert status_of(tmp_path)["state"] == "stopped"
 
 
@@ -81,7 +87,8 @@ def test_a_rank_stopped_before_the_first_step_takes_the_others_along(start: Star
     ranks = start(2, environ=elastic(most=1), start_seconds=60)
     wait_for(lambda: (tmp_path / "store_0" / "starting_1").exists())
     ranks[1].send_signal(signal.SIGTERM)
-    assert ended(ranks, 60.0) == [(0, ""), (0, "")]  # no failure, which torchrun would answer by a restart
+    line = f"stopped by SIGTERM before the first step: {NOTHING_SAVED}\n"
+    assert ended(ranks) == [(0, line), (0, "")]  # no failure, which torchrun would answer by a restart
     assert status_of(tmp_path)["state"] == "stopped" and status_of(tmp_path)["final"]
 
 
@@ -133,3 +140,35 @@ def test_the_inbox_gets_stop_signals_only() -> None:
     finally:
         signal.set_wakeup_fd(before)
         signal.signal(signal.SIGUSR2, usual)
+
+
+EARLY = """
+import os, signal, sys
+from argonne.run.signals import leave_on_signals
+if sys.argv[2:]:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+leave_on_signals()
+os.kill(os.getpid(), int(sys.argv[1]))
+import json
+print("still here")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("rank", ["", "0", "1"])
+def test_a_signal_during_the_imports_is_one_line_of_rank_0(number: signal.Signals, rank: str) -> None:
+    environ = {**os.environ, "RANK": rank}
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY, str(int(number))], cwd=ROOT, env=environ, capture_output=True, text=True
+    )
+    line = (
+        f"stopped by {number.name} before the first step: nothing was saved, the same command starts again\n"
+    )
+    assert (done.returncode, done.stdout) == (128 + number, "")
+    assert done.stderr == ("" if rank == "1" else line)
+
+
+def test_an_interrupt_that_the_parent_ignores_is_ignored() -> None:
+    command = [sys.executable, "-c", EARLY, str(int(signal.SIGINT)), "deaf"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "still here\n", "")

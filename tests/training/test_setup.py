@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from argonne.config.options import DataOptions, OutputOptions, ParallelOptions, TrainingOptions
+from argonne.config.options import DataOptions, ParallelOptions, TrainingOptions
 from argonne.errors import CheckpointError, DataError, RunError
 from argonne.ranks.launch import Environment
 from argonne.ranks.world import World
@@ -21,7 +21,6 @@ from argonne.training.setup import (
     check_room_on_rank_0,
     choose_start,
     claim_output,
-    export_if_asked,
     open_feed,
     source_options,
     tokenizer_on_rank_0,
@@ -144,17 +143,3 @@ def test_the_split_is_verified_where_asked(tmp_path: Path, capsys: pytest.Captur
     verify_if_asked(asked, trained, control, report)
     assert "Verified the split: " in capsys.readouterr().out
     assert all(parameter.grad is None for parameter in trained.model.parameters())
-
-
-def test_no_export_without_a_folder_or_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    control, report = control_and_report(tmp_path)
-    exported: list[Path] = []
-    monkeypatch.setattr("argonne.training.setup.export_hf", lambda *args, **_: exported.append(args[3]))
-    monkeypatch.setattr("argonne.training.setup.verify_checkpoint", lambda path: path)
-    target = tmp_path / "model"
-    asked = run_config(tmp_path, output=OutputOptions(output_dir=str(tmp_path), final_model_dir=str(target)))
-    export_if_asked(run_config(tmp_path), tmp_path / "c.pth", {}, ALONE, control, report)
-    export_if_asked(asked, None, {}, ALONE, control, report)
-    assert exported == []
-    export_if_asked(asked, tmp_path / "c.pth", {}, ALONE, control, report)
-    assert exported == [target] and control.progress.phase == "start"
