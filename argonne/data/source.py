@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from argonne.data.documents import Counts, Document, DocumentReader
 from argonne.data.encoder_pool import EncoderPool
 from argonne.data.position import DataPosition
 from argonne.data.samplers import PackedSampler, Sampler, WindowSampler
-from argonne.data.shards import DEFAULT_TEXT_COLUMN, Shard
-from argonne.data.stream import Counts, Document, DocumentReader, encoded_documents
+from argonne.data.shards import Shard
+from argonne.data.stream import encoded_documents
 from argonne.data.tokenizer import EncoderRecipe
 
 NO_HASH = "0" * 32
@@ -22,28 +23,24 @@ NO_HASH = "0" * 32
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """Everything that decides the tokens of a step, and how they are made."""
+    """Everything that decides the tokens of a step, and how they are made; the flags have the defaults."""
 
     data_glob: str
     block_size: int
     samples_per_step: int
     """G: sequences of one optimizer step over all data-parallel ranks."""
-    text_column: str | None = None
-    streaming: bool = True
-    packing: bool = True
-    seed: int = 0
+    text_column: str
+    streaming: bool
+    packing: bool
+    seed: int
     """Of the non-streaming order."""
-    num_proc: int = 8
+    num_proc: int
     """Tokenizing workers at most (cut to the CPUs)."""
-    trust_remote_code: bool = False
-    skip_bad_shards: bool = False
-    allow_data_change: bool = False
-    cache_dir: Path | None = None
+    trust_remote_code: bool
+    skip_bad_shards: bool
+    allow_data_change: bool
+    cache_dir: Path | None
     """Where the shard index and the non-streaming token cache lie."""
-
-    @property
-    def column(self) -> str:
-        return self.text_column or DEFAULT_TEXT_COLUMN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +106,7 @@ class StreamingSource:
         self._skipped = list(progress.skipped)
         position = progress.position
         reader = DocumentReader(
-            shards, options.column, position, options.skip_bad_shards, progress.counts, self._skipped
+            shards, options.text_column, position, options.skip_bad_shards, progress.counts, self._skipped
         )
         self._pool = EncoderPool(recipe, options.num_proc)
         batches = encoded_documents(iter(reader), self._pool)

@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import argonne.data.encoder_pool as data_worker
+import argonne.data.encoder_pool as encoder_pool
 import argonne.data.stream as data_stream
 import argonne.data.tokenizer as data_tokenize
 import argonne.testing.corpus as corpus
 from argonne.data.feed import StepBatch
 from argonne.data.source import DataProgress, SourceOptions
+from argonne.testing.sources import source_options
 from data_stream import OpenedStream, open_stream
 
 PIECE = 700
@@ -167,13 +168,13 @@ def run_case(seed: int, folder: Path, tokenizer: Any, monkeypatch: pytest.Monkey
     print(f"seed {seed}")
     rng = random.Random(seed)
     monkeypatch.setattr(data_tokenize, "PIECE_CHARACTERS", PIECE)
-    monkeypatch.setattr(data_worker, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(encoder_pool, "usable_cpus", lambda: 3)
     write_random_corpus(folder, rng)
     reference = Reference.read(folder, tokenizer)
     packing = rng.random() < 0.7
     sizes = [len(ids) for _, _, ids in reference.documents]
     size = rng.randint(1, 200) if packing else rng.randint(1, max(1, max(sizes) - 1))
-    options = SourceOptions(data_glob=str(folder), block_size=size, samples_per_step=1, packing=packing)
+    options = source_options(str(folder), block_size=size, samples_per_step=1, packing=packing)
     taken, stream_hash, samples, expected = 0, "0" * 32, 0, reference.windows(size)
     source: OpenedStream | None = None
     progress: DataProgress | None = None
@@ -231,7 +232,7 @@ def run_pipeline_case(seed: int, folder: Path, tokenizer: Any, monkeypatch: pyte
         start = sum(len(ids) for _, _, ids in reference.documents[:number]) + min(used, len(ids))
         saved = {"streaming": True, "current_file_idx": reference.names.index(name), "epoch": epoch}
         saved |= {"position_in_file": row, "chunk_offset": chunk, "current_position": 0}
-        options = SourceOptions(data_glob=str(folder), block_size=size, samples_per_step=3, num_proc=1)
+        options = source_options(str(folder), block_size=size, samples_per_step=3, num_proc=1)
         source = open_stream(options, tokenizer, saved_position=saved, global_step=global_step)
         step = source.source.next_step()
         source.source.close()

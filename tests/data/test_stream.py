@@ -12,15 +12,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-import argonne.data.encoder_pool as data_worker
+import argonne.data.encoder_pool as encoder_pool
 import argonne.data.formats as data_formats
 import argonne.data.stream as data_stream
 import argonne.data.tokenizer as data_tokenize
 import argonne.testing.corpus as corpus
+from argonne.data.documents import Counts, Document
 from argonne.data.position import DataPosition
 from argonne.data.source import DataProgress, SourceOptions, SourceStep, chain_hash
-from argonne.data.stream import Counts, Document, encoded_documents
+from argonne.data.stream import encoded_documents
 from argonne.errors import DataError
+from argonne.testing.sources import source_options
 from data_stream import OpenedStream, open_stream
 
 
@@ -77,8 +79,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
                 ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
                 documents.append(np.array(ids, dtype=np.int32))
                 rows.append((Path(path).name, row))
-    options = SourceOptions(
-        data_glob=str(folder / "data" / "*.parquet"), block_size=16, samples_per_step=4, num_proc=1
+    options = source_options(
+        str(folder / "data" / "*.parquet"), block_size=16, samples_per_step=4, num_proc=1
     )
     return Reference(options, tokenizer, documents, rows)
 
@@ -173,8 +175,8 @@ def test_another_block_size_goes_on_at_the_same_token(reference: Reference) -> N
 
 
 def test_processes_give_the_same_tokens(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_worker, "PROCESSES_FROM", 2)
-    monkeypatch.setattr(data_worker, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(encoder_pool, "PROCESSES_FROM", 2)
+    monkeypatch.setattr(encoder_pool, "usable_cpus", lambda: 2)
     monkeypatch.setattr(data_stream, "BATCH_CHARACTERS", 1000)
     options = replace(reference.options, num_proc=2)
     source = opened(reference, options)
@@ -215,7 +217,7 @@ def test_reading_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     pool: Any = Pool()
     for taken, batch in enumerate(encoded_documents(endless(), pool), start=1):
-        assert batch.marks[0][1][2] == taken - 1
+        assert batch.beginnings[0][2][2] == taken - 1
         assert len(read) - taken <= data_stream.BATCHES_PER_WORKER * pool.workers
         if taken == 50:
             break
