@@ -38,7 +38,7 @@ def test_a_dead_rank_is_named_and_nothing_is_saved(
     if with_signal:  # as torchrun does
         for rank in others:
             rank.send_signal(signal.SIGTERM)
-    outcomes = ended(others, 15.0)
+    outcomes = ended(others)
     assert [code for code, _ in outcomes] == [1, 1]
     errors = "".join(errors for _, errors in outcomes)
     assert errors.count("error: ") == 1 and f"rank {victim} died" in errors
@@ -51,7 +51,7 @@ def test_an_error_of_one_rank_is_said_once(start: Start, tmp_path: Path) -> None
     ranks[1].wait()
     for rank in (ranks[0], ranks[2]):
         rank.send_signal(signal.SIGTERM)
-    outcomes = ended(ranks, 15.0)
+    outcomes = ended(ranks)
     assert [code for code, _ in outcomes] == [1, 1, 1]
     assert [errors for _, errors in outcomes] == ["", "error: shard.parquet is unreadable: remove it\n", ""]
     status = status_of(tmp_path)

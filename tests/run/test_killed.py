@@ -68,9 +68,7 @@ def test_all_ranks_killed_at_random_instants_until_the_run_is_done(
 @pytest.mark.slow
 def test_a_rank_that_dies_in_a_save_is_named(tmp_path: Path, data: list[str]) -> None:
     fault = {"kind": "signal", "rank": 1, "number": "SIGKILL", "phase": "save"}
-    began = time.monotonic()
     finished = launch(2, *data, "--output-dir", tmp_path, fault=fault)
-    assert time.monotonic() - began < 60.0
     assert finished.code == 1 and "rank 1 died after step 4 (save)" in the_error(finished)
     assert status(tmp_path)["state"] == "failed" and list((tmp_path / "pretrained").glob("*.pth")) == []
 
@@ -80,10 +78,8 @@ def test_a_rank_that_dies_in_a_save_is_named(tmp_path: Path, data: list[str]) ->
 def test_a_fault_of_the_program_shows_its_traceback_and_ends_all_ranks(
     tmp_path: Path, data: list[str], victim: int
 ) -> None:
-    began = time.monotonic()
     fault = {"kind": "bug", "rank": victim, "step": 6}
     finished = launch(2, *data, "--output-dir", tmp_path, fault=fault)
-    assert time.monotonic() - began < 90.0
     assert finished.code == 1 and finished.errors() == []
     assert finished.stderr.count("TypeError: a fault of this program") == 1
     stand = status(tmp_path)

@@ -15,10 +15,8 @@ from typing import Any
 
 import pytest
 
-import argonne.run.metrics as run_metrics
 from argonne.files import read_json, write_json
-from argonne.run.metrics import MetricsFile
-from argonne.run.report import RunFacts, RunReport, StepRecord, peak_flops
+from argonne.run.report import RunFacts, RunReport, StepRecord
 from tests import ROOT
 
 POSITION = {
@@ -192,22 +190,6 @@ def test_statistics_with_each_checkpoint_and_at_the_end(
     ]
 
 
-def test_a_full_disk_costs_no_step_and_no_line(stats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that takes half a line and then nothing, for a while."""
-    warnings: list[str] = []
-    metrics = MetricsFile(stats / "training_metrics.jsonl", 0, warnings.append)
-    metrics.write({"step": 1})
-    real = os.write
-    monkeypatch.setattr(run_metrics.os, "write", lambda file, data: real(file, data[: len(data) // 2]))
-    metrics.write({"step": 2})
-    metrics.write({"step": 3})
-    assert lines_of(stats) == [{"step": 1}] and len(warnings) == 2
-    monkeypatch.setattr(run_metrics.os, "write", real)
-    metrics.write({"step": 4})
-    metrics.close()
-    assert [line["step"] for line in lines_of(stats)] == [1, 2, 3, 4]
-
-
 def test_a_stats_folder_that_vanished(stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stats.rmdir()
     report = begun(stats.parent, log_interval=1)
@@ -282,26 +264,6 @@ def test_a_terminal_gets_a_bar(stats: Path) -> None:
     os.close(terminal)
     assert process.returncode == 0 and out.count(b"Step ") == 5
     assert b"5/10" in drawn and b"loss 2.3456" in drawn
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA H20", 148e12),
-        ("AMD Instinct MI300X", 1307e12),
-        ("cpu", None),
-        ("Some GPU of tomorrow", None),
-    ],
-)
-def test_peaks(name: str, peak: float | None) -> None:
-    assert peak_flops(name, "bf16") == peak
-    assert peak_flops(name, "fp32") is None
 
 
 def test_json_files_are_whole_or_old(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ def test_a_rank_stopped_for_ever_is_named(start: Start, tmp_path: Path, victim: 
     ranks = start(3, stall_timeout=2.0)
     wait_for_step(tmp_path, 3)
     ranks[victim].send_signal(signal.SIGSTOP)
-    outcomes = ended(ranks, 20.0)
+    outcomes = ended(ranks)
     assert outcomes[victim][0] == -signal.SIGKILL
     errors = "".join(errors for _, errors in outcomes)
     assert (
@@ -34,7 +34,7 @@ def test_a_rank_stopped_for_a_while_is_waited_for(start: Start, tmp_path: Path) 
 
 def test_a_rank_that_hangs_is_named_with_its_stack(start: Start, tmp_path: Path) -> None:
     ranks = start(3, hang_at=[2, 4], stall_timeout=2.0)
-    outcomes = ended(ranks, 20.0)
+    outcomes = ended(ranks)
     assert [code for code, _ in outcomes] == [1, 1, 1]
     errors = "".join(errors for _, errors in outcomes)
     assert errors.count("error: ") == 1 and "made no progress" in errors and "last seen in step 3" in errors
