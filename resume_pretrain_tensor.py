@@ -158,7 +158,7 @@ def build_run(config: RunConfig, start: Start, control: RunControl, report: RunR
     from argonne.training.build import build_model, choose_tp_size, fill_weights
     from argonne.training.header import estimated_save, open_metrics, run_facts, warn_ahead
     from argonne.training.keeper import CheckpointKeeper
-    from argonne.training.setup import check_room_on_rank_0, open_feed, verify_if_asked
+    from argonne.training.setup import check_room_on_rank_0, open_feed, validation_sets, verify_if_asked
     from argonne.training.state import Run
     from argonne.training.step import TrainingStep
 
@@ -168,6 +168,8 @@ def build_run(config: RunConfig, start: Start, control: RunControl, report: RunR
     accumulation = derive_accumulation(training, parallel.dp_size)
     samples_per_step = training.batch_size * accumulation * parallel.dp_size
     opened, feed = open_feed(config, start, samples_per_step, report, world)
+
+    held_out = validation_sets(config, start.tokenizer, parallel)
 
     trained = build_model(start.settings, config.parallel, training, parallel)
     first_step = view.step if view is not None else 0
@@ -196,6 +198,7 @@ def build_run(config: RunConfig, start: Start, control: RunControl, report: RunR
         control=control,
         report=report,
         samples_per_step=samples_per_step,
+        validation_sets=held_out,
     )
     run.restore(view)
     return run
@@ -215,6 +218,7 @@ def loop(run: Run) -> bool:
     else:
         run.feed.wait()  # maybe hours for a token cache: until the loop begins, a signal ends the run at once
     control.begin(run.step)
+    run.validate_if_missed()
     stop = False
     while run.step < config.training.total_steps and not stop:
         started = stopwatch()
@@ -225,6 +229,8 @@ def loop(run: Run) -> bool:
         run.check_replicas_if_due()
 
         stop = result.votes.stop
+        if not stop:
+            run.validate_if_due()
         last = stop or run.step == config.training.total_steps
         if last or keeper.due(run.step, result.votes):
             run.save()

@@ -58,6 +58,11 @@ class OutputFolder:
         return self.stats / "training_metrics.jsonl"
 
     @property
+    def eval_metrics(self) -> Path:
+        """One JSON object per validation and set."""
+        return self.stats / "eval_metrics.jsonl"
+
+    @property
     def status(self) -> Path:
         """How the run stands now."""
         return self.stats / "run_status.json"

@@ -70,6 +70,9 @@ def _combination_problems(config: RunConfig, given: Mapping[str, Any]) -> list[s
         problems.append(
             f"--force-from-scratch contradicts --checkpoint-path {checkpoint.checkpoint_path}: leave one out"
         )
+    names = [name for name, _ in config.evaluation.eval_data]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"--eval-data names {name} twice: give each set a name of its own")
     return problems
 
 

@@ -29,6 +29,8 @@ class Flag:
     choices: tuple[str, ...] = ()
     count: int = 1
     """values it takes"""
+    many: bool = False
+    """takes one value or more, and may be repeated"""
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
@@ -52,6 +54,14 @@ def duration(text: str) -> float:
         raise ValueError(text)
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def named_glob(text: str) -> tuple[str, str]:
+    """(name, glob) from ``NAME=GLOB``; raises ValueError."""
+    name, _, pattern = text.partition("=")
+    if not name.strip() or not pattern.strip():
+        raise ValueError(text)
+    return name.strip(), pattern.strip()
 
 
 def flag_fields(owner: type) -> Iterator[tuple[dataclasses.Field[Any], Flag]]:
@@ -112,6 +122,8 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def _wanted(rules: Flag) -> str:
+    if rules.kind is named_glob:
+        return "give NAME=GLOB"
     if rules.kind is int:
         return "give a whole number"
     return "give seconds, or a time such as 23h30m" if rules.kind is duration else "give a number"
@@ -121,6 +133,8 @@ def _value_problem(value: Any, rules: Flag) -> str | None:
     """The bound that a converted value breaks, or None."""
     if rules.choices and value not in rules.choices:
         return f"choose {', '.join(rules.choices[:-1])} or {rules.choices[-1]}"
+    if isinstance(value, tuple):  # its kind has checked it
+        return None
     if isinstance(value, str):
         return None if value.strip() else "it is empty; give a value"
     if not math.isfinite(value):
@@ -154,6 +168,8 @@ def _add_flag(
         )
         if rules.count > 1:
             keywords["nargs"] = rules.count
+        if rules.many:
+            keywords |= {"nargs": "+", "action": "extend"}
     group.add_argument(*names, **keywords)
 
 
@@ -204,7 +220,8 @@ def flag_table(parser: argparse.ArgumentParser) -> str:
     for action in parser._actions:
         if "--help" in action.option_strings:
             continue
-        value = "" if action.nargs == 0 else " " + " ".join([str(action.metavar)] * int(action.nargs or 1))
+        value = " ".join([str(action.metavar)] * (action.nargs if isinstance(action.nargs, int) else 1))
+        value = (" " + value if value else "") + (" ..." if action.nargs == "+" else "")
         names = ", ".join(action.option_strings)
         meaning, _, default = str(action.help).rpartition(" (")
         cells = (f"`{names}{value}`", default.removesuffix(")"), meaning.replace("%%", "%"))

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from argonne.config.flags import duration, flag
+from argonne.config.flags import duration, flag, named_glob
 from argonne.config.presets import PRESETS
 from argonne.errors import ConfigError
 
@@ -160,6 +160,27 @@ class CheckpointOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Held-out text and when its loss is measured."""
+
+    eval_data: tuple[tuple[str, str], ...] = flag(
+        (),
+        "named validation sets: parquet shards that are not trained on; quote the globs",
+        kind=named_glob,
+        many=True,
+        metavar="NAME=GLOB",
+        default_text="none",
+    )
+    eval_interval: int = flag(
+        1000,
+        "optimizer steps between validations, the last step apart; 0: only there",
+        kind=int,
+        at_least=0,
+    )
+    eval_samples: int = flag(256, "sequences of each validation set, its first ones", kind=int, at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputOptions:
     """What the run writes and prints."""
 
@@ -207,6 +228,7 @@ class RunConfig:
     training: TrainingOptions = dataclasses.field(default_factory=TrainingOptions)
     parallel: ParallelOptions = dataclasses.field(default_factory=ParallelOptions)
     checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
+    evaluation: EvaluationOptions = dataclasses.field(default_factory=EvaluationOptions)
     output: OutputOptions = dataclasses.field(default_factory=OutputOptions)
     control: ControlOptions = dataclasses.field(default_factory=ControlOptions)
     debug: bool = flag(False, "print the traceback of an error")

@@ -13,12 +13,13 @@ from argonne.config.options import RunConfig
 from argonne.errors import RunError
 from argonne.files import OutputFolder
 from argonne.ranks.agree import broadcast_object, on_rank_0, only_on_rank_0
-from argonne.ranks.world import World
+from argonne.ranks.world import Parallel, World
 from argonne.run.control import RunControl
 from argonne.run.lock import prepare_output_dir
 from argonne.run.report import RunReport
 from argonne.run.status import already_ended
 from argonne.training.build import TrainedModel, model_settings
+from argonne.training.validation import ValidationSet, load_sets
 from argonne.verification.compare import compare_with_unsharded
 from checkpointing import (
     CheckpointView,
@@ -152,6 +153,18 @@ def open_feed(
         pin_memory=world.device.type == "cuda",
     )
     return opened, feed
+
+
+def validation_sets(config: RunConfig, tokenizer: Any, parallel: Parallel) -> tuple[ValidationSet, ...]:
+    """What --eval-data names, at the block size of the training; collective, before the first step."""
+    return load_sets(
+        config.evaluation.eval_data,
+        source_options(config, samples_per_step=1),
+        tokenizer,
+        samples=config.evaluation.eval_samples,
+        batch_size=config.training.batch_size,
+        parallel=parallel,
+    )
 
 
 def check_room_on_rank_0(config: RunConfig, trained: TrainedModel, first_step: int, world: World) -> None:

@@ -14,12 +14,14 @@ import torch
 
 from argonne.config.options import RunConfig
 from argonne.errors import NonFiniteError
+from argonne.ranks.agree import broadcast_object
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport, StepRecord
 from argonne.training.build import TrainedModel
 from argonne.training.generation import generate_text
 from argonne.training.keeper import CheckpointKeeper
 from argonne.training.step import StepResult, TrainingStep
+from argonne.training.validation import ValidationSet, validate
 from argonne.verification.replicas import check_replicas
 from checkpointing import CheckpointView
 from data_stream import DataProgress, OpenedStream, StepBatch, StepFeed
@@ -51,6 +53,7 @@ class Run:
     control: RunControl
     report: RunReport
     samples_per_step: int
+    validation_sets: tuple[ValidationSet, ...] = ()
     step: int = 0
     """Optimizer steps completed since training began."""
     tokens_processed: int = 0
@@ -132,6 +135,23 @@ class Run:
         interval = self.config.parallel.replica_check_interval
         if interval and self.step % interval == 0:
             check_replicas(self.trained.parameters(), self.trained.slice_map, self.trained.parallel)
+
+    def validate_if_due(self) -> None:
+        """Measure the validation sets at their interval and after the last step; collective."""
+        interval = self.config.evaluation.eval_interval
+        due = self.step == self.config.training.total_steps or (interval and self.step % interval == 0)
+        if not due or not self.validation_sets:
+            return
+        with self.control.phase("validate"):
+            for validation_set in self.validation_sets:
+                self.report.validation(validate(self.trained, validation_set, self.step))
+
+    def validate_if_missed(self) -> None:
+        """A run that was stopped where a validation was due makes it when it is resumed; collective."""
+        if self.step and self.validation_sets:
+            done = broadcast_object(self.report.last_validation == self.step, self.trained.parallel)
+            if not done:
+                self.validate_if_due()
 
     def save(self) -> Path:
         """Write a checkpoint of the run as it stands; collective."""
