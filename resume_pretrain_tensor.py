@@ -10,6 +10,7 @@ at once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from argonne.config.command_line import flag_values, parse_command_line
-from argonne.config.options import RunConfig, derive_accumulation
+from argonne.config.options import RunConfig, derive_accumulation, derive_steps
 from argonne.errors import RunError
 
 if TYPE_CHECKING:
@@ -167,6 +168,8 @@ def build_run(config: RunConfig, start: Start, control: RunControl, report: RunR
     parallel = build_parallel(world, tp_size)
     accumulation = derive_accumulation(training, parallel.dp_size)
     samples_per_step = training.batch_size * accumulation * parallel.dp_size
+    training = derive_steps(training, samples_per_step)
+    config = dataclasses.replace(config, training=training)
     opened, feed = open_feed(config, start, samples_per_step, report, world)
 
     held_out = validation_sets(config, start.tokenizer, parallel)

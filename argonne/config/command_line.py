@@ -12,7 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from argonne.config.flags import FlagParser, fill, flag_fields, flag_names, parse_given
-from argonne.config.options import EPOCH_CHECKPOINT_INTERVAL, NO_CHECKPOINT, ModelOptions, RunConfig
+from argonne.config.options import (
+    EPOCH_CHECKPOINT_INTERVAL,
+    NO_CHECKPOINT,
+    ModelOptions,
+    RunConfig,
+    TrainingOptions,
+    schedule_problems,
+)
 from argonne.config.presets import load_model_settings
 from argonne.errors import EXIT_USAGE, ConfigError
 
@@ -39,6 +46,26 @@ def build_parser() -> FlagParser:
     return parser
 
 
+def _schedule_problems(training: TrainingOptions, given: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for one, other in (("total_steps", "total_tokens"), ("cooldown_steps", "cooldown_fraction")):
+        if one in given and other in given:
+            names = [f"--{name.replace('_', '-')}" for name in (one, other)]
+            problems.append(f"{names[0]} contradicts {names[1]}: leave one out")
+    cooldowns = [name for name in ("cooldown_steps", "cooldown_fraction") if name in given]
+    if training.lr_schedule == "wsd" and not cooldowns:
+        problems.append("--lr-schedule wsd needs --cooldown-steps or --cooldown-fraction: give one of them")
+    if training.lr_schedule != "wsd":
+        problems += [
+            f"--{name.replace('_', '-')} is of --lr-schedule wsd, and the schedule is "
+            f"{training.lr_schedule}: leave it out, or give --lr-schedule wsd"
+            for name in cooldowns
+        ]
+    if training.total_tokens is None:
+        problems += schedule_problems(training)
+    return problems
+
+
 def _combination_problems(config: RunConfig, given: Mapping[str, Any]) -> list[str]:
     """Contradictions between flags that are each sound alone."""
     training, checkpoint = config.training, config.checkpoint
@@ -53,11 +80,7 @@ def _combination_problems(config: RunConfig, given: Mapping[str, Any]) -> list[s
             f"--min-learning-rate {training.min_learning_rate:g} exceeds --learning-rate "
             f"{training.learning_rate:g}: lower it, or raise --learning-rate"
         )
-    if "warmup_steps" in given and training.warmup_steps > training.total_steps:
-        problems.append(
-            f"--warmup-steps {training.warmup_steps} exceeds --total-steps {training.total_steps}: "
-            f"give fewer warm-up steps or more in total"
-        )
+    problems += _schedule_problems(training, given)
     if training.global_batch_size is not None:
         micro = training.batch_size * (training.gradient_accumulation_steps or 1)
         if training.global_batch_size % micro:

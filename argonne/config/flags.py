@@ -32,6 +32,7 @@ class Flag:
     many: bool = False
     """takes one value or more, and may be repeated"""
     at_least: float | None = None
+    at_most: float | None = None
     above: float | None = None
     below: float | None = None
     default_text: str | None = None
@@ -141,6 +142,8 @@ def _value_problem(value: Any, rules: Flag) -> str | None:
         return "give a finite number"
     if rules.at_least is not None and value < rules.at_least:
         return f"must be at least {rules.at_least:g}"
+    if rules.at_most is not None and value > rules.at_most:
+        return f"must be at most {rules.at_most:g}"
     if rules.above is not None and value <= rules.above:
         return f"must be above {rules.above:g}"
     if rules.below is not None and value >= rules.below:

@@ -5,6 +5,7 @@ Parser, checks, ``--help`` and the README's table all come from these fields (``
 
 import dataclasses
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from argonne.config.flags import duration, flag, named_glob
@@ -14,6 +15,7 @@ from argonne.errors import ConfigError
 NO_CHECKPOINT = "NONE"
 """``--checkpoint-path`` of a run that starts from scratch."""
 STREAMING_CHECKPOINT_INTERVAL = 300
+SCHEDULES = ("cosine", "wsd", "linear", "constant")
 EPOCH_CHECKPOINT_INTERVAL = 2000
 """Default of ``--checkpoint-interval`` with ``--no-streaming``."""
 
@@ -84,6 +86,31 @@ class TrainingOptions:
     min_learning_rate: float = flag(1e-5, "learning rate at step 0 and at the end", kind=float, at_least=0)
     warmup_steps: int = flag(2000, "optimizer steps of linear warm-up", kind=int, at_least=0)
     total_steps: int = flag(4_000_000, "optimizer steps of the whole schedule", kind=int, at_least=1)
+    total_tokens: int | None = flag(
+        None,
+        "tokens of the whole schedule, rounded up to a step",
+        kind=int,
+        at_least=1,
+        default_text="--total-steps",
+    )
+    lr_schedule: str = flag(
+        "cosine", "learning rate from the warm-up to the end of the schedule", choices=SCHEDULES
+    )
+    cooldown_steps: int | None = flag(
+        None,
+        "optimizer steps over which wsd falls to the minimum at the end",
+        kind=int,
+        at_least=0,
+        default_text="required by wsd, unless --cooldown-fraction is given",
+    )
+    cooldown_fraction: float | None = flag(
+        None,
+        "the same as a share of the schedule's steps, rounded down",
+        kind=float,
+        at_least=0,
+        at_most=1,
+        default_text="--cooldown-steps",
+    )
     weight_decay: float = flag(0.1, "weight decay of AdamW", kind=float, at_least=0)
     grad_clip: float = flag(1.0, "clip the global gradient norm to this", kind=float, above=0)
     adam_betas: tuple[float, float] = flag(
@@ -256,3 +283,41 @@ def derive_accumulation(options: TrainingOptions, dp_size: int) -> int:
             f"{options.gradient_accumulation_steps}: leave it out"
         )
     return accumulation
+
+
+def schedule_problems(options: TrainingOptions) -> list[str]:
+    """What is wrong with the lengths in a schedule whose ``total_steps`` are known."""
+    source = f"--total-steps {options.total_steps}"
+    if options.total_tokens is not None:
+        source = f"the {options.total_steps} steps of --total-tokens {options.total_tokens}"
+    problems = []
+    default = TrainingOptions.warmup_steps  # a short run may end within the default warm-up
+    if options.warmup_steps > options.total_steps and options.warmup_steps != default:
+        problems.append(
+            f"--warmup-steps {options.warmup_steps} exceeds {source}: "
+            f"give fewer warm-up steps or more in total"
+        )
+    if (options.cooldown_steps or 0) > options.total_steps:
+        problems.append(
+            f"--cooldown-steps {options.cooldown_steps} exceeds {source}: "
+            f"give fewer cooldown steps or more in total"
+        )
+    return problems
+
+
+def derive_steps(options: TrainingOptions, samples_per_step: int) -> TrainingOptions:
+    """The options with ``total_steps`` and ``cooldown_steps`` as numbers of optimizer steps.
+
+    ``samples_per_step``: sequences of ``block_size`` tokens in each of them. Raises ConfigError where the
+    warm-up or the cooldown exceeds the steps that --total-tokens makes.
+    """
+    if options.total_tokens is not None:
+        steps = -(-options.total_tokens // (samples_per_step * options.block_size))
+        options = dataclasses.replace(options, total_steps=steps)
+    if options.cooldown_fraction is not None:
+        # Exact, as written: in floating point 0.29 of 100 steps would be 28.
+        steps = int(Fraction(str(options.cooldown_fraction)) * options.total_steps)
+        options = dataclasses.replace(options, cooldown_steps=steps)
+    if problems := schedule_problems(options):
+        raise ConfigError("; ".join(problems))
+    return options

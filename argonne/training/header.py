@@ -12,6 +12,7 @@ from argonne.files import OutputFolder
 from argonne.run.processes import Launch
 from argonne.run.report import RunFacts, RunReport, peak_flops
 from argonne.training.build import TrainedModel, flops_per_token
+from argonne.training.schedule import Schedule
 from checkpointing import SaveEstimate, estimate_save, later_checkpoints
 from data_stream import OpenedStream
 
@@ -76,7 +77,7 @@ def run_facts(
         save_bytes=save.size if save is not None else None,
         save_seconds=save.seconds if save is not None else None,
         save_share=save.share if save is not None else None,
-        extra=switches(config.parallel),
+        extra={"Schedule": str(Schedule.of(training)), **switches(config.parallel)},
     )
 
 

@@ -1,4 +1,4 @@
-"""AdamW over local slices, the learning rate, clipping by the true norm, and the non-finite rule.
+"""AdamW over local slices, clipping by the true norm, and the non-finite rule.
 
 torch.nn.utils.clip_grad_norm_ is wrong on hand-sliced parameters: it sees one rank's slices. Here the sum
 of squares runs over the elements a rank owns in the slice map, and one small all-reduce a step carries
@@ -17,18 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tp_shard import SliceMap
-
-
-def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: int, total_steps: int) -> float:
-    """The rate applied at ``step`` (0-based, before the update).
-
-    Linear from ``minimum`` to ``peak`` over the warm-up, then cosine to ``minimum`` at ``total_steps``,
-    where it stays.
-    """
-    if step < warmup_steps:
-        return minimum + (peak - minimum) * step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return minimum + (peak - minimum) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def build_adamw(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-SCHEDULES = ("cosine", "wsd", "linear", "constant")
+from argonne.config.options import TrainingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,24 @@ class Schedule:
     total_steps: int
     cooldown_steps: int = 0
     """Of ``wsd``."""
+
+    @classmethod
+    def of(cls, options: TrainingOptions) -> Schedule:
+        """The schedule that a run was asked for; its steps are known (``derive_steps``)."""
+        return cls(
+            kind=options.lr_schedule,
+            peak=options.learning_rate,
+            minimum=options.min_learning_rate,
+            warmup_steps=options.warmup_steps,
+            total_steps=options.total_steps,
+            cooldown_steps=options.cooldown_steps or 0,
+        )
+
+    def __str__(self) -> str:
+        steps = f"{self.total_steps:,} steps, {self.warmup_steps:,} of warm-up"
+        if self.kind == "wsd":
+            steps += f", {self.cooldown_steps:,} of cooldown"
+        return f"{self.kind}, {self.peak:g} to {self.minimum:g} over {steps}"
 
     def rate(self, step: int) -> float:
         """Learning rate of the update of step ``step``."""

@@ -15,10 +15,10 @@ from argonne.training.optimizer import (
     LossScaler,
     NonFiniteRule,
     StepTotals,
-    learning_rate,
     scale_gradients,
     set_learning_rate,
 )
+from argonne.training.schedule import Schedule
 from data_stream import StepBatch
 
 
@@ -68,6 +68,7 @@ class TrainingStep:
         self._trained = trained
         self._options = options
         self._accumulation = accumulation
+        self._schedule = Schedule.of(options)
         parallel = trained.parallel
         self._context = forward_context(parallel, trained.dtype, sharded=trained.fsdp)
         self._totals = GradientTotals(trained.slice_map, parallel.rank, parallel.world_group)
@@ -86,13 +87,7 @@ class TrainingStep:
         totals = self._totals.reduce(
             gradients, loss_share=share, votes=votes.numbers(), scale=self.scaler.scale
         )
-        lr = learning_rate(
-            step,
-            peak=options.learning_rate,
-            minimum=options.min_learning_rate,
-            warmup_steps=options.warmup_steps,
-            total_steps=options.total_steps,
-        )
+        lr = self._schedule.rate(step)
         set_learning_rate(trained.optimizer, lr)
         if totals.finite:
             scale_gradients(

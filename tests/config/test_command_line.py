@@ -98,6 +98,22 @@ def test_every_problem_is_reported_at_once(capsys: pytest.CaptureFixture[str]) -
         ("--eval-data web", "--eval-data web: give NAME=GLOB"),
         ("--eval-data web=a code=b --eval-data web=c", "--eval-data names web twice"),
         ("--eval-data", "--eval-data: expected at least one argument"),
+        ("--lr-schedule step", "choose cosine, wsd, linear or constant"),
+        ("--lr-schedule wsd", "--lr-schedule wsd needs --cooldown-steps or --cooldown-fraction"),
+        ("--cooldown-steps 5", "--cooldown-steps is of --lr-schedule wsd, and the schedule is cosine"),
+        ("--lr-schedule linear --cooldown-fraction 0.1", "--cooldown-fraction is of --lr-schedule wsd"),
+        ("--lr-schedule wsd --cooldown-fraction 1.01", "--cooldown-fraction 1.01: must be at most 1"),
+        ("--lr-schedule wsd --cooldown-steps -1", "--cooldown-steps -1: must be at least 0"),
+        (
+            "--lr-schedule wsd --cooldown-steps 2 --cooldown-fraction 0.1",
+            "--cooldown-steps contradicts --cooldown-fraction",
+        ),
+        (
+            "--lr-schedule wsd --cooldown-steps 11 --total-steps 10",
+            "--cooldown-steps 11 exceeds --total-steps 10",
+        ),
+        ("--total-steps 5 --total-tokens 5000", "--total-steps contradicts --total-tokens"),
+        ("--total-tokens 0", "--total-tokens 0: must be at least 1"),
         ("--activation-checkpointing some", "choose none, full or selective"),
     ],
 )

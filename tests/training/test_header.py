@@ -54,6 +54,7 @@ def test_facts(tmp_path: Path) -> None:
     assert facts.parameters == sum(weight.numel() for weight in trained.model.parameters())
     assert (facts.batch_size, facts.accumulation, facts.tp_size, facts.dp_size) == (2, 3, 1, 1)
     assert (facts.precision, facts.save_bytes, facts.checkpoint) == ("float32", save.size, "from scratch")
+    assert facts.extra["Schedule"] == "cosine, 0.01 to 0.001 over 10 steps, 2 of warm-up"
     assert facts.device.startswith("CPU (") and facts.output_dir == str(tmp_path.resolve())
     silent = RunReport(tmp_path, rank=1)
     assert estimated_save(silent, config, trained) is None

@@ -1,4 +1,4 @@
-"""Schedule, clipping, AdamW, loss scale and the non-finite rule, against torch's own and by hand."""
+"""Clipping, AdamW, loss scale and the non-finite rule, against torch's own and by hand."""
 
 import math
 
@@ -15,29 +15,9 @@ from argonne.training.optimizer import (
     LossScaler,
     NonFiniteRule,
     build_adamw,
-    learning_rate,
     scale_gradients,
     set_learning_rate,
 )
-
-
-def rate(step: int, warmup: int = 10, total: int = 110) -> float:
-    return learning_rate(step, peak=1e-3, minimum=1e-4, warmup_steps=warmup, total_steps=total)
-
-
-def test_learning_rate() -> None:
-    """Linear from the minimum to the peak, cosine down to the minimum, where it stays."""
-    assert rate(0) == 1e-4
-    assert rate(5) == pytest.approx(5.5e-4)
-    assert rate(10) == 1e-3
-    assert rate(60) == pytest.approx(5.5e-4)
-    assert rate(35) == pytest.approx(1e-4 + 9e-4 * 0.5 * (1 + math.cos(math.pi / 4)))
-    assert rate(110) == rate(111) == rate(10**9) == pytest.approx(1e-4)
-    rising = [rate(step) for step in range(11)]
-    falling = [rate(step) for step in range(10, 111)]
-    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
-    assert rate(0, warmup=0) == 1e-3
-    assert rate(3, warmup=5, total=4) < 1e-3 and rate(5, warmup=5, total=4) == 1e-3
 
 
 def gradients_and_map() -> tuple[dict[str, Tensor], SliceMap]:
