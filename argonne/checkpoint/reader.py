@@ -25,6 +25,14 @@ KIND_OURS = "tensor_parallel"
 KIND_PIPELINE = "pipeline"
 
 HEAD = "lm_head.weight"
+_DICTIONARIES = (
+    "data_position",
+    "data_state",
+    "scheduler_state_dict",
+    "model_config",
+    "loss_scaler",
+    "run_settings",
+)
 _WRAPPERS = ("module.", "base_model.")
 _COMPARE_ROWS = 4096
 
@@ -191,7 +199,14 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
             raise CheckpointError(f"its {key} is {value!r}, not a count"[:200])
     if not isinstance(metadata.get("loss") or 0.0, int | float):
         raise CheckpointError(f"its loss is {metadata['loss']!r}, not a number"[:200])
-    for key in ("data_position", "data_state", "scheduler_state_dict", "model_config", "loss_scaler"):
+    for key in (
+        "data_position",
+        "data_state",
+        "scheduler_state_dict",
+        "model_config",
+        "loss_scaler",
+        "run_settings",
+    ):
         if not isinstance(metadata.get(key) or {}, dict):
             raise CheckpointError(f"its {key} is {metadata[key]!r}, not a dictionary"[:200])
     for key, value in (metadata.get("model_config") or {}).items():

@@ -18,8 +18,16 @@ from argonne.ranks.agree import broadcast_object
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport, StepRecord
 from argonne.training.build import TrainedModel
+from argonne.training.changes import (
+    SETTINGS_KEY,
+    changed_settings,
+    rate_jump,
+    run_settings,
+    saved_settings,
+)
 from argonne.training.generation import generate_text
 from argonne.training.keeper import CheckpointKeeper
+from argonne.training.schedule import Schedule
 from argonne.training.step import StepResult, TrainingStep
 from argonne.training.validation import ValidationSet, validate
 from argonne.verification.replicas import check_replicas
@@ -63,7 +71,7 @@ class Run:
     """Where the data stands after the last batch trained on (rank 0)."""
 
     def restore(self, view: CheckpointView | None) -> None:
-        """Counters from the checkpoint; where the data begins, from the source."""
+        """Counters from the checkpoint, and what this run changes; where the data begins, from the source."""
         if self.opened is not None:
             self.progress = self.opened.start
             self.report.note(data_skipped=list(self.progress.skipped))
@@ -74,6 +82,10 @@ class Run:
         self.tokens_processed = int(view.metadata.get("tokens_processed") or 0)
         self.loss = float(view.metadata.get("loss") or 0.0)
         self.one_step.scaler.load_state_dict(view.metadata.get("loss_scaler") or {})
+        for line in changed_settings(saved_settings(view), self._settings()):
+            self.report.info(line)
+        if (jump := rate_jump(view, Schedule.of(self.config.training))) is not None:
+            self.report.warn(jump)
 
     def complete(self, batch: StepBatch, result: StepResult, step_seconds: float) -> None:
         """Count and record a step; NonFiniteError on all ranks where too many in a row were skipped."""
@@ -130,6 +142,9 @@ class Run:
             return {}
         return self.opened.position_dict(self.progress)
 
+    def _settings(self) -> dict[str, Any]:
+        return run_settings(self.config.training, self.trained.dtype, self.samples_per_step)
+
     def check_replicas_if_due(self) -> None:
         """Compare what several ranks hold alike; PeerError on all ranks where a copy has drifted."""
         interval = self.config.parallel.replica_check_interval
@@ -172,6 +187,7 @@ class Run:
             "loss_scaler": dict(self.one_step.scaler.state_dict()),
             "global_batch_size": self.samples_per_step,
             "seed": self.config.training.seed,
+            SETTINGS_KEY: self._settings(),
             "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **data,
         }

@@ -24,6 +24,7 @@ from tests.training.small_run import (
     control_and_report,
     run_config,
     trained_model,
+    training_options,
 )
 
 
@@ -121,7 +122,7 @@ def test_what_is_newly_skipped_is_said_once(
     assert [line.get("data_skipped") for line in lines(tmp_path)] == [[skip], None]
 
 
-def test_a_saved_run_is_restored(run: Run, tmp_path: Path) -> None:
+def test_a_saved_run_is_restored(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run.restore(None)
     result = run.one_step.run(batch_of(2), 0, votes=Votes())
     advance(run, 3, result)
@@ -136,8 +137,15 @@ def test_a_saved_run_is_restored(run: Run, tmp_path: Path) -> None:
     assert saved["optimizer_state_dict"]["state"][0]["step"].item() == 1.0
 
     view, _, _ = open_chosen(None, tmp_path, force_from_scratch=False, rank=0, control_group=None)
-    again = small_run(tmp_path)
+    again = small_run(
+        tmp_path, training=training_options(weight_decay=0.2, learning_rate=0.5, min_learning_rate=0.25)
+    )
+    capsys.readouterr()
     again.restore(view)
+    out, err = capsys.readouterr()
+    assert "--weight-decay was 0.1, is 0.2" in out and "--learning-rate was 0.01, is 0.5" in out
+    assert out.count("Changed since the checkpoint") == 3
+    assert "warning: the learning rate jumps up from 0.001" in err
     assert (again.step, again.tokens_processed, again.loss) == (1, 32, run.loss)
     again.report.close()
 
