@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from argonne.data.feed import StepBatch, StepFeed
-from argonne.data.held_out import HeldOutSet, read_held_out
+from argonne.data.held_out import HeldOutSet, check_data, read_held_out
 from argonne.data.position import DataPosition
 from argonne.data.shards import Shard, manifest, manifest_difference, natural_key, open_corpus
 from argonne.data.source import DataProgress, SourceOptions, StreamingSource, TokenSource
@@ -25,6 +25,7 @@ __all__ = [
     "SourceOptions",
     "StepBatch",
     "StepFeed",
+    "check_data",
     "load_tokenizer",
     "open_stream",
     "read_held_out",

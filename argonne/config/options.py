@@ -247,9 +247,23 @@ class ControlOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """The file that describes the run."""
+
+    config: str | None = flag(
+        None,
+        "recipe: a TOML file with flags as keys, and stages; the command line wins over it",
+        metavar="FILE",
+        default_text="none",
+    )
+    rehearse: bool = flag(False, "the whole recipe in minutes, scaled down, in a temporary folder")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a run was asked to do."""
 
+    recipe: RecipeOptions = dataclasses.field(default_factory=RecipeOptions)
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
     training: TrainingOptions = dataclasses.field(default_factory=TrainingOptions)

@@ -39,8 +39,27 @@ def read_held_out(
     try:
         return _read(name, options, tokenizer, samples)
     except DataError as error:
-        message = str(error).replace("--data-glob", "--eval-data")
-        raise DataError(f"--eval-data {name}: {message}") from error
+        raise _of_set(name, error) from error
+
+
+def check_data(options: SourceOptions, held_out: tuple[str, str] | None = None) -> None:
+    """DataError unless the shards of the options, or of the set (name, glob) ``held_out``, can be opened."""
+    data_glob = held_out[1] if held_out is not None else options.data_glob
+    try:
+        open_corpus(
+            data_glob,
+            options.text_column,
+            skip_bad_shards=options.skip_bad_shards,
+            cache_dir=options.cache_dir,
+        )
+    except DataError as error:
+        if held_out is None:
+            raise
+        raise _of_set(held_out[0], error) from error
+
+
+def _of_set(name: str, error: DataError) -> DataError:
+    return DataError(f"--eval-data {name}: {str(error).replace('--data-glob', '--eval-data')}")
 
 
 def _read(name: str, options: SourceOptions, tokenizer: Any, samples: int) -> HeldOutSet:

@@ -163,6 +163,10 @@ class RunReport:
             self._evaluations = ValidationFile(self._output.eval_metrics, first_step, self.warn)
             self._open_bar(first_step, total_steps)
 
+    def set_flops_per_token(self, flops: float) -> None:
+        """They change with the length of the sequences."""
+        self._flops_per_token = flops
+
     def _open_bar(self, first_step: int, total_steps: int) -> None:
         if sys.stderr is None or not sys.stderr.isatty():
             return

@@ -7,12 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from argonne.config.command_line import (
-    build_parser,
-    flag_values,
-    parse_command_line,
-)
+from argonne.config.command_line import build_parser, parse_command_line
 from argonne.config.presets import PRESETS
+from argonne.config.recipe import flag_values
 from tests import ROOT
 
 NEEDED = ["--tokenizer-path", "tok"]
