@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from argonne.data.documents import Counts
 from argonne.data.feed import StepBatch, StepFeed
 from argonne.data.held_out import HeldOutSet, check_data, read_held_out
 from argonne.data.position import DataPosition
 from argonne.data.shards import Shard, manifest, manifest_difference, natural_key, open_corpus
 from argonne.data.source import DataProgress, SourceOptions, StreamingSource, TokenSource
-from argonne.data.stream import Counts
 from argonne.data.token_cache import CachedSource
 from argonne.data.tokenizer import EncoderRecipe, load_tokenizer, tokenizer_fingerprint
 from argonne.errors import DataError

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from argonne.data.documents import DocumentReader
 from argonne.data.position import DataPosition
 from argonne.data.shards import DEFAULT_TEXT_COLUMN, open_corpus
 from argonne.data.source import SourceOptions
-from argonne.data.stream import DocumentReader, text_batches
+from argonne.data.stream import text_batches
 from argonne.data.tokenizer import EncoderRecipe, load_tokenizer, plain_ids
 from argonne.errors import DataError
 from argonne.testing.corpus import build_tokenizer

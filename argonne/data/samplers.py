@@ -8,8 +8,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from argonne.data.documents import Document, Mark
 from argonne.data.position import DataPosition
-from argonne.data.stream import Document, EncodedBatch, Mark
+from argonne.data.stream import EncodedBatch
 from argonne.errors import DataError
 
 

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from argonne.data.documents import Counts, Document, DocumentReader
 from argonne.data.encoder_pool import EncoderPool
 from argonne.data.position import DataPosition
 from argonne.data.samplers import PackedSampler, Sampler, WindowSampler
 from argonne.data.shards import DEFAULT_TEXT_COLUMN, Shard
-from argonne.data.stream import Counts, Document, DocumentReader, encoded_documents
+from argonne.data.stream import encoded_documents
 from argonne.data.tokenizer import EncoderRecipe
 
 NO_HASH = "0" * 32

@@ -1,245 +1,28 @@
-"""The token stream before it is cut: documents in order, epoch after epoch, and their token ids.
-
-``DocumentReader`` walks shards and rows for ever, ``encoded_documents`` turns them into token ids ahead of
-need. samplers.py cuts samples of block_size + 1 tokens from them.
-"""
+"""Token ids of the documents, made ahead of need: the stream that samplers.py cuts into samples."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
-import pyarrow as pa
 
+from argonne.data.documents import DOCUMENT_COST, Document, Mark
 from argonne.data.encoder_pool import EncoderPool
-from argonne.data.formats import (
-    LongText,
-    ShardError,
-    TextBatch,
-    open_shard,
-)
-from argonne.data.position import DataPosition
-from argonne.data.shard_reader import ShardReader
-from argonne.data.shards import Shard, is_unchanged
 from argonne.data.tokenizer import text_pieces
-from argonne.errors import DataError, one_line
 
 BATCH_CHARACTERS = 1 << 19
 """Text handed to one tokenizing worker at a time, characters."""
 FIRST_BATCH_CHARACTERS = 1 << 13
 """The first batch is this small and each next one twice as large, so that the first step waits little."""
 BATCHES_PER_WORKER = 2
-DOCUMENT_COST = 256
-"""Characters that each document counts for beside its own: what it costs to carry, however short it is."""
 DOCUMENTS_AHEAD = 1 << 14
 """Pieces of documents read ahead of the consumer at most, whatever the number of workers."""
-KEPT_COST = 1 << 19
-"""A corpus of at most this cost stays in memory after its first epoch instead of being read again."""
 
-
-class Counts(NamedTuple):
-    """Rows passed since step 0."""
-
-    documents: int = 0
-    null_rows: int = 0
-    empty_rows: int = 0
-    replaced_rows: int = 0
-    """Documents in which invalid UTF-8 was replaced by U+FFFD."""
-
-
-class Document(NamedTuple):
-    """A text, its place, and what had been passed before it."""
-
-    epoch: int
-    file_index: int
-    row: int
-    text: str | LongText
-    counts: Counts
-    skips: int
-    """Number of recorded skips before it."""
-
-    def mark(self) -> Mark:
-        """What marks its tokens, which outlive the text."""
-        return (self.epoch, self.file_index, self.row, *self.counts, self.skips)
-
-    @classmethod
-    def from_mark(cls, mark: Mark) -> Document:
-        """The document without its text."""
-        epoch, file_index, row, *counts, skips = mark
-        return cls(epoch, file_index, row, "", Counts(*counts), skips)
-
-
-Mark: TypeAlias = tuple[int, ...]
-"""A document as (epoch, file index, row, counts, skips): thousands are in flight, and plain tuples of numbers
-are the only ones that Python's garbage collector stops following."""
 EncodedTexts: TypeAlias = tuple[np.ndarray, np.ndarray]
 """(ids int32, length of each text int64)."""
-
-
-def _total(counts: Counts, more: Counts) -> Counts:
-    return Counts(*(a + b for a, b in zip(counts, more, strict=True)))
-
-
-def _difference(counts: Counts, before: Counts) -> Counts:
-    return Counts(*(a - b for a, b in zip(counts, before, strict=True)))
-
-
-@dataclass
-class _KeptEpoch:
-    """The documents of one whole epoch of a small corpus, to be repeated."""
-
-    before: Counts
-    """Counts before the epoch."""
-    documents: list[Document] = field(default_factory=list)
-    """Their counts are those since the epoch began."""
-    cost: int = 0
-    passed: Counts = field(default_factory=Counts)
-    """Rows passed in the whole epoch."""
-
-    def add(self, document: Document) -> bool:
-        """Keep one more document; False where the corpus is too large to be kept."""
-        if isinstance(document.text, LongText):
-            return False
-        self.cost += len(document.text) + DOCUMENT_COST
-        self.documents.append(document._replace(counts=_difference(document.counts, self.before)))
-        return self.cost <= KEPT_COST
-
-    def again(self, epoch: int, counts: Counts, skips: int) -> Iterator[Document]:
-        """The same documents in ``epoch``, where ``counts`` and ``skips`` lie before it."""
-        for document in self.documents:
-            yield document._replace(epoch=epoch, counts=_total(counts, document.counts), skips=skips)
-
-
-@dataclass
-class DocumentReader:
-    """Iterates over the documents from a position on, epoch after epoch.
-
-    A corpus of at most KEPT_COST that was read without a fault is kept and repeated from memory for as long
-    as its files stay as they are.
-
-    A row group that cannot be read raises DataError, or with ``skip_bad`` its remaining rows are passed over
-    and recorded in ``skipped``. Memory is bounded by a few rows and KEPT_COST.
-    """
-
-    shards: Sequence[Shard]
-    text_column: str
-    position: DataPosition
-    skip_bad: bool = False
-    counts: Counts = field(default_factory=Counts)
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-    epochs: int | None = None
-    """Stop after this many epochs (None: never)."""
-
-    def __iter__(self) -> Iterator[Document]:
-        epoch, first_file, first_row = self.position.epoch, self.position.file_index, self.position.row
-        last_epoch = None if self.epochs is None else epoch + self.epochs
-        while last_epoch is None or epoch < last_epoch:
-            whole, before, skips = first_file == 0 and first_row == 0, self.counts, len(self.skipped)
-            kept = _KeptEpoch(before) if whole else None
-            for index in range(first_file, len(self.shards)):
-                for document in self._shard_documents(epoch, index, first_row if index == first_file else 0):
-                    if kept is not None and not kept.add(document):
-                        kept = None
-                    yield document
-            if kept is not None and kept.documents and len(self.skipped) == skips:
-                kept.passed = _difference(self.counts, before)
-                while (last_epoch is None or epoch + 1 < last_epoch) and self._unchanged():
-                    epoch += 1
-                    yield from kept.again(epoch, self.counts, skips)
-                    self.counts = _total(self.counts, kept.passed)
-            if whole and self.counts.documents == before.documents:
-                raise DataError(f"the {len(self.shards)} shards hold no text (--data-glob, --text-column)")
-            epoch, first_file, first_row = epoch + 1, 0, 0
-
-    def _unchanged(self) -> bool:
-        try:
-            return all(is_unchanged(shard) for shard in self.shards)
-        except OSError:
-            return False  # reading it again says what is wrong
-
-    def _shard_documents(self, epoch: int, index: int, first_row: int) -> Iterator[Document]:
-        shard = self.shards[index]
-        if shard.fault:
-            self._record(epoch, shard, None, 0, shard.fault)
-            return
-        if first_row >= shard.rows:
-            return
-        try:
-            reader = open_shard(shard.path, self.text_column)
-            if reader.group_rows != shard.group_rows or not is_unchanged(shard):
-                raise ShardError("it was rewritten since the run started")
-        except (ShardError, pa.ArrowException, OSError) as error:
-            self._record(epoch, shard, None, first_row, one_line(error), error)
-            return
-        with reader:
-            for group in range(shard.group_of(first_row), len(shard.group_rows)):
-                yield from self._group_documents(epoch, index, reader, group, first_row)
-
-    def _group_documents(
-        self, epoch: int, index: int, reader: ShardReader, group: int, first_row: int
-    ) -> Iterator[Document]:
-        shard = self.shards[index]
-        row = shard.first_rows[group]
-        batches = reader.batches(group)
-        while True:
-            try:
-                batch = next(batches, None)
-            except (ShardError, pa.ArrowException, OSError) as error:
-                self._record(epoch, shard, group, max(row, first_row), one_line(error), error)
-                return
-            if batch is None:
-                break
-            yield from self._batch_documents(epoch, index, batch, row, first_row)
-            row += len(batch.texts)
-        if row != shard.first_rows[group + 1]:
-            self._record(epoch, shard, group, max(row, first_row), "fewer rows than its footer says")
-
-    def _batch_documents(
-        self, epoch: int, index: int, batch: TextBatch, row: int, first_row: int
-    ) -> Iterator[Document]:
-        skips = len(self.skipped)  # grows between batches only
-        documents, nulls, empty, replaced = self.counts
-        for offset in range(max(0, first_row - row), len(batch.texts)):
-            text = batch.texts[offset]
-            if text is None:
-                nulls += 1
-            elif not text:
-                empty += 1
-            else:
-                counts = Counts(documents, nulls, empty, replaced)
-                documents += 1
-                replaced += offset in batch.replaced
-                yield Document(epoch, index, row + offset, text, counts, skips)
-        self.counts = Counts(documents, nulls, empty, replaced)
-
-    def _record(
-        self,
-        epoch: int,
-        shard: Shard,
-        group: int | None,
-        row: int,
-        reason: str,
-        cause: Exception | None = None,
-    ) -> None:
-        """Note that the rest of a row group (None: of the shard) is passed over, or raise DataError."""
-        if not self.skip_bad:
-            where = f"{shard.path}" + ("" if group is None else f", row group {group}")
-            raise DataError(f"cannot read {where}: {reason}: repair it, or --skip-bad-shards") from cause
-        end = shard.rows if group is None else shard.first_rows[group + 1]
-        self.skipped.append(
-            {
-                "epoch": epoch,
-                "file_name": shard.name,
-                "row_group": group,
-                "row": row,
-                "rows": end - row,
-                "reason": reason,
-            }
-        )
 
 
 class EncodedBatch(NamedTuple):

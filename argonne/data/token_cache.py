@@ -21,11 +21,12 @@ from typing import IO, Any
 import numpy as np
 from tqdm import tqdm
 
+from argonne.data.documents import Counts, Document, DocumentReader
 from argonne.data.encoder_pool import EncoderPool
 from argonne.data.position import DataPosition
 from argonne.data.shards import Shard
 from argonne.data.source import DataProgress, SourceOptions, SourceStep, chain_hash
-from argonne.data.stream import Counts, Document, DocumentReader, EncodedBatch, encoded_documents
+from argonne.data.stream import EncodedBatch, encoded_documents
 from argonne.data.tokenizer import PIECE_CHARACTERS, EncoderRecipe
 from argonne.errors import DataError
 

@@ -165,7 +165,7 @@ class EncoderRecipe:
         return PlainEncoder(self.tokenizer, content["eos"])
 
     def for_process(self) -> dict[str, Any]:
-        """What data_worker.py needs to build the same encoder."""
+        """What a process of `encoder_pool` needs to build the same encoder."""
         backend = self.backend()
         content: dict[str, Any] = {"eos": int(self.tokenizer.eos_token_id)}
         if backend is not None:

@@ -18,7 +18,7 @@ from data_stream import open_stream
 from argonne.data.shards import open_corpus
 from argonne.data.source import SourceOptions
 from argonne.data.position import DataPosition
-from argonne.data.stream import DocumentReader
+from argonne.data.documents import DocumentReader
 from argonne.data.tokenizer import load_tokenizer
 
 def peak():

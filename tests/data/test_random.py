@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import argonne.data.encoder_pool as data_worker
+import argonne.data.encoder_pool as encoder_pool
 import argonne.data.stream as data_stream
 import argonne.data.tokenizer as data_tokenize
 import argonne.testing.corpus as corpus
@@ -167,7 +167,7 @@ def run_case(seed: int, folder: Path, tokenizer: Any, monkeypatch: pytest.Monkey
     print(f"seed {seed}")
     rng = random.Random(seed)
     monkeypatch.setattr(data_tokenize, "PIECE_CHARACTERS", PIECE)
-    monkeypatch.setattr(data_worker, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(encoder_pool, "usable_cpus", lambda: 3)
     write_random_corpus(folder, rng)
     reference = Reference.read(folder, tokenizer)
     packing = rng.random() < 0.7

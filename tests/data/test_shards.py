@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import argonne.data.documents as documents
 import argonne.data.formats as data_formats
 import argonne.data.shards as data_shards
-import argonne.data.stream as data_stream
 import argonne.testing.corpus as corpus
 from argonne.data.formats import open_shard
 from argonne.data.shard_reader import ShardReader
@@ -270,7 +270,7 @@ def test_a_resume_reads_nothing_before_its_row_group(
 
     read_batches = data_formats.ParquetReader.batches
     monkeypatch.setattr(data_formats, "open_shard", watched_open)  # footers: from the index
-    monkeypatch.setattr(data_stream, "open_shard", watched_open)
+    monkeypatch.setattr(documents, "open_shard", watched_open)
     monkeypatch.setattr(data_formats.ParquetReader, "batches", watched_batches)
     again = resume(source, step.progress, options, tokenizer)
     assert opened == []

@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+import argonne.data.documents as document_reader
 import argonne.data.stream as stream
 import argonne.testing.corpus as corpus
+from argonne.data.documents import Document, DocumentReader
 from argonne.data.position import DataPosition
 from argonne.data.shards import open_corpus
-from argonne.data.stream import Document, DocumentReader, text_batches
+from argonne.data.stream import text_batches
 from argonne.data.tokenizer import load_tokenizer
+from argonne.errors import DataError
 from data_stream import open_stream
 from tests.data.shard_samples import options_for
 
@@ -21,13 +24,13 @@ from tests.data.shard_samples import options_for
 @pytest.fixture
 def opened_shards(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The shards opened by the reader, in order."""
-    opened, open_shard = [], stream.open_shard
+    opened, open_shard = [], document_reader.open_shard
 
     def counted(path: Path, column: str) -> Any:
         opened.append(path)
         return open_shard(path, column)
 
-    monkeypatch.setattr(stream, "open_shard", counted)
+    monkeypatch.setattr(document_reader, "open_shard", counted)
     return opened
 
 
@@ -42,7 +45,7 @@ def test_the_repeated_corpus_is_read_once_and_equals_rereading(
 
     kept = documents()
     assert len(opened_shards) == 3  # the rest of the first epoch, then one whole epoch
-    monkeypatch.setattr(stream, "KEPT_COST", 0)
+    monkeypatch.setattr(document_reader, "KEPT_COST", 0)
     assert kept == documents()
     assert len(opened_shards) > 20
 
@@ -52,7 +55,7 @@ def test_a_kept_shard_that_is_rewritten_is_noticed(tmp_path: Path) -> None:
     documents = iter(DocumentReader(open_corpus(str(tmp_path)), "text", DataPosition()))
     assert [document.epoch for document in islice(documents, 3)] == [0, 1, 2]
     corpus.write_shards(tmp_path, ["another text"], shards=1)
-    with pytest.raises(stream.DataError, match="rewritten"):
+    with pytest.raises(DataError, match="rewritten"):
         next(documents)
 
 

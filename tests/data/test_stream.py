@@ -12,14 +12,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-import argonne.data.encoder_pool as data_worker
+import argonne.data.encoder_pool as encoder_pool
 import argonne.data.formats as data_formats
 import argonne.data.stream as data_stream
 import argonne.data.tokenizer as data_tokenize
 import argonne.testing.corpus as corpus
+from argonne.data.documents import Counts, Document
 from argonne.data.position import DataPosition
 from argonne.data.source import DataProgress, SourceOptions, SourceStep, chain_hash
-from argonne.data.stream import Counts, Document, encoded_documents
+from argonne.data.stream import encoded_documents
 from argonne.errors import DataError
 from data_stream import OpenedStream, open_stream
 
@@ -173,8 +174,8 @@ def test_another_block_size_goes_on_at_the_same_token(reference: Reference) -> N
 
 
 def test_processes_give_the_same_tokens(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_worker, "PROCESSES_FROM", 2)
-    monkeypatch.setattr(data_worker, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(encoder_pool, "PROCESSES_FROM", 2)
+    monkeypatch.setattr(encoder_pool, "usable_cpus", lambda: 2)
     monkeypatch.setattr(data_stream, "BATCH_CHARACTERS", 1000)
     options = replace(reference.options, num_proc=2)
     source = opened(reference, options)
