@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 
 from argonne.data.formats import LongText, ShardError, TextBatch, open_shard
+from argonne.data.holdout import Holdout
+from argonne.data.order import NaturalOrder, Order
 from argonne.data.position import DataPosition
 from argonne.data.shard_reader import ShardReader
 from argonne.data.shards import Shard, is_unchanged
+from argonne.data.shuffled import KeptGroups, read_group
 from argonne.errors import DataError, one_line
 
 DOCUMENT_COST = 256
@@ -28,6 +32,8 @@ class Counts(NamedTuple):
     empty_rows: int = 0
     replaced_rows: int = 0
     """Documents in which invalid UTF-8 was replaced by U+FFFD."""
+    held_out_rows: int = 0
+    """Documents left to the other part of a source that --holdout splits."""
 
 
 class Document(NamedTuple):
@@ -55,6 +61,14 @@ class Document(NamedTuple):
 Mark: TypeAlias = tuple[int, ...]
 """A document as (epoch, file index, row, counts, skips): thousands are in flight, and plain tuples of numbers
 are the only ones that Python's garbage collector stops following."""
+
+
+def no_text(shards: Sequence[Shard], counts: Counts) -> str:
+    """The message for a corpus without a document."""
+    what = "text (--data-glob, --text-column)"
+    if counts.held_out_rows:
+        what = f"document in this part of it: all {counts.held_out_rows} are in the other (--holdout)"
+    return f"the {len(shards)} shards hold no {what}"
 
 
 def _total(counts: Counts, more: Counts) -> Counts:
@@ -110,15 +124,25 @@ class DocumentReader:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     epochs: int | None = None
     """Stop after this many epochs (None: never)."""
+    order: Order = field(default_factory=NaturalOrder)
+    holdout: Holdout | None = None
+    """The part of the documents to read; None: all."""
+
+    def __post_init__(self) -> None:
+        self._kept_groups = KeptGroups(KEPT_COST, DOCUMENT_COST)
 
     def __iter__(self) -> Iterator[Document]:
-        epoch, first_file, first_row = self.position.epoch, self.position.file_index, self.position.row
+        epoch, start = self.position.epoch, (self.position.file_index, self.position.row)
         last_epoch = None if self.epochs is None else epoch + self.epochs
+        first_epoch = epoch
         while last_epoch is None or epoch < last_epoch:
-            whole, before, skips = first_file == 0 and first_row == 0, self.counts, len(self.skipped)
-            kept = _KeptEpoch(before) if whole else None
-            for index in range(first_file, len(self.shards)):
-                for document in self._shard_documents(epoch, index, first_row if index == first_file else 0):
+            whole = epoch != first_epoch or start == self.order.first(epoch, self.shards)
+            before, skips = self.counts, len(self.skipped)
+            kept = _KeptEpoch(before) if whole and self.order.repeats else None
+            shards = self.order.shards(epoch, len(self.shards))
+            for index in shards if whole else shards[shards.index(start[0]) :]:
+                first_row = start[1] if not whole and index == start[0] else None
+                for document in self._shard_documents(epoch, index, first_row):
                     if kept is not None and not kept.add(document):
                         kept = None
                     yield document
@@ -129,8 +153,8 @@ class DocumentReader:
                     yield from kept.again(epoch, self.counts, skips)
                     self.counts = _total(self.counts, kept.passed)
             if whole and self.counts.documents == before.documents:
-                raise DataError(f"the {len(self.shards)} shards hold no text (--data-glob, --text-column)")
-            epoch, first_file, first_row = epoch + 1, 0, 0
+                raise DataError(no_text(self.shards, self.counts))
+            epoch += 1
 
     def _unchanged(self) -> bool:
         try:
@@ -138,23 +162,32 @@ class DocumentReader:
         except OSError:
             return False  # reading it again says what is wrong
 
-    def _shard_documents(self, epoch: int, index: int, first_row: int) -> Iterator[Document]:
+    def _shard_documents(self, epoch: int, index: int, first_row: int | None) -> Iterator[Document]:
+        """The documents of one shard, those before ``first_row`` in the order left out (None: all)."""
         shard = self.shards[index]
         if shard.fault:
             self._record(epoch, shard, None, 0, shard.fault)
             return
-        if first_row >= shard.rows:
+        if (first_row or 0) >= shard.rows:
+            return
+        groups = self.order.groups(epoch, index, shard, first_row)
+        if self._is_kept(index):
+            for group, rows in groups:
+                yield from self._kept_documents(epoch, index, group, rows)
             return
         try:
             reader = open_shard(shard.path, self.text_column)
             if reader.group_rows != shard.group_rows or not is_unchanged(shard):
                 raise ShardError("it was rewritten since the run started")
         except (ShardError, pa.ArrowException, OSError) as error:
-            self._record(epoch, shard, None, first_row, one_line(error), error)
+            self._record(epoch, shard, None, first_row or 0, one_line(error), error)
             return
         with reader:
-            for group in range(shard.group_of(first_row), len(shard.group_rows)):
-                yield from self._group_documents(epoch, index, reader, group, first_row)
+            for group, rows in groups:
+                if rows is None:
+                    yield from self._group_documents(epoch, index, reader, group, first_row or 0)
+                else:
+                    yield from self._shuffled_documents(epoch, index, reader, group, rows)
 
     def _group_documents(
         self, epoch: int, index: int, reader: ShardReader, group: int, first_row: int
@@ -170,28 +203,63 @@ class DocumentReader:
                 return
             if batch is None:
                 break
-            yield from self._batch_documents(epoch, index, batch, row, first_row)
+            offsets = range(max(0, first_row - row), len(batch.texts))
+            yield from self._batch_documents(epoch, index, batch, row, offsets)
             row += len(batch.texts)
         if row != shard.first_rows[group + 1]:
             self._record(epoch, shard, group, max(row, first_row), "fewer rows than its footer says")
 
-    def _batch_documents(
-        self, epoch: int, index: int, batch: TextBatch, row: int, first_row: int
+    def _shuffled_documents(
+        self, epoch: int, index: int, reader: ShardReader, group: int, rows: np.ndarray
     ) -> Iterator[Document]:
+        """The documents of a row group in the order of ``rows``; it is read whole first, or skipped whole."""
+        shard = self.shards[index]
+        try:
+            batch = read_group(reader, group)
+        except (ShardError, pa.ArrowException, OSError) as error:
+            self._record(epoch, shard, group, shard.first_rows[group], one_line(error), error)
+            return
+        self._kept_groups.add(index, group, batch)
+        yield from self._batch_documents(epoch, index, batch, shard.first_rows[group], rows.tolist())
+
+    def _is_kept(self, index: int) -> bool:
+        """Whether the shard's rows lie in memory and its file is as it was."""
+        shard = self.shards[index]
+        try:
+            return self._kept_groups.holds(index, len(shard.group_rows)) and is_unchanged(shard)
+        except OSError:
+            return False  # reading it again says what is wrong
+
+    def _kept_documents(
+        self, epoch: int, index: int, group: int, rows: np.ndarray | None
+    ) -> Iterator[Document]:
+        batch = self._kept_groups.get(index, group)
+        assert batch is not None and rows is not None, "only a shuffled order keeps row groups"
+        first_row = self.shards[index].first_rows[group]
+        yield from self._batch_documents(epoch, index, batch, first_row, rows.tolist())
+
+    def _batch_documents(
+        self, epoch: int, index: int, batch: TextBatch, row: int, offsets: Iterable[int]
+    ) -> Iterator[Document]:
+        """The documents among the rows at ``offsets`` of a batch that begins at ``row``, in that order."""
         skips = len(self.skipped)  # grows between batches only
-        documents, nulls, empty, replaced = self.counts
-        for offset in range(max(0, first_row - row), len(batch.texts)):
+        documents, nulls, empty, replaced, held_out = self.counts
+        for offset in offsets:
             text = batch.texts[offset]
+            if isinstance(text, bytes):
+                text = text.decode()
             if text is None:
                 nulls += 1
             elif not text:
                 empty += 1
+            elif self.holdout is not None and not self.holdout.keeps(text):
+                held_out += 1
             else:
-                counts = Counts(documents, nulls, empty, replaced)
+                counts = Counts(documents, nulls, empty, replaced, held_out)
                 documents += 1
                 replaced += offset in batch.replaced
                 yield Document(epoch, index, row + offset, text, counts, skips)
-        self.counts = Counts(documents, nulls, empty, replaced)
+        self.counts = Counts(documents, nulls, empty, replaced, held_out)
 
     def _record(
         self,

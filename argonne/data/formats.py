@@ -50,7 +50,8 @@ class Footer:
 class TextBatch:
     """Consecutive rows of one row group."""
 
-    texts: list[str | LongText | None]
+    texts: list[str | LongText | None] | list[bytes | LongText | None]
+    """Strings, or their UTF-8 where many are held for long."""
     replaced: frozenset[int]
     """Indices into ``texts`` whose bytes were not UTF-8 (each bad sequence became U+FFFD)."""
 

@@ -1,0 +1,28 @@
+"""``--holdout N``: a source in two parts, split by the text of each document, whatever its place."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from argonne.data.formats import LongText
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holdout:
+    """One of the two parts: the documents held out of training, or all others.
+
+    A document is held out where the first 8 bytes of blake2b (digest_size=8) of its UTF-8 text, read as a
+    little-endian number, are a multiple of ``every``.
+    """
+
+    every: int
+    held_out: bool = False
+    """Read the held-out part instead of the training part."""
+
+    def keeps(self, text: str | LongText) -> bool:
+        """Whether the document belongs to this part."""
+        digest = hashlib.blake2b(digest_size=8)
+        for stretch in (text,) if isinstance(text, str) else text.stretches():
+            digest.update(stretch.encode())
+        return (int.from_bytes(digest.digest(), "little") % self.every == 0) == self.held_out

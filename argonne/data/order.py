@@ -1,0 +1,107 @@
+"""In which order an epoch takes the shards, row groups and rows of a source: as they lie, or shuffled.
+
+A shuffled order follows from seed, epoch and the shard's number alone, so that any place in it is found
+without reading what came before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from argonne.data.shards import Shard
+
+SHARDS_KEY = 0xFFFFFFFF
+"""Stands for the shards in the key of an epoch's generator, where others have the shard's number."""
+
+
+def _generator(seed: int, epoch: int, number: int) -> np.random.Generator:
+    key = np.array([seed, (epoch << 32) | number], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+class Order(Protocol):
+    """The order of one source's rows."""
+
+    repeats: bool
+    """Whether every epoch has the same order."""
+
+    def shards(self, epoch: int, count: int) -> Sequence[int]:
+        """Shards by their number in the natural order."""
+        ...
+
+    def groups(
+        self, epoch: int, index: int, shard: Shard, first_row: int | None
+    ) -> Iterator[tuple[int, np.ndarray | None]]:
+        """Row groups of shard ``index`` from ``first_row`` on (None: all), each with the order of its rows.
+
+        Rows are counted within the row group, those before ``first_row`` left out; None: as they lie.
+        """
+        ...
+
+    def first(self, epoch: int, shards: Sequence[Shard]) -> tuple[int, int]:
+        """(shard, row) with which the epoch begins."""
+        ...
+
+
+@dataclass(frozen=True)
+class NaturalOrder:
+    """Shards and rows as they lie."""
+
+    repeats = True
+
+    def shards(self, epoch: int, count: int) -> Sequence[int]:
+        return range(count)
+
+    def groups(
+        self, epoch: int, index: int, shard: Shard, first_row: int | None
+    ) -> Iterator[tuple[int, np.ndarray | None]]:
+        for group in range(shard.group_of(first_row or 0), len(shard.group_rows)):
+            yield group, None
+
+    def first(self, epoch: int, shards: Sequence[Shard]) -> tuple[int, int]:
+        return 0, 0
+
+
+@dataclass(frozen=True)
+class ShuffledOrder:
+    """``--shuffle``: another permutation of shards, of row groups and of the rows of each, every epoch.
+
+    One generator of the epoch permutes the shards. One of each shard gives the permutation of its row groups,
+    then, for each row group in that order, the permutation of its rows.
+    """
+
+    seed: int
+    repeats = False
+
+    def shards(self, epoch: int, count: int) -> Sequence[int]:
+        return _generator(self.seed, epoch, SHARDS_KEY).permutation(count).tolist()
+
+    def _all_groups(self, epoch: int, index: int, shard: Shard) -> Iterator[tuple[int, np.ndarray]]:
+        generator = _generator(self.seed, epoch, index)
+        for group in generator.permutation(len(shard.group_rows)).tolist():
+            yield group, generator.permutation(shard.group_rows[group])
+
+    def groups(
+        self, epoch: int, index: int, shard: Shard, first_row: int | None
+    ) -> Iterator[tuple[int, np.ndarray | None]]:
+        begun = first_row is None
+        for group, rows in self._all_groups(epoch, index, shard):
+            if first_row is not None and not begun:
+                if group != shard.group_of(first_row):
+                    continue
+                begun = True
+                place = np.flatnonzero(rows == first_row - shard.first_rows[group])[0]
+                yield group, rows[place:]
+                continue
+            yield group, rows
+
+    def first(self, epoch: int, shards: Sequence[Shard]) -> tuple[int, int]:
+        for index in self.shards(epoch, len(shards)):
+            for group, rows in self._all_groups(epoch, index, shards[index]):
+                if len(rows):
+                    return index, shards[index].first_rows[group] + int(rows[0])
+        return 0, 0

@@ -1,0 +1,48 @@
+"""One row group in memory, so that its rows can be taken in any order."""
+
+from __future__ import annotations
+
+from argonne.data.formats import LongText, ShardError, TextBatch
+from argonne.data.shard_reader import ShardReader
+
+
+def read_group(reader: ShardReader, group: int) -> TextBatch:
+    """All rows of a row group, texts as UTF-8. Raises ShardError, pa.ArrowException or OSError."""
+    texts: list[bytes | LongText | None] = []
+    replaced: set[int] = set()
+    for batch in reader.batches(group):
+        replaced.update(len(texts) + offset for offset in batch.replaced)
+        texts += [text.encode() if isinstance(text, str) else text for text in batch.texts]
+    if len(texts) != reader.group_rows[group]:
+        raise ShardError("fewer rows than its footer says")
+    return TextBatch(texts, frozenset(replaced))
+
+
+class KeptGroups:
+    """The row groups of a small corpus, kept once they were read, for the epochs to come."""
+
+    def __init__(self, largest_cost: int, row_cost: int) -> None:
+        """``largest_cost``: of the whole corpus, in bytes of text and ``row_cost`` for each row."""
+        self._left = largest_cost
+        self._row_cost = row_cost
+        self._groups: dict[tuple[int, int], TextBatch] | None = {}
+
+    def add(self, index: int, group: int, batch: TextBatch) -> None:
+        """Keep row group ``group`` of shard ``index``; forget all where the corpus is too large."""
+        if self._groups is None or (index, group) in self._groups:
+            return
+        for text in batch.texts:
+            size = len(text) if isinstance(text, bytes) else 0
+            self._left -= self._left + 1 if isinstance(text, LongText) else size + self._row_cost
+        if self._left < 0:
+            self._groups = None
+        else:
+            self._groups[index, group] = batch
+
+    def get(self, index: int, group: int) -> TextBatch | None:
+        """The row group, where it is kept."""
+        return None if self._groups is None else self._groups.get((index, group))
+
+    def holds(self, index: int, groups: int) -> bool:
+        """Whether all of the shard's row groups are kept."""
+        return all(self.get(index, group) is not None for group in range(groups))
