@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from argonne.data.documents import Counts, Document, DocumentReader
 from argonne.data.encoder_pool import EncoderPool
+from argonne.data.holdout import Holdout
+from argonne.data.order import NaturalOrder, Order, ShuffledOrder
 from argonne.data.position import DataPosition
 from argonne.data.samplers import PackedSampler, Sampler, WindowSampler
 from argonne.data.shards import DEFAULT_TEXT_COLUMN, Shard
@@ -21,19 +24,37 @@ NO_HASH = "0" * 32
 """The stream hash before the first sample."""
 
 
+class MixPart(NamedTuple):
+    """One source of a mixture."""
+
+    name: str
+    weight: str
+    """A decimal fraction, not normalised."""
+    glob: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
     """Everything that decides the tokens of a step, and how they are made."""
 
     data_glob: str
+    """Of the one source; a mixture has those of its parts."""
+    mix: tuple[MixPart, ...] = ()
+    """The sources of a mixture; empty: one source."""
     block_size: int
     samples_per_step: int
     """G: sequences of one optimizer step over all data-parallel ranks."""
     text_column: str | None = None
     streaming: bool = True
     packing: bool = True
+    shuffle: bool = False
+    """Take shards, row groups and rows in another order every epoch (streaming only)."""
     seed: int = 0
-    """Of the non-streaming order."""
+    """Of the shuffled and of the non-streaming order."""
+    holdout: int | None = None
+    """Every so many-th document, by a hash of its text, is held out of training; None: none is."""
+    held_out: bool = False
+    """Read the held-out documents instead of all others."""
     num_proc: int = 8
     """Tokenizing workers at most (cut to the CPUs)."""
     trust_remote_code: bool = False
@@ -45,6 +66,15 @@ class SourceOptions:
     @property
     def column(self) -> str:
         return self.text_column or DEFAULT_TEXT_COLUMN
+
+    @property
+    def order(self) -> Order:
+        return ShuffledOrder(self.seed) if self.shuffle else NaturalOrder()
+
+    @property
+    def part(self) -> Holdout | None:
+        """The part of each source that is read; None: all of it."""
+        return None if self.holdout is None else Holdout(every=self.holdout, held_out=self.held_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +101,20 @@ class DataProgress:
             record["skipped_row_groups"] = len(self.skipped)
         return record
 
+    def position_dict(self, file_names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+        """A checkpoint's ``data_position``; ``file_names``: the shards of each source (of one: "")."""
+        return self.position.to_dict(file_names[""])
+
+    def state_dict(self, manifests: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """What a checkpoint's ``data_state`` says of this state, with the file list of each source."""
+        return {
+            "stream_hash": self.stream_hash,
+            "samples": self.samples,
+            "counts": self.counts._asdict(),
+            "skipped": [dict(skip) for skip in self.skipped],
+            "manifest": manifests[""],
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceStep:
@@ -78,6 +122,8 @@ class SourceStep:
 
     tokens: np.ndarray
     progress: DataProgress
+    sources: np.ndarray | None = None
+    """Of a mixture: (samples_per_step,) int32, the number of each sample's source."""
 
 
 class TokenSource(Protocol):
@@ -98,36 +144,83 @@ def chain_hash(stream_hash: str, tokens: np.ndarray) -> str:
     return digest.hex()
 
 
+class SampleSource(Protocol):
+    """The samples of one source one after another, without end."""
+
+    @property
+    def progress(self) -> DataProgress:
+        """The state after the last sample taken. Its ``stream_hash`` is what the source began with."""
+        ...
+
+    def take(self, count: int) -> np.ndarray:
+        """The next samples, (count, block_size + 1) int32."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SingleSource:
+    """The steps of one source."""
+
+    def __init__(self, source: SampleSource, samples_per_step: int) -> None:
+        self._source = source
+        self._samples_per_step = samples_per_step
+        self._stream_hash = source.progress.stream_hash
+
+    def next_step(self) -> SourceStep:
+        tokens = self._source.take(self._samples_per_step)
+        self._stream_hash = chain_hash(self._stream_hash, tokens)
+        progress = replace(self._source.progress, stream_hash=self._stream_hash)
+        return SourceStep(tokens=tokens, progress=progress)
+
+    def close(self) -> None:
+        self._source.close()
+
+
 class StreamingSource:
-    """Reads, tokenizes and cuts on the fly, from any position on."""
+    """Reads, tokenizes and cuts on the fly, from any position on.
+
+    ``pool`` may serve other sources too; ``batches_ahead`` are encoded before they are needed (None: as many
+    as keep the pool busy).
+    """
 
     def __init__(
-        self, shards: list[Shard], recipe: EncoderRecipe, options: SourceOptions, progress: DataProgress
+        self,
+        shards: list[Shard],
+        pool: EncoderPool,
+        options: SourceOptions,
+        progress: DataProgress,
+        batches_ahead: int | None = None,
     ) -> None:
         self._shards = shards
         self._options = options
-        self._progress = progress
+        self.progress = progress
         self._skipped = list(progress.skipped)
-        position = progress.position
         reader = DocumentReader(
-            shards, options.column, position, options.skip_bad_shards, progress.counts, self._skipped
+            shards,
+            options.column,
+            progress.position,
+            options.skip_bad_shards,
+            progress.counts,
+            self._skipped,
+            order=options.order,
+            holdout=options.part,
         )
-        self._pool = EncoderPool(recipe, options.num_proc)
-        batches = encoded_documents(iter(reader), self._pool)
+        self._pool = pool
+        batches = encoded_documents(iter(reader), pool, batches_ahead)
         sampler = PackedSampler if options.packing else WindowSampler
-        self._sampler: Sampler = sampler(batches, options.block_size, position)
+        self._sampler: Sampler = sampler(batches, options.block_size, progress.position)
 
-    def next_step(self) -> SourceStep:
-        count = self._options.samples_per_step
+    def take(self, count: int) -> np.ndarray:
         tokens, document, token_offset = self._sampler.take(count)
-        self._progress = DataProgress(
+        self.progress = replace(
+            self.progress,
             position=self._position(document, token_offset),
-            stream_hash=chain_hash(self._progress.stream_hash, tokens),
-            samples=self._progress.samples + count,
+            samples=self.progress.samples + count,
             counts=document.counts,
             skipped=tuple(self._skipped[: document.skips]),
         )
-        return SourceStep(tokens=tokens, progress=self._progress)
+        return tokens
 
     def _position(self, document: Document, token_offset: int) -> DataPosition:
         return DataPosition(
@@ -140,4 +233,5 @@ class StreamingSource:
         )
 
     def close(self) -> None:
+        """End the pool, which others that share it have closed by then or will."""
         self._pool.close()

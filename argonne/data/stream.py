@@ -32,17 +32,21 @@ class EncodedBatch(NamedTuple):
     marks: list[tuple[int, Mark]]
 
 
-def encoded_documents(documents: Iterator[Document], pool: EncoderPool) -> Iterator[EncodedBatch]:
+def encoded_documents(
+    documents: Iterator[Document], pool: EncoderPool, batches_ahead: int | None = None
+) -> Iterator[EncodedBatch]:
     """Token ids of the documents in order, EOS after each.
 
-    At most BATCHES_PER_WORKER batches a worker are encoded ahead, of DOCUMENTS_AHEAD pieces together.
+    At most ``batches_ahead`` batches (None: BATCHES_PER_WORKER a worker) are encoded ahead, of DOCUMENTS_AHEAD
+    pieces together.
     """
     pieces = 0
+    most = BATCHES_PER_WORKER * pool.workers if batches_ahead is None else batches_ahead
     ahead: deque[tuple[int, Future[EncodedTexts], list[tuple[int, Mark]]]] = deque()
     for texts, last, marks in text_batches(documents):
         ahead.append((len(texts), pool.submit(texts, last), marks))
         pieces += len(texts)
-        while len(ahead) > BATCHES_PER_WORKER * pool.workers or pieces > DOCUMENTS_AHEAD:
+        while len(ahead) > most or pieces > DOCUMENTS_AHEAD:
             count, future, its_marks = ahead.popleft()
             pieces -= count
             yield _finished(future, its_marks)

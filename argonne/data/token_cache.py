@@ -14,18 +14,19 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from argonne.data.documents import Counts, Document, DocumentReader
+from argonne.data.documents import Counts, Document, DocumentReader, no_text
 from argonne.data.encoder_pool import EncoderPool
+from argonne.data.holdout import Holdout
 from argonne.data.position import DataPosition
 from argonne.data.shards import Shard
-from argonne.data.source import DataProgress, SourceOptions, SourceStep, chain_hash
+from argonne.data.source import DataProgress, SourceOptions
 from argonne.data.stream import EncodedBatch, encoded_documents
 from argonne.data.tokenizer import PIECE_CHARACTERS, EncoderRecipe
 from argonne.errors import DataError
@@ -48,10 +49,12 @@ class TokenCache:
     skipped: tuple[dict[str, Any], ...]
 
 
-def cache_key(shards: Sequence[Shard], tokenizer: str, column: str) -> str:
+def cache_key(shards: Sequence[Shard], tokenizer: str, column: str, part: Holdout | None = None) -> str:
     """Hash of everything that the cached tokens depend on (``tokenizer``: its fingerprint, EOS included)."""
     files = [[s.name, s.size, s.mtime_ns, s.digest, list(s.group_rows), s.fault] for s in shards]
     content = [CACHE_VERSION, files, tokenizer, column, PIECE_CHARACTERS]
+    if part is not None:
+        content.append([part.every, part.held_out])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
@@ -60,7 +63,7 @@ def open_cache(
 ) -> TokenCache:
     """The token cache of a corpus, built first where it is missing or unfinished."""
     assert options.cache_dir is not None
-    folder = options.cache_dir / f"tokens-{cache_key(shards, tokenizer, options.column)}"
+    folder = options.cache_dir / f"tokens-{cache_key(shards, tokenizer, options.column, options.part)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
@@ -166,6 +169,7 @@ class _Build:
             Counts(**place["counts"]),
             list(place["skipped"]),
             epochs=1,
+            holdout=self._options.part,
         )
         pool = EncoderPool(self._recipe, self._options.num_proc)
         try:
@@ -178,7 +182,7 @@ class _Build:
         finally:
             pool.close()
         if total == 0:
-            raise DataError(f"the {len(self._shards)} shards hold no text (--data-glob, --text-column)")
+            raise DataError(no_text(self._shards, reader.counts))
         meta = {
             "tokens": total,
             "documents": documents,
@@ -261,7 +265,7 @@ class CachedSource:
     ) -> None:
         self._build = lambda: open_cache(shards, recipe, tokenizer, options)
         self._options = options
-        self._progress = progress
+        self.progress = progress
         self._cache: TokenCache | None = None
         self._order: tuple[int, np.ndarray] | None = None
 
@@ -280,10 +284,10 @@ class CachedSource:
             )
         return cache
 
-    def next_step(self) -> SourceStep:
+    def take(self, count: int) -> np.ndarray:
         cache = self._cache = self._cache or self._open()
-        size, count = self._options.block_size, self._options.samples_per_step
-        epoch, sample = self._progress.position.epoch, self._progress.position.sample or 0
+        size = self._options.block_size
+        epoch, sample = self.progress.position.epoch, self.progress.position.sample or 0
         epoch, sample = epoch + sample // len(self._starts), sample % len(self._starts)
         tokens = np.empty((count, size + 1), dtype=np.int32)
         for index in range(count):
@@ -292,14 +296,14 @@ class CachedSource:
             sample += 1
             if sample == len(self._starts):
                 epoch, sample = epoch + 1, 0
-        self._progress = DataProgress(
+        self.progress = replace(
+            self.progress,
             position=DataPosition(epoch=epoch, sample=sample, block_size=size),
-            stream_hash=chain_hash(self._progress.stream_hash, tokens),
-            samples=self._progress.samples + count,
+            samples=self.progress.samples + count,
             counts=cache.counts,
             skipped=cache.skipped,
         )
-        return SourceStep(tokens=tokens, progress=self._progress)
+        return tokens
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
