@@ -103,7 +103,7 @@ def open_stream(
     notices = [f"skipping the bad shard {shard.path}: {shard.fault}" for shard in shards if shard.fault]
     empty = [shard.name for shard in shards if 0 < shard.rows == shard.null_rows]
     if empty:
-        notices.append(f"without any text in {options.column!r} (--text-column): {', '.join(empty)}")
+        notices.append(f"without any text in {options.text_column!r} (--text-column): {', '.join(empty)}")
     identity = source_identity(options, tokenizer)
     progress = DataProgress(position=_start(shards, options))
     if saved_state is not None:
@@ -131,7 +131,7 @@ def source_identity(options: SourceOptions, tokenizer: Any) -> dict[str, Any]:
     """What a checkpoint keeps to recognise its data by, beside the file list."""
     return {
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "text_column": options.column,
+        "text_column": options.text_column,
         "packing": options.packing,
         "streaming": options.streaming,
         "block_size": options.block_size,

@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-glob", default=DataOptions.data_glob, help="the shards (%(default)s)")
     parser.add_argument("--tokenizer-path", help="needed for token estimates and for a step's text")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
-    parser.add_argument("--text-column", help="column of the text (text)")
+    parser.add_argument("--text-column", default=DataOptions.text_column, help="of the text (%(default)s)")
     parser.add_argument("--step", type=int, help="print the text of this optimizer step, counted from 0")
     parser.add_argument("--at", metavar="FILE:ROW[:TOKEN]", help="print the samples from this position on")
     parser.add_argument(

@@ -7,12 +7,13 @@ from typing import Any
 
 from argonne.data.documents import DocumentReader
 from argonne.data.position import DataPosition
-from argonne.data.shards import DEFAULT_TEXT_COLUMN, open_corpus
+from argonne.data.shards import open_corpus
 from argonne.data.source import SourceOptions
 from argonne.data.stream import text_batches
 from argonne.data.tokenizer import EncoderRecipe, load_tokenizer, plain_ids
 from argonne.errors import DataError
 from argonne.testing.corpus import build_tokenizer
+from argonne.testing.sources import source_options
 from argonne.tools.library_corpus import documents
 from argonne.tools.shard_writer import ShardWriter
 
@@ -32,7 +33,7 @@ class Corpus:
         self.tokenizer_path = str(build_tokenizer(folder / "tokenizer", VOCABULARY))
         self.tokenizer = load_tokenizer(self.tokenizer_path)
         self.rows, self.characters = len(texts), sum(map(len, texts))
-        self.shards = open_corpus(str(folder / "data"))
+        self.shards = open_corpus(str(folder / "data"), "text")
         self.batches = [texts for texts, _, _ in text_batches(iter(self.reader()))]
         """The texts as the pipeline hands them to its tokenizing threads."""
         backend = self.tokenizer.backend_tokenizer
@@ -41,11 +42,11 @@ class Corpus:
 
     def reader(self) -> DocumentReader:
         """One pass through the shards."""
-        return DocumentReader(self.shards, DEFAULT_TEXT_COLUMN, DataPosition(), epochs=1)
+        return DocumentReader(self.shards, "text", DataPosition(), epochs=1)
 
     def options(self, threads: int) -> SourceOptions:
-        return SourceOptions(
-            data_glob=str(self.folder / "data" / "*.parquet"),
+        return source_options(
+            str(self.folder / "data" / "*.parquet"),
             block_size=BLOCK_SIZE,
             samples_per_step=SAMPLES,
             num_proc=threads,

@@ -10,7 +10,7 @@ import numpy as np
 
 from argonne.data.documents import Document, Mark
 from argonne.data.position import DataPosition
-from argonne.data.stream import EncodedBatch
+from argonne.data.stream import Beginning, EncodedBatch
 from argonne.errors import DataError
 
 
@@ -30,27 +30,22 @@ class Sampler(Protocol):
     def take(self, count: int) -> Samples: ...
 
 
-def _without_used(batches: Iterator[EncodedBatch], start: DataPosition) -> Iterator[EncodedBatch]:
-    """Drop the used ids of the document at ``start``, whose mark then lies that far before the ids.
+def _resumed(batches: Iterator[EncodedBatch], start: DataPosition) -> Iterator[EncodedBatch]:
+    """The batches without what was used of the document at ``start``.
 
-    Where the document has no more ids than that, all of them go and the next document is the first. Where
-    ``start`` is not a document (a row that is skipped, a row past the shard's end), nothing was used.
+    Where that document has no more ids than that, all of them go. Where ``start`` is not a document (a row
+    that is skipped, a row past the shard's end), the stream begins with the document after it: nothing was
+    used of that one.
     """
-    first: Mark | None = None
-    used = dropped = 0
-    for ids, marks in batches:
-        if first is None:
-            first = marks[0][1]
-            at_start = first[:3] == (start.epoch, start.file_index, start.row)
-            used = start.token_offset if at_start else 0
-        later = next((place for place, mark in marks if mark is not first), None)
-        cut = min(used - dropped, len(ids) if later is None else later)
-        dropped += cut
-        yield EncodedBatch(
-            ids[cut:], [(-used if mark is first else place - cut, mark) for place, mark in marks]
-        )
-        if later is not None:
-            break
+    ids, [(_, _, mark), *later] = next(batches)
+    used = start.token_offset if mark[:3] == (start.epoch, start.file_index, start.row) else 0
+    passed = 0
+    while not later and passed + len(ids) <= used:
+        passed += len(ids)
+        ids, later = next(batches)
+    cut = min(used - passed, later[0][0] if later else len(ids))
+    beginnings = [(0, passed + cut, mark), *((place - cut, token, mark) for place, token, mark in later)]
+    yield EncodedBatch(ids[cut:], beginnings)
     yield from batches
 
 
@@ -58,12 +53,12 @@ class PackedSampler:
     """The packed stream: block_size + 1 tokens every block_size tokens, across documents and epochs."""
 
     def __init__(self, batches: Iterator[EncodedBatch], block_size: int, start: DataPosition) -> None:
-        self._batches = _without_used(batches, start)
+        self._batches = _resumed(batches, start)
         self._block_size = block_size
         self._chunks: deque[np.ndarray] = deque()
         self._available = 0
-        self._marks: deque[tuple[int, Mark]] = deque()
-        """(stream index of the document's first id, its mark); index 0 is the first token not used."""
+        self._beginnings: deque[Beginning] = deque()
+        """Of the documents, from the one of the next token on; place 0 is the first token of this run."""
         self._filled = 0
         self._taken = 0
 
@@ -75,16 +70,16 @@ class PackedSampler:
         self._chunks = deque([tokens[size:]])
         self._available -= size
         self._taken += size
-        while len(self._marks) > 1 and self._marks[1][0] <= self._taken:
-            self._marks.popleft()
+        while len(self._beginnings) > 1 and self._beginnings[1][0] <= self._taken:
+            self._beginnings.popleft()
         samples = np.empty((count, self._block_size + 1), dtype=np.int32)
         samples[:, :-1] = tokens[:size].reshape(count, self._block_size)
         samples[:, 1:] = tokens[1 : size + 1].reshape(count, self._block_size)
-        start, mark = self._marks[0]
-        return Samples(samples, Document.from_mark(mark), self._taken - start)
+        place, token, mark = self._beginnings[0]
+        return Samples(samples, Document.from_mark(mark), token + self._taken - place)
 
-    def _append(self, ids: np.ndarray, marks: list[tuple[int, Mark]]) -> None:
-        self._marks.extend([(self._filled + offset, mark) for offset, mark in marks])
+    def _append(self, ids: np.ndarray, beginnings: list[Beginning]) -> None:
+        self._beginnings.extend((self._filled + place, token, mark) for place, token, mark in beginnings)
         self._chunks.append(ids)
         self._available += len(ids)
         self._filled += len(ids)
@@ -97,7 +92,7 @@ class WindowSampler:
     """
 
     def __init__(self, batches: Iterator[EncodedBatch], block_size: int, start: DataPosition) -> None:
-        self._batches = _without_used(batches, start)
+        self._batches = _resumed(batches, start)
         self._block_size = block_size
         self._windows: deque[tuple[np.ndarray, Mark, int]] = deque()
         self._rest = np.empty(0, dtype=np.int32)
@@ -114,13 +109,13 @@ class WindowSampler:
         _, mark, token_offset = self._windows[0]
         return Samples(samples, Document.from_mark(mark), token_offset)
 
-    def _append(self, ids: np.ndarray, marks: list[tuple[int, Mark]]) -> None:
-        ends = [offset for offset, _ in marks] + [len(ids)]
-        self._cut(ids[: max(ends[0], 0)])
-        for (start, mark), end in zip(marks, ends[1:], strict=True):
+    def _append(self, ids: np.ndarray, beginnings: list[Beginning]) -> None:
+        places = [place for place, _, _ in beginnings] + [len(ids)]
+        self._cut(ids[: places[0]])
+        for (place, token, mark), end in zip(beginnings, places[1:], strict=True):
             self._refuse_short_corpus(epoch=mark[0])
-            self._mark, self._rest, self._offset = mark, self._rest[:0], max(0, -start)
-            self._cut(ids[max(start, 0) : end])
+            self._mark, self._rest, self._offset = mark, self._rest[:0], token
+            self._cut(ids[place:end])
 
     def _cut(self, ids: np.ndarray) -> None:
         """Take the windows out of the current document's tokens so far."""

@@ -19,7 +19,6 @@ from typing import Any
 from argonne.data.formats import Footer, ShardError, read_footer, tail_digest
 from argonne.errors import DataError
 
-DEFAULT_TEXT_COLUMN = "text"
 FOOTER_THREADS = 16
 INDEX_VERSION = 2
 SHARD_SUFFIXES = (".parquet", ".arrow")
@@ -101,7 +100,7 @@ def shard_names(paths: Sequence[Path]) -> list[str]:
 
 def open_corpus(
     data_glob: str,
-    text_column: str | None = None,
+    text_column: str,
     *,
     skip_bad_shards: bool = False,
     cache_dir: Path | None = None,
@@ -112,9 +111,8 @@ def open_corpus(
     that names every bad shard at once; with ``skip_bad_shards`` they stay in the list without rows, with
     their ``fault``.
     """
-    column = text_column or DEFAULT_TEXT_COLUMN
     paths = find_shards(data_glob)
-    index = _FooterIndex(cache_dir / "shard_index.json" if cache_dir else None, column)
+    index = _FooterIndex(cache_dir / "shard_index.json" if cache_dir else None, text_column)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         checked = list(pool.map(index.footer, paths))
     index.save()
@@ -133,7 +131,7 @@ def open_corpus(
             paths, shard_names(paths), checked, strict=True
         )
     ]
-    _refuse_bad_shards(shards, column, skip_bad_shards)
+    _refuse_bad_shards(shards, text_column, skip_bad_shards)
     return shards
 
 

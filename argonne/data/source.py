@@ -16,7 +16,7 @@ from argonne.data.holdout import Holdout
 from argonne.data.order import NaturalOrder, Order, ShuffledOrder
 from argonne.data.position import DataPosition
 from argonne.data.samplers import PackedSampler, Sampler, WindowSampler
-from argonne.data.shards import DEFAULT_TEXT_COLUMN, Shard
+from argonne.data.shards import Shard
 from argonne.data.stream import encoded_documents
 from argonne.data.tokenizer import EncoderRecipe
 
@@ -35,7 +35,7 @@ class MixPart(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """Everything that decides the tokens of a step, and how they are made."""
+    """Everything that decides the tokens of a step, and how they are made; the flags have the defaults."""
 
     data_glob: str
     """Of the one source; a mixture has those of its parts."""
@@ -44,28 +44,24 @@ class SourceOptions:
     block_size: int
     samples_per_step: int
     """G: sequences of one optimizer step over all data-parallel ranks."""
-    text_column: str | None = None
-    streaming: bool = True
-    packing: bool = True
+    text_column: str
+    streaming: bool
+    packing: bool
     shuffle: bool = False
     """Take shards, row groups and rows in another order every epoch (streaming only)."""
-    seed: int = 0
+    seed: int
     """Of the shuffled and of the non-streaming order."""
     holdout: int | None = None
     """Every so many-th document, by a hash of its text, is held out of training; None: none is."""
     held_out: bool = False
     """Read the held-out documents instead of all others."""
-    num_proc: int = 8
+    num_proc: int
     """Tokenizing workers at most (cut to the CPUs)."""
-    trust_remote_code: bool = False
-    skip_bad_shards: bool = False
-    allow_data_change: bool = False
-    cache_dir: Path | None = None
+    trust_remote_code: bool
+    skip_bad_shards: bool
+    allow_data_change: bool
+    cache_dir: Path | None
     """Where the shard index and the non-streaming token cache lie."""
-
-    @property
-    def column(self) -> str:
-        return self.text_column or DEFAULT_TEXT_COLUMN
 
     @property
     def order(self) -> Order:
@@ -198,7 +194,7 @@ class StreamingSource:
         self._skipped = list(progress.skipped)
         reader = DocumentReader(
             shards,
-            options.column,
+            options.text_column,
             progress.position,
             options.skip_bad_shards,
             progress.counts,

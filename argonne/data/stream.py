@@ -25,11 +25,16 @@ EncodedTexts: TypeAlias = tuple[np.ndarray, np.ndarray]
 """(ids int32, length of each text int64)."""
 
 
+Beginning: TypeAlias = tuple[int, int, Mark]
+"""(place in the ids, token, mark): at that place stands the document's token of that number: 0, but for the
+first document of a run that resumes within it."""
+
+
 class EncodedBatch(NamedTuple):
-    """Consecutive tokens of the stream; ``marks`` are (offset in ids, mark) where documents begin."""
+    """Consecutive tokens of the stream, and where documents begin in them."""
 
     ids: np.ndarray
-    marks: list[tuple[int, Mark]]
+    beginnings: list[Beginning]
 
 
 def encoded_documents(
@@ -57,7 +62,7 @@ def encoded_documents(
 def _finished(future: Future[EncodedTexts], marks: list[tuple[int, Mark]]) -> EncodedBatch:
     ids, lengths = future.result()
     starts = [0, *np.cumsum(lengths).tolist()]
-    return EncodedBatch(ids, [(starts[piece], mark) for piece, mark in marks])
+    return EncodedBatch(ids, [(starts[piece], 0, mark) for piece, mark in marks])
 
 
 def text_batches(

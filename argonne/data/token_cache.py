@@ -63,7 +63,7 @@ def open_cache(
 ) -> TokenCache:
     """The token cache of a corpus, built first where it is missing or unfinished."""
     assert options.cache_dir is not None
-    folder = options.cache_dir / f"tokens-{cache_key(shards, tokenizer, options.column, options.part)}"
+    folder = options.cache_dir / f"tokens-{cache_key(shards, tokenizer, options.text_column, options.part)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
@@ -163,7 +163,7 @@ class _Build:
         _refuse_skips(place["skipped"], self._folder, self._options)
         reader = DocumentReader(
             self._shards,
-            self._options.column,
+            self._options.text_column,
             DataPosition(file_index=place["file_index"], row=place["row"]),
             self._options.skip_bad_shards,
             Counts(**place["counts"]),
@@ -211,18 +211,19 @@ class _Build:
             rows_before.append(rows_before[-1] + shard.rows)
         done = rows_before[self._place["file_index"]] + self._place["row"]
         with tqdm(total=rows_before[-1], initial=done, unit="rows", desc="Tokenizing", disable=None) as bar:
-            for ids, marks in batches:
+            for ids, beginnings in batches:
                 ids.tofile(tokens)
-                np.array([total + offset for offset, _ in marks], dtype=np.int64).tofile(starts)
-                if marks:
-                    offset, document = marks[-1][0], Document.from_mark(marks[-1][1])
+                np.array([total + place for place, _, _ in beginnings], dtype=np.int64).tofile(starts)
+                if beginnings:
+                    place, _, mark = beginnings[-1]
+                    document = Document.from_mark(mark)
                     bar.update(rows_before[document.file_index] + document.row - bar.n)
                     if time.monotonic() - journaled >= JOURNAL_SECONDS:
                         _synchronize(tokens, starts)
-                        self._journal(document, total + offset, documents + len(marks) - 1, reader)
+                        self._journal(document, total + place, documents + len(beginnings) - 1, reader)
                         journaled = time.monotonic()
                 total += len(ids)
-                documents += len(marks)
+                documents += len(beginnings)
             bar.update(rows_before[-1] - bar.n)
         return total, documents
 

@@ -27,7 +27,7 @@ def show_corpus(options: argparse.Namespace) -> None:
         skip_bad_shards=options.skip_bad_shards,
         cache_dir=options.cache_dir,
     )
-    column = options.text_column or "text"
+    column = options.text_column
     text_bytes = [shard_text_bytes(shard, column) for shard in shards]
     share, tokens_per_byte = sample_corpus(shards, column, options)
     print(f"{'shard':32} {'rows':>12} {'row groups':>10} {'MiB':>9} {'text MiB':>9} {'tokens (about)':>16}")

@@ -9,12 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from argonne.data.source import DataProgress, SourceOptions
+from argonne.testing.sources import source_options
 from data_stream import OpenedStream, open_stream
 
 
 def options_for(folder: Path, **changes: Any) -> SourceOptions:
     """Blocks of 8 tokens, 2 samples a step, of the shards in ``folder``."""
-    options = SourceOptions(data_glob=f"{folder}/*.parquet", block_size=8, samples_per_step=2, num_proc=1)
+    options = source_options(f"{folder}/*.parquet", block_size=8, samples_per_step=2, num_proc=1)
     return replace(options, **changes)
 
 

@@ -47,7 +47,7 @@ def test_every_text_layout_and_format_reads_alike(tmp_path: Path, type_: pa.Data
         writer = pa.ipc.new_stream if suffix == "arrow-stream" else pa.ipc.new_file
         with writer(str(path), table.schema) as sink:
             sink.write_table(table.combine_chunks(), max_chunksize=3)
-    shard = open_corpus(str(path))[0]
+    shard = open_corpus(str(path), "text")[0]
     assert shard.group_rows == (3, 3, 2) and [shard.group_of(row) for row in (0, 2, 3, 7, 8)] == [
         0,
         0,
@@ -70,7 +70,7 @@ def test_a_datasets_folder_can_be_read(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": [f"row {i}" for i in range(10)]}).save_to_disk(
         tmp_path / "d", num_shards=2
     )
-    shards = open_corpus(f"{tmp_path}/d/*.arrow")
+    shards = open_corpus(f"{tmp_path}/d/*.arrow", "text")
     assert [shard.rows for shard in shards] == [5, 5]
 
 

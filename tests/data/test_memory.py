@@ -17,6 +17,7 @@ sys.path.insert(0, {root!r})
 from data_stream import open_stream
 from argonne.data.shards import open_corpus
 from argonne.data.source import SourceOptions
+from argonne.testing.sources import source_options
 from argonne.data.position import DataPosition
 from argonne.data.documents import DocumentReader
 from argonne.data.tokenizer import load_tokenizer
@@ -25,11 +26,11 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 tokenizer = load_tokenizer({tokenizer!r})
-shards = open_corpus({path!r})
+shards = open_corpus({path!r}, "text")
 before = peak()
 rows = sum(1 for _ in DocumentReader(shards, "text", DataPosition(), epochs=1))
 reading = peak() - before
-options = SourceOptions(data_glob={path!r}, block_size=1024, samples_per_step=8, num_proc=1)
+options = source_options({path!r}, block_size=1024, samples_per_step=8, num_proc=1)
 source = open_stream(options, tokenizer).source
 for _ in range(40):
     source.next_step()

@@ -25,6 +25,7 @@ import argonne.data.tokenizer as data_tokenize
 import argonne.testing.corpus as corpus
 from argonne.data.feed import StepBatch
 from argonne.data.source import DataProgress, SourceOptions
+from argonne.testing.sources import source_options
 from data_stream import OpenedStream, open_stream
 
 PIECE = 700
@@ -173,7 +174,7 @@ def run_case(seed: int, folder: Path, tokenizer: Any, monkeypatch: pytest.Monkey
     packing = rng.random() < 0.7
     sizes = [len(ids) for _, _, ids in reference.documents]
     size = rng.randint(1, 200) if packing else rng.randint(1, max(1, max(sizes) - 1))
-    options = SourceOptions(data_glob=str(folder), block_size=size, samples_per_step=1, packing=packing)
+    options = source_options(str(folder), block_size=size, samples_per_step=1, packing=packing)
     taken, stream_hash, samples, expected = 0, "0" * 32, 0, reference.windows(size)
     source: OpenedStream | None = None
     progress: DataProgress | None = None
@@ -231,7 +232,7 @@ def run_pipeline_case(seed: int, folder: Path, tokenizer: Any, monkeypatch: pyte
         start = sum(len(ids) for _, _, ids in reference.documents[:number]) + min(used, len(ids))
         saved = {"streaming": True, "current_file_idx": reference.names.index(name), "epoch": epoch}
         saved |= {"position_in_file": row, "chunk_offset": chunk, "current_position": 0}
-        options = SourceOptions(data_glob=str(folder), block_size=size, samples_per_step=3, num_proc=1)
+        options = source_options(str(folder), block_size=size, samples_per_step=3, num_proc=1)
         source = open_stream(options, tokenizer, saved_position=saved, global_step=global_step)
         step = source.source.next_step()
         source.source.close()

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import argonne.testing.corpus as corpus
-from argonne.data.source import SourceOptions
 from argonne.data.tokenizer import load_tokenizer
 from argonne.testing.launch import SHAPE, checkpoint, launch, metrics, start, status, wait
+from argonne.testing.sources import source_options
 from data_stream import open_stream
 
 
@@ -92,8 +92,8 @@ def test_a_signal_while_the_corpus_is_tokenized_acts_at_once(tmp_path: Path, pro
     assert finished.code == 0, finished.stderr
     assert (folder / "tokens.bin").stat().st_ino == inode  # gone on with
     assert np.array_equal(np.fromfile(folder / "tokens.bin", np.int32, 1000), first)
-    options = SourceOptions(
-        data_glob=str(tmp_path / "data"),
+    options = source_options(
+        str(tmp_path / "data"),
         block_size=64,
         samples_per_step=2,
         streaming=False,

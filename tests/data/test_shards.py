@@ -79,7 +79,7 @@ def test_every_bad_shard_is_named_at_once(tmp_path: Path) -> None:
     write_column(tmp_path / "s_7.parquet", [None], pa.null())
     write_column(tmp_path / "s_8.parquet", [b"bytes"])
     with pytest.raises(DataError) as caught:
-        open_corpus(f"{tmp_path}/*.parquet")
+        open_corpus(f"{tmp_path}/*.parquet", "text")
     message = str(caught.value)
     assert "\n" not in message and "8 of 9 shards" in message and "s_0.parquet" not in message
     for part in [
@@ -94,7 +94,7 @@ def test_every_bad_shard_is_named_at_once(tmp_path: Path) -> None:
         "--skip-bad-shards",
     ]:
         assert part in message, part
-    shards = open_corpus(f"{tmp_path}/*.parquet", skip_bad_shards=True)
+    shards = open_corpus(f"{tmp_path}/*.parquet", "text", skip_bad_shards=True)
     assert [bool(shard.fault) for shard in shards] == [False] + [True] * 8
 
 
@@ -115,14 +115,14 @@ def test_a_shard_of_nulls_is_passed_over_with_a_warning(tmp_path: Path, tokenize
 def test_a_missing_column_names_the_flag(tmp_path: Path) -> None:
     write_column(tmp_path / "a.parquet", ["some"], name="content")
     with pytest.raises(DataError, match=r"columns: content: string, id: int64.*--text-column"):
-        open_corpus(f"{tmp_path}/*.parquet")
+        open_corpus(f"{tmp_path}/*.parquet", "text")
     assert open_corpus(f"{tmp_path}/*.parquet", "content")[0].rows == 1
 
 
 def test_empty_corpora_are_errors(tmp_path: Path, tokenizer: Any) -> None:
     write_column(tmp_path / "a.parquet", [], pa.string())
     with pytest.raises(DataError, match="hold no row"):
-        open_corpus(f"{tmp_path}/*.parquet")
+        open_corpus(f"{tmp_path}/*.parquet", "text")
     write_column(tmp_path / "b.parquet", ["", "", None])
     with pytest.raises(DataError, match="hold no text"):
         texts_of(tmp_path, tokenizer)
@@ -205,7 +205,7 @@ def test_another_tokenizer_or_column_is_refused(tmp_path: Path, tokenizer: Any) 
 
 def test_the_manifest_of_thousands_is_compact(tmp_path: Path) -> None:
     corpus.write_shards(tmp_path, corpus.short_texts(9, 50))
-    shards = open_corpus(str(tmp_path))
+    shards = open_corpus(str(tmp_path), "text")
     many = [replace(shards[0], name=f"000_{index:05d}.parquet") for index in range(5000)]
     saved = json.loads(json.dumps(manifest(many)))
     assert len(json.dumps(saved)) < 60 * 5000
@@ -225,11 +225,11 @@ def test_footers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     paths = corpus.write_shards(tmp_path, corpus.short_texts(9, 50))
     calls: list[Path] = []
     monkeypatch.setattr(data_shards, "read_footer", counting(data_formats.read_footer, calls))
-    first = open_corpus(str(tmp_path), cache_dir=tmp_path / "cache")
+    first = open_corpus(str(tmp_path), "text", cache_dir=tmp_path / "cache")
     assert len(calls) == 3
-    assert open_corpus(str(tmp_path), cache_dir=tmp_path / "cache") == first and len(calls) == 3
+    assert open_corpus(str(tmp_path), "text", cache_dir=tmp_path / "cache") == first and len(calls) == 3
     os.utime(paths[1], ns=(1, 1))
-    open_corpus(str(tmp_path), cache_dir=tmp_path / "cache")
+    open_corpus(str(tmp_path), "text", cache_dir=tmp_path / "cache")
     assert calls[3:] == [paths[1]]
     with pytest.raises(DataError, match="no column 'id2'"):  # another column is another question
         open_corpus(str(tmp_path), "id2", cache_dir=tmp_path / "cache")
@@ -240,7 +240,7 @@ def test_footers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         index_with([1, 2, "x", ["3"]], paths),
     ]:
         (tmp_path / "cache" / "shard_index.json").write_text(broken)
-        again = open_corpus(str(tmp_path), cache_dir=tmp_path / "cache")
+        again = open_corpus(str(tmp_path), "text", cache_dir=tmp_path / "cache")
         assert [shard.digest for shard in again] == [shard.digest for shard in first]
 
 

@@ -38,7 +38,7 @@ def test_the_repeated_corpus_is_read_once_and_equals_rereading(
     tmp_path: Path, opened_shards: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus.write_shards(tmp_path, [None, "one", "", "two", None, "three"], shards=2)
-    shards, start = open_corpus(str(tmp_path)), DataPosition(file_index=1, row=1)
+    shards, start = open_corpus(str(tmp_path), "text"), DataPosition(file_index=1, row=1)
 
     def documents() -> list[Document]:
         return list(islice(DocumentReader(shards, "text", start), 50))
@@ -52,7 +52,7 @@ def test_the_repeated_corpus_is_read_once_and_equals_rereading(
 
 def test_a_kept_shard_that_is_rewritten_is_noticed(tmp_path: Path) -> None:
     corpus.write_shards(tmp_path, ["one"], shards=1)
-    documents = iter(DocumentReader(open_corpus(str(tmp_path)), "text", DataPosition()))
+    documents = iter(DocumentReader(open_corpus(str(tmp_path), "text"), "text", DataPosition()))
     assert [document.epoch for document in islice(documents, 3)] == [0, 1, 2]
     corpus.write_shards(tmp_path, ["another text"], shards=1)
     with pytest.raises(DataError, match="rewritten"):

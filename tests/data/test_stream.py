@@ -22,6 +22,7 @@ from argonne.data.position import DataPosition
 from argonne.data.source import DataProgress, SourceOptions, SourceStep, chain_hash
 from argonne.data.stream import encoded_documents
 from argonne.errors import DataError
+from argonne.testing.sources import source_options
 from data_stream import OpenedStream, open_stream
 
 
@@ -78,8 +79,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
                 ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
                 documents.append(np.array(ids, dtype=np.int32))
                 rows.append((Path(path).name, row))
-    options = SourceOptions(
-        data_glob=str(folder / "data" / "*.parquet"), block_size=16, samples_per_step=4, num_proc=1
+    options = source_options(
+        str(folder / "data" / "*.parquet"), block_size=16, samples_per_step=4, num_proc=1
     )
     return Reference(options, tokenizer, documents, rows)
 
@@ -216,7 +217,7 @@ def test_reading_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     pool: Any = Pool()
     for taken, batch in enumerate(encoded_documents(endless(), pool), start=1):
-        assert batch.marks[0][1][2] == taken - 1
+        assert batch.beginnings[0][2][2] == taken - 1
         assert len(read) - taken <= data_stream.BATCHES_PER_WORKER * pool.workers
         if taken == 50:
             break

@@ -20,6 +20,7 @@ from argonne.data.source import SourceOptions, SourceStep
 from argonne.data.stream import EncodedBatch
 from argonne.data.tokenizer import load_tokenizer
 from argonne.errors import DataError
+from argonne.testing.sources import source_options
 from data_stream import OpenedStream, open_stream
 from tests.data.shard_samples import resume
 
@@ -27,8 +28,8 @@ from tests.data.shard_samples import resume
 @pytest.fixture
 def options(tmp_path: Path) -> SourceOptions:
     corpus.write_shards(tmp_path / "data", [None, *corpus.short_texts(50, 300), ""], shards=3)
-    return SourceOptions(
-        data_glob=f"{tmp_path}/data/*.parquet",
+    return source_options(
+        f"{tmp_path}/data/*.parquet",
         block_size=16,
         samples_per_step=5,
         streaming=False,
@@ -190,7 +191,7 @@ def test_an_interrupted_build_goes_on(
         for number, batch in enumerate(batches):
             if number == limit:
                 raise Interrupted
-            seen.append(batch.marks[0][1][2] if batch.marks else -1)
+            seen.append(batch.beginnings[0][2][2] if batch.beginnings else -1)
             yield batch
 
     for limit in (5, 6, 7):

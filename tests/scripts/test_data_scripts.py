@@ -18,8 +18,8 @@ from prepare_data import main as prepare
 import argonne.testing.corpus as corpus
 from argonne.config.options import DataOptions, TrainingOptions
 from argonne.data.shards import open_corpus
-from argonne.data.source import SourceOptions
 from argonne.data.tokenizer import load_tokenizer
+from argonne.testing.sources import source_options
 from data_stream import open_stream
 from model import ArgonneConfig, ArgonneModel
 from tests import ROOT
@@ -32,7 +32,9 @@ def written(folder: Path) -> list[str]:
         path.name for path in sorted(folder.parent.glob(folder.name + ".*"))
     ] == []  # nothing half-made beside it
     return [
-        text for shard in open_corpus(str(folder)) for text in pq.read_table(shard.path)["text"].to_pylist()
+        text
+        for shard in open_corpus(str(folder), "text")
+        for text in pq.read_table(shard.path)["text"].to_pylist()
     ]
 
 
@@ -54,7 +56,7 @@ def test_text_files_become_checked_shards(tmp_path: Path) -> None:
     ]
     assert prepare(arguments) == 0
     assert written(out) == [text.replace("\r\n", "\n") for text in texts]  # part2 before part10
-    shards = open_corpus(str(out))
+    shards = open_corpus(str(out), "text")
     assert len(shards) == 3 and shards[0].name == "000_00000.parquet" and len(shards[0].group_rows) > 1
     assert flipped_bits_noticed(shards[0].path) > 30
 
@@ -226,7 +228,7 @@ def test_the_text_of_a_step_and_of_a_position(
 ) -> None:
     import torch
 
-    options = SourceOptions(data_glob=small[0], block_size=20, samples_per_step=3, num_proc=1)
+    options = source_options(small[0], block_size=20, samples_per_step=3, num_proc=1)
     tokenizer = load_tokenizer(small[1])
     source = open_stream(options, tokenizer)
     steps = [source.source.next_step() for _ in range(6)]
