@@ -1,52 +1,50 @@
-"""Build rank 0's source from options and a checkpoint: is it the checkpoint's data, and where in it."""
+"""The token stream: open rank 0's source, or mixture of sources, from options and a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
-from argonne.data.documents import Counts
+from argonne.data.encoder_pool import EncoderPool
 from argonne.data.feed import StepBatch, StepFeed
 from argonne.data.held_out import HeldOutSet, check_data, read_held_out
+from argonne.data.mixture import MixtureSource, naming, shares
+from argonne.data.mixture_resume import mixture_start, one_of_mixture, plan_mixture, source_state
 from argonne.data.position import DataPosition
-from argonne.data.shards import Shard, manifest, manifest_difference, natural_key, open_corpus
-from argonne.data.source import DataProgress, SourceOptions, StreamingSource, TokenSource
+from argonne.data.resume import check_identity, resume, source_identity
+from argonne.data.shards import Shard, manifest, open_corpus
+from argonne.data.source import (
+    DataProgress,
+    MixPart,
+    SampleSource,
+    SingleSource,
+    SourceOptions,
+    StreamingSource,
+    TokenSource,
+)
+from argonne.data.stream import BATCHES_PER_WORKER
 from argonne.data.token_cache import CachedSource
-from argonne.data.tokenizer import EncoderRecipe, load_tokenizer, tokenizer_fingerprint
-from argonne.errors import DataError
+from argonne.data.tokenizer import EncoderRecipe, load_tokenizer
 
 __all__ = [
     "DataPosition",
     "DataProgress",
     "HeldOutSet",
+    "MixPart",
     "OpenedStream",
     "SourceOptions",
     "StepBatch",
     "StepFeed",
     "check_data",
+    "held_out_options",
     "load_tokenizer",
     "open_stream",
     "read_held_out",
 ]
-
-MUST_MATCH = {
-    "tokenizer": "the tokenizer (--tokenizer-path)",
-    "text_column": "--text-column",
-    "streaming": "streaming (--no-streaming turns it off)",
-}
-MUST_MATCH_SHUFFLED = {
-    "seed": "--seed",
-    "block_size": "--block-size",
-    "packing": "packing (--no-packing turns it off)",
-}
-"""A place in the shuffled order means something only with these."""
-MAY_CHANGE = {
-    "samples_per_step": "the global batch (sequences a step)",
-    "block_size": "--block-size",
-    "packing": "packing (--no-packing turns it off)",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,31 +52,36 @@ class OpenedStream:
     """A source with what the entry prints and keeps of it."""
 
     source: TokenSource
-    shards: list[Shard]
+    corpora: Mapping[str, list[Shard]]
+    """The shards of each source of a mixture by its name; without one, of the only source: ""."""
     identity: dict[str, Any]
     notices: tuple[str, ...]
     """Warnings for the console, each once."""
     start: DataProgress
     """Where the stream stands before the first step of this run."""
 
+    @property
+    def shards(self) -> list[Shard]:
+        """Those of all sources."""
+        return [shard for shards in self.corpora.values() for shard in shards]
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources of a mixture, in the order in which they were named."""
+        return tuple(name for name in self.corpora if name)
+
     @cached_property
-    def _names(self) -> list[str]:
-        return [shard.name for shard in self.shards]
+    def _names(self) -> dict[str, list[str]]:
+        return {source: [shard.name for shard in shards] for source, shards in self.corpora.items()}
 
     def position_dict(self, progress: DataProgress) -> dict[str, Any]:
         """A checkpoint's ``data_position``."""
-        return progress.position.to_dict(self._names)
+        return progress.position_dict(self._names)
 
     def state_dict(self, progress: DataProgress) -> dict[str, Any]:
         """A checkpoint's ``data_state``: plain containers."""
-        return {
-            **self.identity,
-            "stream_hash": progress.stream_hash,
-            "samples": progress.samples,
-            "counts": progress.counts._asdict(),
-            "skipped": [dict(skip) for skip in progress.skipped],
-            "manifest": manifest(self.shards),
-        }
+        manifests = {source: manifest(shards) for source, shards in self.corpora.items()}
+        return {**self.identity, **progress.state_dict(manifests)}
 
 
 def open_stream(
@@ -94,6 +97,45 @@ def open_stream(
     ``saved_position`` is a checkpoint's ``data_position`` (ours or a pipeline script's), ``saved_state`` its
     ``data_state`` (None in a pipeline checkpoint). Raises DataError before anything is tokenized.
     """
+    if options.mix:
+        return _open_mixture(options, tokenizer, saved_position, saved_state, global_step)
+    shards, notices = _check_corpus(options)
+    if saved_position is not None and "mixture" in saved_position:
+        saved_position, saved_state, remarks = one_of_mixture(
+            saved_position, saved_state, shards, options.allow_data_change
+        )
+        notices += remarks
+    identity = source_identity(options, tokenizer)
+    if saved_state is not None:
+        notices += check_identity(saved_state, identity, options.allow_data_change)
+    progress, remarks = resume(options, shards, saved_position, saved_state, global_step)
+    recipe = EncoderRecipe(tokenizer=tokenizer, trust_remote_code=options.trust_remote_code)
+    pool = EncoderPool(recipe, options.num_proc) if options.streaming else None
+    return OpenedStream(
+        source=SingleSource(
+            _build_source(shards, recipe, pool, identity, options, progress), options.samples_per_step
+        ),
+        corpora={"": shards},
+        identity=identity,
+        notices=(*notices, *remarks),
+        start=progress,
+    )
+
+
+def held_out_options(options: SourceOptions) -> dict[str, SourceOptions]:
+    """How to open what ``--holdout`` keeps out of training, by the source's name ("" of the only one).
+
+    The held-out documents as a packed stream in their natural order; ``open_stream`` without a saved place
+    begins at its first document.
+    """
+    part = replace(options, held_out=True, shuffle=False, streaming=True, packing=True, mix=())
+    if not options.mix:
+        return {"": part}
+    return {source.name: replace(part, data_glob=source.glob) for source in options.mix}
+
+
+def _check_corpus(options: SourceOptions) -> tuple[list[Shard], list[str]]:
+    """The shards, checked by their footers, and what the console should say of them."""
     shards = open_corpus(
         options.data_glob,
         options.text_column,
@@ -104,131 +146,62 @@ def open_stream(
     empty = [shard.name for shard in shards if 0 < shard.rows == shard.null_rows]
     if empty:
         notices.append(f"without any text in {options.text_column!r} (--text-column): {', '.join(empty)}")
+    return shards, notices
+
+
+def _build_source(
+    shards: list[Shard],
+    recipe: EncoderRecipe,
+    pool: EncoderPool | None,
+    identity: Mapping[str, Any],
+    options: SourceOptions,
+    progress: DataProgress,
+    share: Fraction = Fraction(1),
+) -> SampleSource:
+    """One source at its place; ``share``: of the pool's work that is its own."""
+    if pool is None:
+        return CachedSource(shards, recipe, identity["tokenizer"], options, progress)
+    ahead = math.ceil(BATCHES_PER_WORKER * pool.workers * share)
+    return StreamingSource(shards, pool, options, progress, ahead if share == 1 else 1 + ahead)
+
+
+def _open_mixture(
+    options: SourceOptions,
+    tokenizer: Any,
+    saved_position: Mapping[str, Any] | None,
+    saved_state: Mapping[str, Any] | None,
+    global_step: int,
+) -> OpenedStream:
+    corpora, notices = {}, []
+    own = {part.name: replace(options, data_glob=part.glob, mix=()) for part in options.mix}
+    for name, its_options in own.items():
+        with naming(name):
+            corpora[name], remarks = _check_corpus(its_options)
+        notices += [f"source {name!r}: {remark}" for remark in remarks]
     identity = source_identity(options, tokenizer)
-    progress = DataProgress(position=_start(shards, options))
     if saved_state is not None:
-        notices += check_state(saved_state, identity, shards, options.allow_data_change)
-        progress = restored_progress(saved_state, progress.position)
-    if saved_position is not None:
-        position = DataPosition.from_dict(
-            saved_position, block_size=options.block_size, global_step=global_step
-        )
-        position, remarks = place(position, shards, options, shuffle_known=saved_state is not None)
-        progress = replace(progress, position=position)
-        notices += remarks
+        notices += check_identity(saved_state, identity, options.allow_data_change)
+    plan = plan_mixture(options.mix, corpora, saved_position, saved_state, options.allow_data_change)
+    notices += plan.notices
+    begun: dict[str, DataProgress] = {}
+    for name, its_options in own.items():
+        position, state = source_state(name, plan, saved_state)
+        with naming(name):
+            begun[name], remarks = resume(its_options, corpora[name], position, state, global_step)
+        notices += [f"source {name!r}: {remark}" for remark in remarks]
+    weights = {part.name: part.weight for part in options.mix}
+    start = mixture_start(weights, begun, plan, saved_state)
     recipe = EncoderRecipe(tokenizer=tokenizer, trust_remote_code=options.trust_remote_code)
-    source: TokenSource
-    if options.streaming:
-        source = StreamingSource(shards, recipe, options, progress)
-    else:
-        source = CachedSource(shards, recipe, identity["tokenizer"], options, progress)
-    return OpenedStream(
-        source=source, shards=shards, identity=identity, notices=tuple(notices), start=progress
-    )
-
-
-def source_identity(options: SourceOptions, tokenizer: Any) -> dict[str, Any]:
-    """What a checkpoint keeps to recognise its data by, beside the file list."""
-    return {
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "text_column": options.text_column,
-        "packing": options.packing,
-        "streaming": options.streaming,
-        "block_size": options.block_size,
-        "samples_per_step": options.samples_per_step,
-        "seed": options.seed,
+    pool = EncoderPool(recipe, options.num_proc) if options.streaming else None
+    share = shares(weights)
+    sources = {
+        name: _build_source(corpora[name], recipe, pool, identity, own[name], begun[name], share[name])
+        for name in own
     }
-
-
-def _start(shards: Sequence[Shard], options: SourceOptions) -> DataPosition:
-    if not options.streaming:
-        return DataPosition(sample=0, block_size=options.block_size)
-    return DataPosition(file_name=shards[0].name, block_size=options.block_size)
-
-
-def check_state(
-    saved: Mapping[str, Any], identity: Mapping[str, Any], shards: Sequence[Shard], allow_data_change: bool
-) -> list[str]:
-    """Compare a checkpoint's data state with today's; DataError names both values and the way out.
-
-    Returns the differences that the run survives.
-    """
-    streaming = identity["streaming"]
-    refused = MUST_MATCH if streaming else MUST_MATCH | MUST_MATCH_SHUFFLED
-    differences = [
-        f"{what} was {saved[key]}, is {identity[key]}"
-        for key, what in refused.items()
-        if saved[key] != identity[key]
-    ]
-    change = manifest_difference(saved["manifest"], shards)
-    if not streaming and not change and len(shards) != len(saved["manifest"]["names"]):
-        change = f"added at the end, which changes the shuffled order: {len(shards)} shards now"
-    if change:
-        differences.append(f"shards {change}")
-    if differences and not allow_data_change:
-        raise DataError(
-            f"the data is not the checkpoint's: {'; '.join(differences)}: "
-            "restore it, or --allow-data-change to go on all the same"
-        )
-    survived = [
-        f"{what} was {saved[key]} in the checkpoint, is {identity[key]}"
-        for key, what in MAY_CHANGE.items()
-        if saved[key] != identity[key] and key not in refused
-    ]
-    return [f"the data is not the checkpoint's: {difference}" for difference in differences] + survived
-
-
-def restored_progress(saved: Mapping[str, Any], position: DataPosition) -> DataProgress:
-    """The hash and the counts of a checkpoint's ``data_state``."""
-    return DataProgress(
-        position=position,
-        stream_hash=str(saved["stream_hash"]),
-        samples=int(saved["samples"]),
-        counts=Counts(**saved["counts"]),
-        skipped=tuple(dict(skip) for skip in saved["skipped"]),
+    return OpenedStream(
+        source=MixtureSource(sources, start, options.samples_per_step, options.block_size),
+        corpora=corpora,
+        identity=identity,
+        notices=tuple(notices),
+        start=start,
     )
-
-
-def place(
-    position: DataPosition, shards: Sequence[Shard], options: SourceOptions, *, shuffle_known: bool
-) -> tuple[DataPosition, list[str]]:
-    """Find a saved position among today's shards; returns it with remarks for the console.
-
-    ``shuffle_known``: a non-streaming position is of our own order, not of a pipeline script's.
-    """
-    if options.streaming == (position.sample is not None):
-        was = "non-streaming" if options.streaming else "streaming"
-        remedy = "give --no-streaming" if options.streaming else "leave --no-streaming out"
-        message = f"the checkpoint's data position is a {was} one"
-        if not options.allow_data_change:
-            raise DataError(f"{message}: {remedy}, or --allow-data-change to begin the data anew")
-        return _start(shards, options), [f"{message}: the data begins anew"]
-    if position.sample is not None:
-        remark = (
-            "the checkpoint's shuffled order was not saved: its count of samples goes on in our own order"
-        )
-        return position, [] if shuffle_known else [remark]
-    names = [shard.name for shard in shards]
-    if not position.file_name:
-        if position.file_index >= len(shards):
-            raise DataError(
-                f"the checkpoint stands in shard number {position.file_index} (from 0), --data-glob gives "
-                f"{len(shards)}: give the corpus it was trained on"
-            )
-        return replace(position, file_name=names[position.file_index]), []
-    if position.file_name in names:
-        return replace(position, file_index=names.index(position.file_name)), []
-    return _after_missing(position, names, options)
-
-
-def _after_missing(
-    position: DataPosition, names: list[str], options: SourceOptions
-) -> tuple[DataPosition, list[str]]:
-    gone = f"the data position is in shard {position.file_name!r}, which --data-glob does not give"
-    if not options.allow_data_change:
-        raise DataError(f"{gone}: restore it, or --allow-data-change to go on with the next one")
-    key = natural_key(position.file_name)
-    index = next((index for index, name in enumerate(names) if natural_key(name) > key), None)
-    epoch, index = (position.epoch + 1, 0) if index is None else (position.epoch, index)
-    found = DataPosition(epoch=epoch, file_index=index, file_name=names[index], block_size=options.block_size)
-    return found, [f"{gone}: going on with {names[index]!r}"]

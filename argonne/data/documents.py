@@ -15,7 +15,7 @@ from argonne.data.order import NaturalOrder, Order
 from argonne.data.position import DataPosition
 from argonne.data.shard_reader import ShardReader
 from argonne.data.shards import Shard, is_unchanged
-from argonne.data.shuffled import KeptGroups, read_group
+from argonne.data.shuffled import KeptGroups, WholeGroup, read_group
 from argonne.errors import DataError, one_line
 
 DOCUMENT_COST = 256
@@ -239,7 +239,7 @@ class DocumentReader:
         yield from self._batch_documents(epoch, index, batch, first_row, rows.tolist())
 
     def _batch_documents(
-        self, epoch: int, index: int, batch: TextBatch, row: int, offsets: Iterable[int]
+        self, epoch: int, index: int, batch: TextBatch | WholeGroup, row: int, offsets: Iterable[int]
     ) -> Iterator[Document]:
         """The documents among the rows at ``offsets`` of a batch that begins at ``row``, in that order."""
         skips = len(self.skipped)  # grows between batches only

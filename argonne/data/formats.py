@@ -50,8 +50,7 @@ class Footer:
 class TextBatch:
     """Consecutive rows of one row group."""
 
-    texts: list[str | LongText | None] | list[bytes | LongText | None]
-    """Strings, or their UTF-8 where many are held for long."""
+    texts: list[str | LongText | None]
     replaced: frozenset[int]
     """Indices into ``texts`` whose bytes were not UTF-8 (each bad sequence became U+FFFD)."""
 

@@ -1,13 +1,14 @@
 """A mixture of sources: which one each sample comes from, and the steps made of them.
 
-The n-th sample since the mixture began (n from 1) comes from the source with the largest weight x n - taken, the
-weights adding up to 1; on a tie from the first named. The arithmetic is that of whole numbers.
+The n-th sample since the mixture began (n from 1) comes from the source with the largest weight x n - taken,
+the weights adding up to 1; on a tie from the first named. The arithmetic is that of whole numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -32,7 +33,9 @@ class MixtureRule:
         self._parts = [int(share * scale) for share in shares]
         self._whole = sum(self._parts)
         self.taken = list(taken) if taken is not None else [0] * len(shares)
-        self._due = [part * self.n - self._whole * count for part, count in zip(self._parts, self.taken)]
+        self._due = [
+            part * self.n - self._whole * count for part, count in zip(self._parts, self.taken, strict=True)
+        ]
         """(weight x n - taken) of each source, times ``_whole``."""
 
     @property
@@ -42,7 +45,7 @@ class MixtureRule:
 
     def choose(self) -> int:
         """The source of the next sample, which counts as taken."""
-        self._due = [due + part for due, part in zip(self._due, self._parts)]
+        self._due = [due + part for due, part in zip(self._due, self._parts, strict=True)]
         source = self._due.index(max(self._due))
         self._due[source] -= self._whole
         self.taken[source] += 1
@@ -128,10 +131,14 @@ class MixtureProgress(DataProgress):
 
 
 class MixtureSource:
-    """The steps of several sources: the samples of each in its own order, in the places that the rule gives."""
+    """The steps of several sources: each one's samples in their order, in the places that the rule gives."""
 
     def __init__(
-        self, sources: Mapping[str, SampleSource], progress: MixtureProgress, samples_per_step: int, block_size: int
+        self,
+        sources: Mapping[str, SampleSource],
+        progress: MixtureProgress,
+        samples_per_step: int,
+        block_size: int,
     ) -> None:
         self._sources = dict(sources)
         self._progress = progress
@@ -149,15 +156,10 @@ class MixtureSource:
             for number, (name, source) in enumerate(self._sources.items()):
                 here = np.flatnonzero(places == number)
                 if len(here):
-                    tokens[start + here] = self._take(name, source, len(here))
+                    with naming(name):
+                        tokens[start + here] = source.take(len(here))
         self._advance(chosen, tokens)
         return SourceStep(tokens=tokens, progress=self._progress, sources=chosen)
-
-    def _take(self, name: str, source: SampleSource, count: int) -> np.ndarray:
-        try:
-            return source.take(count)
-        except DataError as error:
-            raise of_source(name, error) from error
 
     def _advance(self, chosen: np.ndarray, tokens: np.ndarray) -> None:
         before = self._progress
@@ -179,7 +181,8 @@ class MixtureSource:
             sources=now,
             taken=dict(zip(now, self._rule.taken, strict=True)),
             tokens={
-                name: before.tokens[name] + count * block_size for name, count in zip(now, counted, strict=True)
+                name: before.tokens[name] + count * block_size
+                for name, count in zip(now, counted, strict=True)
             },
         )
 
@@ -194,6 +197,11 @@ def sum_counts(counts: Sequence[Counts], past: Mapping[str, Mapping[str, Any]]) 
     return Counts(*(sum(column) for column in zip(*every, strict=True)))
 
 
-def of_source(name: str, error: DataError) -> DataError:
-    """The error of one source of a mixture, naming it and the mixture's flag."""
-    return DataError(f"source {name!r}: {str(error).replace('--data-glob', '--data-mix')}")
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """A DataError of one source names it, and the mixture's flag."""
+    try:
+        yield
+    except DataError as error:
+        message = str(error).replace("--data-glob", "--data-mix")
+        raise DataError(f"source {source!r}: {message}") from error

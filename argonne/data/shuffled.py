@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from argonne.data.formats import LongText, ShardError, TextBatch
+from dataclasses import dataclass
+
+from argonne.data.formats import LongText, ShardError
 from argonne.data.shard_reader import ShardReader
 
 
-def read_group(reader: ShardReader, group: int) -> TextBatch:
-    """All rows of a row group, texts as UTF-8. Raises ShardError, pa.ArrowException or OSError."""
+@dataclass(frozen=True)
+class WholeGroup:
+    """All rows of a row group."""
+
+    texts: list[bytes | LongText | None]
+    """As UTF-8."""
+    replaced: frozenset[int]
+    """Indices into ``texts`` whose bytes were not UTF-8."""
+
+
+def read_group(reader: ShardReader, group: int) -> WholeGroup:
+    """All rows of a row group. Raises ShardError, pa.ArrowException or OSError."""
     texts: list[bytes | LongText | None] = []
     replaced: set[int] = set()
     for batch in reader.batches(group):
@@ -15,7 +27,7 @@ def read_group(reader: ShardReader, group: int) -> TextBatch:
         texts += [text.encode() if isinstance(text, str) else text for text in batch.texts]
     if len(texts) != reader.group_rows[group]:
         raise ShardError("fewer rows than its footer says")
-    return TextBatch(texts, frozenset(replaced))
+    return WholeGroup(texts, frozenset(replaced))
 
 
 class KeptGroups:
@@ -25,9 +37,9 @@ class KeptGroups:
         """``largest_cost``: of the whole corpus, in bytes of text and ``row_cost`` for each row."""
         self._left = largest_cost
         self._row_cost = row_cost
-        self._groups: dict[tuple[int, int], TextBatch] | None = {}
+        self._groups: dict[tuple[int, int], WholeGroup] | None = {}
 
-    def add(self, index: int, group: int, batch: TextBatch) -> None:
+    def add(self, index: int, group: int, batch: WholeGroup) -> None:
         """Keep row group ``group`` of shard ``index``; forget all where the corpus is too large."""
         if self._groups is None or (index, group) in self._groups:
             return
@@ -39,7 +51,7 @@ class KeptGroups:
         else:
             self._groups[index, group] = batch
 
-    def get(self, index: int, group: int) -> TextBatch | None:
+    def get(self, index: int, group: int) -> WholeGroup | None:
         """The row group, where it is kept."""
         return None if self._groups is None else self._groups.get((index, group))
 

@@ -18,7 +18,6 @@ from argonne.data.position import DataPosition
 from argonne.data.samplers import PackedSampler, Sampler, WindowSampler
 from argonne.data.shards import Shard
 from argonne.data.stream import encoded_documents
-from argonne.data.tokenizer import EncoderRecipe
 
 NO_HASH = "0" * 32
 """The stream hash before the first sample."""

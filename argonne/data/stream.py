@@ -42,8 +42,8 @@ def encoded_documents(
 ) -> Iterator[EncodedBatch]:
     """Token ids of the documents in order, EOS after each.
 
-    At most ``batches_ahead`` batches (None: BATCHES_PER_WORKER a worker) are encoded ahead, of DOCUMENTS_AHEAD
-    pieces together.
+    At most ``batches_ahead`` batches (None: BATCHES_PER_WORKER a worker) are encoded ahead, of
+    DOCUMENTS_AHEAD pieces together.
     """
     pieces = 0
     most = BATCHES_PER_WORKER * pool.workers if batches_ahead is None else batches_ahead
