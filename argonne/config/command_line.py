@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from argonne.config.flags import FlagParser, fill, flag_fields, flag_names, parse_given
+from argonne.config.mixture import mixture_problems
 from argonne.config.options import (
     EPOCH_CHECKPOINT_INTERVAL,
     NO_CHECKPOINT,
@@ -86,6 +87,9 @@ def _combination_problems(config: RunConfig, given: Mapping[str, Any]) -> list[s
                 f"{training.batch_size} x --gradient-accumulation-steps "
                 f"{training.gradient_accumulation_steps or 1}: change one of them"
             )
+    problems += mixture_problems(given)
+    if config.data.shuffle and not config.data.streaming:
+        problems.append("--shuffle contradicts --no-streaming, which has its own order: leave one out")
     if checkpoint.force_from_scratch and checkpoint.checkpoint_path not in (None, NO_CHECKPOINT):
         problems.append(
             f"--force-from-scratch contradicts --checkpoint-path {checkpoint.checkpoint_path}: leave one out"

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn, TypeVar
 
+from argonne.config.mixture import MIX_FORM, mixed_source
+
 Options = TypeVar("Options")
 
 
@@ -125,6 +127,8 @@ class FlagParser(argparse.ArgumentParser):
 def _wanted(rules: Flag) -> str:
     if rules.kind is named_glob:
         return "give NAME=GLOB"
+    if rules.kind is mixed_source:
+        return f"give {MIX_FORM}, the name of letters and digits, the weight a decimal number"
     if rules.kind is int:
         return "give a whole number"
     return "give seconds, or a time such as 23h30m" if rules.kind is duration else "give a number"

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from argonne.config.flags import duration, flag, named_glob
+from argonne.config.mixture import MIX_FORM, MixedSource, mixed_source
 from argonne.config.presets import PRESETS
 from argonne.errors import ConfigError
 
@@ -47,6 +48,22 @@ class DataOptions:
     tokenizer_path: str = flag("", "folder or name of the tokenizer", metavar="PATH", default_text="required")
     trust_remote_code: bool = flag(False, "let the tokenizer run the code in its folder")
     data_glob: str = flag("../data/CC-MAIN-2025-26/*.parquet", "parquet shards; quote it", metavar="GLOB")
+    data_mix: tuple[MixedSource, ...] = flag(
+        (),
+        "sources to mix by weight, in place of --data-glob; quote the globs",
+        kind=mixed_source,
+        many=True,
+        metavar=MIX_FORM,
+        default_text="one source",
+    )
+    shuffle: bool = flag(False, "shuffle shards, row groups and rows anew each epoch")
+    holdout: int | None = flag(
+        None,
+        "hold every N-th document, by a hash of its text, out of training",
+        kind=int,
+        at_least=2,
+        default_text="none",
+    )
     text_column: str = flag("text", "column that holds the documents", metavar="NAME")
     streaming: bool = flag(
         True,

@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ POLL_SECONDS = 0.2
 TOKENS, ERROR, END = 0, 1, 2
 HASH_INTS = 4
 HEADER_INTS = 2 + HASH_INTS
+"""Kind, then bytes of the words or 1 where the samples have sources, then the stream hash."""
 MESSAGE_BYTES = 8192
 
 
@@ -43,6 +45,8 @@ class StepBatch:
     """Where the stream stands after this step (rank 0 only)."""
     wait_seconds: float
     """Time the caller waited for this batch."""
+    sources: torch.Tensor | None = None
+    """Of a mixture: (samples_per_step,) int64 on the CPU, the number of each sample's source."""
 
     @property
     def position(self) -> DataPosition | None:
@@ -55,6 +59,24 @@ class StepBatch:
         start = (micro_step * dp_size + dp_rank) * batch_size
         samples = self.tokens[start : start + batch_size].to(device, non_blocking=True).long()
         return samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+
+    def micro_sources(
+        self, micro_step: int, *, batch_size: int, dp_rank: int, dp_size: int, device: torch.device | str
+    ) -> torch.Tensor | None:
+        """The ``sources`` of the same samples, (batch_size,) int64 on ``device``."""
+        if self.sources is None:
+            return None
+        start = (micro_step * dp_size + dp_rank) * batch_size
+        return self.sources[start : start + batch_size].to(device)
+
+
+class _StepTokens(NamedTuple):
+    """One step on a rank."""
+
+    tokens: torch.Tensor
+    sources: torch.Tensor | None
+    stream_hash: str
+    progress: DataProgress | None
 
 
 class StepFeed:
@@ -77,9 +99,7 @@ class StepFeed:
         self._shape = (samples_per_step, block_size + 1)
         self._group = group
         self._pin_memory = pin_memory
-        self._queue: queue.Queue[tuple[torch.Tensor, str, DataProgress | None] | RunError] = queue.Queue(
-            QUEUE_DEPTH
-        )
+        self._queue: queue.Queue[_StepTokens | RunError] = queue.Queue(QUEUE_DEPTH)
         self._stop = threading.Event()
         self._begun = threading.Event()
         self._failure: RunError | None = None
@@ -101,11 +121,9 @@ class StepFeed:
         if isinstance(item, RunError):
             self._failure = item
             raise item
-        tokens, stream_hash, progress = item
-        wait = time.monotonic() - start
-        return StepBatch(tokens=tokens, stream_hash=stream_hash, progress=progress, wait_seconds=wait)
+        return StepBatch(**item._asdict(), wait_seconds=time.monotonic() - start)
 
-    def _get(self) -> tuple[torch.Tensor, str, DataProgress | None] | RunError:
+    def _get(self) -> _StepTokens | RunError:
         while True:
             alive = self._thread.is_alive()  # asked first: what a thread put before it ended is still there
             try:
@@ -128,7 +146,7 @@ class StepFeed:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _put(self, item: tuple[torch.Tensor, str, DataProgress | None] | RunError) -> None:
+    def _put(self, item: _StepTokens | RunError) -> None:
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=POLL_SECONDS)
@@ -138,7 +156,7 @@ class StepFeed:
                 continue
 
     def _message(self) -> torch.Tensor:
-        size = HEADER_INTS + max(self._shape[0] * self._shape[1], MESSAGE_BYTES // 4)
+        size = HEADER_INTS + max(self._shape[0] * (self._shape[1] + 1), MESSAGE_BYTES // 4)
         return torch.zeros(size, dtype=torch.int32)
 
     def _broadcast(self, message: torch.Tensor) -> None:
@@ -150,9 +168,16 @@ class StepFeed:
             reason = " ".join(str(error).split())[:300]
             raise PeerError(f"another rank is gone (the hand-out of tokens failed: {reason})") from error
 
-    def _tokens_of(self, message: torch.Tensor) -> torch.Tensor:
-        tokens = message[HEADER_INTS : HEADER_INTS + self._shape[0] * self._shape[1]].view(self._shape)
-        return tokens.pin_memory() if self._pin_memory else tokens
+    def _step_of(self, message: torch.Tensor, stream_hash: str, progress: DataProgress | None) -> _StepTokens:
+        samples, length = self._shape
+        content = message[HEADER_INTS : HEADER_INTS + samples * (length + 1)]
+        tokens = content[: samples * length].view(self._shape)
+        return _StepTokens(
+            tokens.pin_memory() if self._pin_memory else tokens,
+            content[samples * length :].long() if message[1] else None,
+            stream_hash,
+            progress,
+        )
 
     def _run(self) -> None:
         if self._device is not None:  # a new thread begins on GPU 0, where pinning would open a context
@@ -192,9 +217,13 @@ class StepFeed:
         message[2:HEADER_INTS] = torch.from_numpy(
             np.frombuffer(bytes.fromhex(step.progress.stream_hash), "<i4").copy()
         )
-        message[HEADER_INTS : HEADER_INTS + step.tokens.size] = torch.from_numpy(step.tokens).flatten()
+        content = message[HEADER_INTS:]
+        content[: step.tokens.size] = torch.from_numpy(step.tokens).flatten()
+        if step.sources is not None:
+            message[1] = 1
+            content[step.tokens.size : step.tokens.size + len(step.sources)] = torch.from_numpy(step.sources)
         self._broadcast(message)
-        self._put((self._tokens_of(message), step.progress.stream_hash, step.progress))
+        self._put(self._step_of(message, step.progress.stream_hash, step.progress))
 
     def _fail(self, error: DataError) -> None:
         if self._stop.is_set():  # closing: the source was taken away
@@ -221,7 +250,7 @@ class StepFeed:
                 kind, size = int(message[0]), int(message[1])
                 if kind == TOKENS:
                     digest = message.numpy()[2:HEADER_INTS].astype("<i4").tobytes().hex()
-                    self._put((self._tokens_of(message), digest, None))
+                    self._put(self._step_of(message, digest, None))
                     continue
                 if kind == ERROR:
                     text = message.numpy()[HEADER_INTS:].tobytes()[:size].decode(errors="ignore")

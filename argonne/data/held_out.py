@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from argonne.data.documents import Document, DocumentReader
 from argonne.data.encoder_pool import EncoderPool
+from argonne.data.mixture import naming
 from argonne.data.position import DataPosition
-from argonne.data.shards import open_corpus
+from argonne.data.shards import Shard, open_corpus
 from argonne.data.source import SourceOptions
-from argonne.data.stream import Document, DocumentReader, encoded_documents
+from argonne.data.stream import encoded_documents
 from argonne.data.tokenizer import EncoderRecipe, text_pieces
 from argonne.errors import DataError
 
@@ -44,18 +46,26 @@ def read_held_out(
 
 def check_data(options: SourceOptions, held_out: tuple[str, str] | None = None) -> None:
     """DataError unless the shards of the options, or of the set (name, glob) ``held_out``, can be opened."""
-    data_glob = held_out[1] if held_out is not None else options.data_glob
-    try:
-        open_corpus(
-            data_glob,
-            options.text_column,
-            skip_bad_shards=options.skip_bad_shards,
-            cache_dir=options.cache_dir,
-        )
-    except DataError as error:
-        if held_out is None:
-            raise
-        raise _of_set(held_out[0], error) from error
+    if held_out is not None:
+        try:
+            _shards(held_out[1], options)
+        except DataError as error:
+            raise _of_set(held_out[0], error) from error
+        return
+    for part in options.mix:
+        with naming(part.name):
+            _shards(part.glob, options)
+    if not options.mix:
+        _shards(options.data_glob, options)
+
+
+def _shards(data_glob: str, options: SourceOptions) -> list[Shard]:
+    return open_corpus(
+        data_glob,
+        options.text_column,
+        skip_bad_shards=options.skip_bad_shards,
+        cache_dir=options.cache_dir,
+    )
 
 
 def _of_set(name: str, error: DataError) -> DataError:
@@ -63,15 +73,10 @@ def _of_set(name: str, error: DataError) -> DataError:
 
 
 def _read(name: str, options: SourceOptions, tokenizer: Any, samples: int) -> HeldOutSet:
-    shards = open_corpus(
-        options.data_glob,
-        options.text_column,
-        skip_bad_shards=options.skip_bad_shards,
-        cache_dir=options.cache_dir,
-    )
+    shards = _shards(options.data_glob, options)
     start = DataPosition(file_name=shards[0].name, block_size=options.block_size)
     sizes: dict[tuple[int, int, int], int] = {}
-    documents = DocumentReader(shards, options.column, start, options.skip_bad_shards)
+    documents = DocumentReader(shards, options.text_column, start, options.skip_bad_shards)
     pool = EncoderPool(
         EncoderRecipe(tokenizer=tokenizer, trust_remote_code=options.trust_remote_code), options.num_proc
     )
@@ -79,8 +84,8 @@ def _read(name: str, options: SourceOptions, tokenizer: Any, samples: int) -> He
     chunks, filled, text_bytes = [], 0, 0
     try:
         for batch in encoded_documents(_measured(iter(documents), sizes), pool):
-            for offset, mark in batch.marks:
-                if filled + offset < wanted:
+            for place, _, mark in batch.beginnings:
+                if filled + place < wanted:
                     text_bytes += sizes[mark[0], mark[1], mark[2]]
             chunks.append(batch.ids)
             filled += len(batch.ids)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from argonne.data.documents import Counts
+from argonne.data.position import DataPosition
 from argonne.data.source import DataProgress, SampleSource, SourceStep, chain_hash
 from argonne.errors import DataError
 
@@ -80,6 +81,10 @@ class MixtureProgress(DataProgress):
     def n(self) -> int:
         """Samples since the mixture began."""
         return sum(self.taken.values())
+
+    @property
+    def positions(self) -> Mapping[str, DataPosition]:
+        return {name: progress.position for name, progress in self.sources.items()}
 
     def _mixture(self) -> dict[str, Any]:
         return {"weights": dict(self.weights), "n": self.n}
@@ -157,7 +162,7 @@ class MixtureSource:
                 here = np.flatnonzero(places == number)
                 if len(here):
                     with naming(name):
-                        tokens[start + here] = source.take(len(here))
+                        tokens[start + here] = source.take(len(here)).tokens
         self._advance(chosen, tokens)
         return SourceStep(tokens=tokens, progress=self._progress, sources=chosen)
 

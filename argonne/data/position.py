@@ -29,6 +29,12 @@ class DataPosition:
         """The block of the row in which a pipeline script would go on."""
         return self.token_offset // self.block_size
 
+    def describe(self) -> str:
+        """The place in words."""
+        if self.sample is not None:
+            return f"sample {self.sample} of epoch {self.epoch}"
+        return f"{self.file_name} row {self.row} token {self.token_offset}, epoch {self.epoch}"
+
     def to_dict(self, file_names: Sequence[str] = ()) -> dict[str, Any]:
         """Plain containers for a checkpoint, the pipeline scripts' keys beside ours."""
         return {

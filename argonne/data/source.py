@@ -85,6 +85,11 @@ class DataProgress:
     skipped: tuple[dict[str, Any], ...] = ()
     """Row groups passed over because they could not be read."""
 
+    @property
+    def positions(self) -> Mapping[str, DataPosition]:
+        """Of each source of a mixture; without one, of the only source: ""."""
+        return {"": self.position}
+
     def metrics(self) -> dict[str, Any]:
         """For a line of the metrics: the place where the next step begins, and what was passed so far."""
         here = self.position.to_dict()
@@ -139,6 +144,13 @@ def chain_hash(stream_hash: str, tokens: np.ndarray) -> str:
     return digest.hex()
 
 
+class TakenSamples(NamedTuple):
+    """Samples of one source, in its order."""
+
+    tokens: np.ndarray
+    """(count, block_size + 1) int32."""
+
+
 class SampleSource(Protocol):
     """The samples of one source one after another, without end."""
 
@@ -147,8 +159,8 @@ class SampleSource(Protocol):
         """The state after the last sample taken. Its ``stream_hash`` is what the source began with."""
         ...
 
-    def take(self, count: int) -> np.ndarray:
-        """The next samples, (count, block_size + 1) int32."""
+    def take(self, count: int) -> TakenSamples:
+        """The next samples."""
         ...
 
     def close(self) -> None: ...
@@ -163,7 +175,7 @@ class SingleSource:
         self._stream_hash = source.progress.stream_hash
 
     def next_step(self) -> SourceStep:
-        tokens = self._source.take(self._samples_per_step)
+        tokens = self._source.take(self._samples_per_step).tokens
         self._stream_hash = chain_hash(self._stream_hash, tokens)
         progress = replace(self._source.progress, stream_hash=self._stream_hash)
         return SourceStep(tokens=tokens, progress=progress)
@@ -206,7 +218,7 @@ class StreamingSource:
         sampler = PackedSampler if options.packing else WindowSampler
         self._sampler: Sampler = sampler(batches, options.block_size, progress.position)
 
-    def take(self, count: int) -> np.ndarray:
+    def take(self, count: int) -> TakenSamples:
         tokens, document, token_offset = self._sampler.take(count)
         self.progress = replace(
             self.progress,
@@ -215,7 +227,7 @@ class StreamingSource:
             counts=document.counts,
             skipped=tuple(self._skipped[: document.skips]),
         )
-        return tokens
+        return TakenSamples(tokens)
 
     def _position(self, document: Document, token_offset: int) -> DataPosition:
         return DataPosition(

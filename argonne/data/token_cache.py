@@ -26,7 +26,7 @@ from argonne.data.encoder_pool import EncoderPool
 from argonne.data.holdout import Holdout
 from argonne.data.position import DataPosition
 from argonne.data.shards import Shard
-from argonne.data.source import DataProgress, SourceOptions
+from argonne.data.source import DataProgress, SourceOptions, TakenSamples
 from argonne.data.stream import EncodedBatch, encoded_documents
 from argonne.data.tokenizer import PIECE_CHARACTERS, EncoderRecipe
 from argonne.errors import DataError
@@ -285,7 +285,7 @@ class CachedSource:
             )
         return cache
 
-    def take(self, count: int) -> np.ndarray:
+    def take(self, count: int) -> TakenSamples:
         cache = self._cache = self._cache or self._open()
         size = self._options.block_size
         epoch, sample = self.progress.position.epoch, self.progress.position.sample or 0
@@ -304,7 +304,7 @@ class CachedSource:
             counts=cache.counts,
             skipped=cache.skipped,
         )
-        return tokens
+        return TakenSamples(tokens)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:

@@ -114,6 +114,22 @@ def shard_line(position: Mapping[str, Any]) -> str:
     )
 
 
+def place_lines(
+    position: Mapping[str, Any], losses: Mapping[str, float], samples: Mapping[str, int]
+) -> list[str]:
+    """Where the data stands: one line, or one for each source of a mixture with its loss and samples."""
+    if "sources" not in position:
+        return [shard_line(position)]
+    lines = []
+    for name, place in position["sources"].items():
+        loss = f"{losses[name]:.4f}" if name in losses else "none yet"
+        lines.append(
+            f"Source: {name} | Loss: {loss} | Samples: {samples.get(name, 0):,} | Epoch: {place['epoch']} | "
+            f"{shard_line(place)}"
+        )
+    return lines
+
+
 class RunReport:
     """Console, progress bar, metrics file and statistics of one run.
 
@@ -136,6 +152,8 @@ class RunReport:
         self._first_step = self._step = 0
         self._last: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
+        self._source_losses: dict[str, float] = {}
+        """The last loss of each source of a mixture."""
         self._bar: Any = None
         self._metrics: MetricsFile | None = None
         self._evaluations: ValidationFile | None = None
@@ -208,11 +226,13 @@ class RunReport:
         line = self._metrics_line(record)
         self._metrics.write(line)
         self._last, self._step = {**line, "data_position": dict(record.position)}, record.step
+        self._source_losses |= line.get("loss_by_source", {})
         self._move_bar(record)
         if record.step % self._log_interval == 0:
+            places = place_lines(record.position, self._source_losses, line.get("samples_by_source", {}))
             self.info(
                 f"Step {record.step} | Loss: {record.loss:.4f} | Tokens: {record.tokens_processed:,}\n"
-                f"Current LR: {record.lr:.2e}\n{shard_line(record.position)}"
+                f"Current LR: {record.lr:.2e}\n" + "\n".join(places)
             )
 
     def _metrics_line(self, record: StepRecord) -> dict[str, Any]:

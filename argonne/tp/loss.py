@@ -183,6 +183,14 @@ def vocab_parallel_cross_entropy(
     return losses.sum() / (flat_targets != ignore_index).sum()
 
 
+def keep_sample_losses(model: nn.Module, losses: Tensor) -> None:
+    """Keep the sum of each sample's losses, from those of its tokens (batch, seq_len), of a forward pass.
+
+    ``model.sample_losses`` (batch,), without a gradient, tells samples apart where the mean does not.
+    """
+    model.sample_losses = losses.detach().sum(dim=-1)
+
+
 def attach_loss(model: nn.Module, plan: TensorParallelPlan, group: TPGroup) -> None:
     """Set the ``loss_function`` that a model's forward pass calls; at size 1 too, for its memory."""
     vocab_size = model.get_submodule(plan.embedding).num_embeddings
@@ -204,17 +212,19 @@ def attach_loss(model: nn.Module, plan: TensorParallelPlan, group: TPGroup) -> N
             if labels is None:
                 raise ValueError("a loss needs labels or shift_labels")
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        reduction = "mean" if num_items_in_batch is None else "sum"
-        loss = vocab_parallel_cross_entropy(
+        losses = vocab_parallel_cross_entropy(
             logits,
             shift_labels,
             group,
             vocab_size=vocab_size,
             ignore_index=ignore_index,
-            reduction=reduction,
+            reduction="none",
             logit_softcap=logit_softcap,
             z_loss_weight=z_loss_weight,
         )
-        return loss if num_items_in_batch is None else loss / num_items_in_batch
+        keep_sample_losses(model, losses)
+        if num_items_in_batch is None:
+            num_items_in_batch = (shift_labels != ignore_index).sum()
+        return losses.sum() / num_items_in_batch
 
     model.loss_function = loss_function  # type: ignore[assignment]

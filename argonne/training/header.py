@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from argonne.config.options import ParallelOptions, RunConfig
+from argonne.config.options import DataOptions, ParallelOptions, RunConfig
 from argonne.files import OutputFolder
 from argonne.run.processes import Launch
 from argonne.run.report import RunFacts, RunReport, peak_flops
@@ -79,7 +79,11 @@ def run_facts(
         save_bytes=save.size if save is not None else None,
         save_seconds=save.seconds if save is not None else None,
         save_share=save.share if save is not None else None,
-        extra={"Schedule": str(Schedule.of(training)), **switches(config.parallel)},
+        extra={
+            **source_lines(config.data, opened),
+            "Schedule": str(Schedule.of(training)),
+            **switches(config.parallel),
+        },
     )
 
 
@@ -104,11 +108,20 @@ def data_line(glob: str, opened: OpenedStream | None) -> str:
     """The shards and where the stream starts; ``opened`` is rank 0's, None elsewhere."""
     if opened is None:
         return f"0 shards of {glob}"
-    position = opened.start.position
-    if position.sample is not None:
-        place = f"sample {position.sample} of epoch {position.epoch}"
-    else:
-        place = (
-            f"{position.file_name} row {position.row} token {position.token_offset}, epoch {position.epoch}"
-        )
-    return f"{len(opened.shards)} shards of {glob}, from {place}"
+    if opened.source_names:
+        return f"mixture of {len(opened.source_names)} sources, {len(opened.shards)} shards"
+    return f"{len(opened.shards)} shards of {glob}, from {opened.start.position.describe()}"
+
+
+def source_lines(options: DataOptions, opened: OpenedStream | None) -> dict[str, str]:
+    """Label -> text of each source of a mixture, and of what changes a source; ``opened`` is rank 0's."""
+    texts = {}
+    if opened is not None:
+        for name, weight, glob in options.data_mix:
+            count, place = len(opened.corpora[name]), opened.start.positions[name].describe()
+            texts[f"Source {name}"] = f"weight {weight}, {count} shards of {glob}, from {place}"
+    if options.shuffle:
+        texts["Shuffled"] = "shards, row groups and rows, by --seed"
+    if options.holdout is not None:
+        texts["Held out"] = f"one document in {options.holdout}"
+    return texts

@@ -64,6 +64,8 @@ class StepTotals:
     """Mean loss over the step's tokens."""
     votes: tuple[float, ...] = ()
     """Sum over the ranks of each of the votes."""
+    source_losses: tuple[float, ...] = ()
+    """Of a mixture: the sum of the losses of the step's tokens of each source."""
 
     @property
     def finite(self) -> bool:
@@ -94,6 +96,7 @@ class GradientTotals:
         loss_share: Tensor,
         votes: Sequence[float] = (),
         scale: float = 1.0,
+        source_losses: Tensor | None = None,
     ) -> StepTotals:
         """One all-reduce over all ranks.
 
@@ -102,6 +105,7 @@ class GradientTotals:
             loss_share: 0-d; the shares of all ranks add up to the step's mean loss.
             votes: what else is summed over the ranks, as many numbers on each of them.
             scale: the loss scale the gradients still carry.
+            source_losses: (sources,); the shares of all ranks add up to the sums of each source.
         """
         parts = self.owned(gradients)
         device = loss_share.device
@@ -110,12 +114,16 @@ class GradientTotals:
             norms = torch.stack(torch._foreach_norm(parts)).to(torch.float64)
             squares = norms.square().sum()
         numbers = torch.tensor(votes, dtype=torch.float64, device=device)
-        totals = torch.cat([squares[None], loss_share.detach().double()[None], numbers])
+        parts_of_all = [squares[None], loss_share.detach().double()[None], numbers]
+        if source_losses is not None:
+            parts_of_all.append(source_losses.double())
+        totals = torch.cat(parts_of_all)
         if self._group is not None and dist.get_world_size(self._group) > 1:
             dist.all_reduce(totals, group=self._group)
         square_sum, loss, *sums = totals.tolist()
+        voted, by_source = sums[: len(votes)], sums[len(votes) :]
         norm = math.sqrt(square_sum) / scale if square_sum >= 0 else math.nan
-        return StepTotals(grad_norm=norm, loss=loss, votes=tuple(sums))
+        return StepTotals(grad_norm=norm, loss=loss, votes=tuple(voted), source_losses=tuple(by_source))
 
 
 def scale_gradients(

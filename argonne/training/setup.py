@@ -33,7 +33,15 @@ from checkpointing import (
     own_checkpoints,
     verify_checkpoint,
 )
-from data_stream import OpenedStream, SourceOptions, StepFeed, check_data, load_tokenizer, open_stream
+from data_stream import (
+    MixPart,
+    OpenedStream,
+    SourceOptions,
+    StepFeed,
+    check_data,
+    load_tokenizer,
+    open_stream,
+)
 
 VERIFIED_TOKENS = 128
 """Sequence length of --verify-sharding's batch."""
@@ -120,11 +128,14 @@ def source_options(config: RunConfig, samples_per_step: int) -> SourceOptions:
     cache = data.data_cache_dir or str(OutputFolder(Path(config.output.output_dir)).cache)
     return SourceOptions(
         data_glob=data.data_glob,
+        mix=tuple(MixPart(*source) for source in data.data_mix),
         block_size=training.block_size,
         samples_per_step=samples_per_step,
         text_column=data.text_column,
         streaming=data.streaming,
         packing=data.packing,
+        shuffle=data.shuffle,
+        holdout=data.holdout,
         seed=training.seed,
         num_proc=data.num_proc,
         trust_remote_code=data.trust_remote_code,

@@ -113,7 +113,11 @@ class Run:
         tokens = self.samples_per_step * self.config.training.block_size
         self.tokens_processed += tokens
         self.loss = result.totals.loss
-        extra = {**self.stages.label(), **self._data_progress(batch.progress)}
+        extra = {
+            **self.stages.label(),
+            **self._data_progress(batch.progress),
+            **self._source_losses(batch, result),
+        }
         position = self._position()
         if result.skipped:
             extra["skipped"] = "non-finite loss or gradient"
@@ -156,6 +160,18 @@ class Run:
                 what = f"{skip['rows']} rows from row {skip['row']} on of {skip['file_name']}"
                 self.report.warn("data was skipped (--skip-bad-shards):", f"{what}: {skip['reason']}")
         return extra
+
+    def _source_losses(self, batch: StepBatch, result: StepResult) -> dict[str, Any]:
+        """Of a mixture, on rank 0: the mean loss of the step's tokens of each source that has any."""
+        if self.opened is None or batch.sources is None:
+            return {}
+        names, samples = self.opened.source_names, torch.bincount(batch.sources).tolist()
+        means = {
+            name: loss / (count * self.config.training.block_size)
+            for name, loss, count in zip(names, result.totals.source_losses, samples, strict=False)
+            if count
+        }
+        return {"loss_by_source": means}
 
     def _position(self) -> dict[str, Any]:
         if self.opened is None or self.progress is None:

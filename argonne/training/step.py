@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 
@@ -79,13 +80,18 @@ class TrainingStep:
         """Optimizer step ``step`` (0-based); ``votes`` are this rank's, summed in the step's all-reduce."""
         options, trained = self._options, self._trained
         trained.optimizer.zero_grad(set_to_none=True)
-        loss = self._accumulate(batch)
+        loss, source_losses = self._accumulate(batch)
         gradients = local_gradients(trained.model)
         trained.tensor_parallel.sum_partial_gradients(gradients)
         # Equal on the ranks of a replica, different between replicas: this rank's share of the mean.
         share = loss / trained.parallel.world_size
         totals = self._totals.reduce(
-            gradients, loss_share=share, votes=votes.numbers(), scale=self.scaler.scale
+            gradients,
+            loss_share=share,
+            votes=votes.numbers(),
+            scale=self.scaler.scale,
+            # Each sample's loss is equal on the ranks of its replica.
+            source_losses=None if source_losses is None else source_losses / trained.parallel.tp_size,
         )
         lr = self._schedule.rate(step)
         set_learning_rate(trained.optimizer, lr)
@@ -105,22 +111,35 @@ class TrainingStep:
             too_many_skipped=too_many,
         )
 
-    def _accumulate(self, batch: StepBatch) -> torch.Tensor:
-        """Forward and backward of all micro-batches; returns this replica's mean loss, 0-d on the device."""
+    def _accumulate(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Forward and backward of all micro-batches.
+
+        Returns this replica's mean loss, 0-d on the device, and of a mixture the sum of the losses of its
+        tokens of each source, (sources,).
+        """
         trained, parallel = self._trained, self._trained.parallel
         total = torch.zeros((), device=parallel.device)
+        by_source = None
+        if (
+            batch.sources is not None
+        ):  # its sources are numbered alike on all ranks, which hold the whole step
+            by_source = torch.zeros(int(batch.sources.max()) + 1, device=parallel.device)
         for micro_step in range(self._accumulation):
-            inputs, targets = batch.micro_batch(
-                micro_step,
-                batch_size=self._options.batch_size,
-                dp_rank=parallel.dp_rank,
-                dp_size=parallel.dp_size,
-                device=parallel.device,
-            )
+            place: dict[str, Any] = {
+                "batch_size": self._options.batch_size,
+                "dp_rank": parallel.dp_rank,
+                "dp_size": parallel.dp_size,
+                "device": parallel.device,
+            }
+            inputs, targets = batch.micro_batch(micro_step, **place)
+            sources = batch.micro_sources(micro_step, **place)
             last = micro_step == self._accumulation - 1
             with gradient_sync(trained.model, trained.wrapped, last=last):
                 with self._context():
                     loss = trained.wrapped(input_ids=inputs, shift_labels=targets).loss / self._accumulation
                 (loss * self.scaler.scale).backward()
             total += loss.detach()
-        return total
+            if by_source is not None and sources is not None:
+                losses: torch.Tensor = trained.model.sample_losses  # type: ignore[assignment]
+                by_source.index_add_(0, sources, losses.to(by_source.dtype))
+        return total, by_source

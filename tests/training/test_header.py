@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from argonne.config.options import CheckpointOptions, ParallelOptions
+from argonne.config.mixture import mixed_source
+from argonne.config.options import CheckpointOptions, DataOptions, ParallelOptions
 from argonne.run.processes import Launch
 from argonne.run.report import RunReport
 from argonne.training.header import (
@@ -15,16 +16,21 @@ from argonne.training.header import (
     estimated_save,
     open_metrics,
     run_facts,
+    source_lines,
     switches,
     warn_ahead,
 )
 from checkpointing import checkpoint_path
+from data_stream import DataPosition
 from tests.training.small_run import control_and_report, run_config, trained_model
 
 
 def opened_at(**position: Any) -> Any:
-    place = {"sample": None, "epoch": 1, "file_name": "a.parquet", "row": 7, "token_offset": 30, **position}
-    return SimpleNamespace(shards=["a", "b"], start=SimpleNamespace(position=SimpleNamespace(**place)))
+    place = DataPosition(**{"epoch": 1, "file_name": "a.parquet", "row": 7, "token_offset": 30, **position})
+    start = SimpleNamespace(position=place, positions={"web": place, "code": place})
+    return SimpleNamespace(
+        shards=["a", "b"], start=start, source_names=(), corpora={"web": "abc", "code": "d"}
+    )
 
 
 def test_where_the_data_begins() -> None:
@@ -33,6 +39,18 @@ def test_where_the_data_begins() -> None:
         data_line("*.parquet", opened_at()) == "2 shards of *.parquet, from a.parquet row 7 token 30, epoch 1"
     )
     assert data_line("x", opened_at(sample=12)) == "2 shards of x, from sample 12 of epoch 1"
+
+
+def test_each_source_of_a_mixture_has_a_line() -> None:
+    mix = tuple(mixed_source(text) for text in ("web=0.7:w/*", "code=.3:c/*"))
+    opened = opened_at()
+    opened.source_names = ("web", "code")
+    assert data_line("unused", opened) == "mixture of 2 sources, 2 shards"
+    lines = source_lines(DataOptions(data_mix=mix, shuffle=True, holdout=50), opened)
+    assert lines["Source web"] == "weight 0.7, 3 shards of w/*, from a.parquet row 7 token 30, epoch 1"
+    assert lines["Source code"].startswith("weight .3, 1 shards of c/*")
+    assert lines["Held out"] == "one document in 50" and "Shuffled" in lines
+    assert source_lines(DataOptions(), opened) == {}
 
 
 def test_only_what_is_on_is_said() -> None:

@@ -13,8 +13,9 @@ from argonne.data.source import chain_hash
 from argonne.files import OutputFolder
 from argonne.testing.corpus import short_texts, small_corpus, write_shards
 from argonne.testing.launch import checkpoint, launch, metrics, status
+from argonne.testing.sources import source_options
 from argonne.training.schedule import Schedule
-from data_stream import SourceOptions, load_tokenizer, open_stream
+from data_stream import load_tokenizer, open_stream
 
 BLOCK = 32
 
@@ -116,9 +117,7 @@ def test_a_later_stage_reads_what_the_earlier_did_not(whole: tuple[Path, str], c
     """Stage long goes on where pretrain stood, at another block size, and anneal began other data."""
     output, _ = whole
     before = torch.load(checkpoint(output, 5), weights_only=True)
-    options = SourceOptions(
-        data_glob=f"{corpus}/data/*.parquet", block_size=2 * BLOCK, samples_per_step=2, num_proc=1
-    )
+    options = source_options(f"{corpus}/data/*.parquet", block_size=2 * BLOCK, samples_per_step=2, num_proc=1)
     tokenizer = load_tokenizer(str(corpus / "tokenizer"))
     opened = open_stream(
         options, tokenizer, saved_position=before["data_position"], saved_state=before["data_state"],

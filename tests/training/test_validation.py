@@ -15,6 +15,7 @@ from argonne.run.evaluations import ValidationRecord
 from argonne.testing.corpus import build_tokenizer, short_texts, small_corpus, write_shards
 from argonne.testing.distributed import make_parallel, run_ranks
 from argonne.testing.models import random_tokens
+from argonne.testing.sources import source_options
 from argonne.training.build import TrainedModel, build_model, fill_weights
 from argonne.training.step import TrainingStep, Votes
 from argonne.training.validation import ValidationSet, _micro_batches, load_sets, validate
@@ -27,7 +28,7 @@ FAMILY = {**SETTINGS, "qk_norm": True, "logit_softcap": 15.0, "z_loss_weight": 0
 
 
 def options_for(glob: str, block_size: int = BLOCK) -> SourceOptions:
-    return SourceOptions(data_glob=glob, block_size=block_size, samples_per_step=1, num_proc=1)
+    return source_options(glob, block_size=block_size, samples_per_step=1, num_proc=1)
 
 
 def set_of(parallel: Parallel, batch_size: int = 2, samples: int = SAMPLES) -> ValidationSet:
