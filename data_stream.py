@@ -11,6 +11,7 @@ from typing import Any
 
 from argonne.data.encoder_pool import EncoderPool
 from argonne.data.feed import StepBatch, StepFeed
+from argonne.data.held_out import HeldOutSet, check_data, read_held_out
 from argonne.data.mixture import MixtureSource, naming, shares
 from argonne.data.mixture_resume import mixture_start, one_of_mixture, plan_mixture, source_state
 from argonne.data.position import DataPosition
@@ -32,14 +33,17 @@ from argonne.data.tokenizer import EncoderRecipe, load_tokenizer
 __all__ = [
     "DataPosition",
     "DataProgress",
+    "HeldOutSet",
     "MixPart",
     "OpenedStream",
     "SourceOptions",
     "StepBatch",
     "StepFeed",
+    "check_data",
     "held_out_options",
     "load_tokenizer",
     "open_stream",
+    "read_held_out",
 ]
 
 

@@ -15,7 +15,6 @@ if __name__ == "__main__":  # first of all: Ctrl-C during any import below ends 
     leave_on_signals()
 
 import contextlib
-import dataclasses
 import importlib
 import os
 import sys
@@ -25,8 +24,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from argonne.config.command_line import flag_values, parse_command_line
-from argonne.config.options import RunConfig, derive_accumulation, derive_steps
+from argonne.config.command_line import parse_recipe
+from argonne.config.recipe import Recipe, recipe_values
 from argonne.errors import RunError
 
 if TYPE_CHECKING:
@@ -58,7 +57,8 @@ def __getattr__(name: str) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and end the process: 0 (done), 1 (failed), 2 (wrong flags) or 75 (stopped by a signal, saved)."""
-    config = parse_command_line(argv)
+    recipe = parse_recipe(argv)
+    config = recipe.config
 
     from argonne.ranks.launch import Environment
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     control.start()
     try:
-        code = train(config, environment, control, report)
+        code = train(recipe, environment, control, report)
         disconnect()
         leave(code)
     except (RunError, RuntimeError) as error:
@@ -115,26 +115,30 @@ def leave(code: int, line: str | None = None) -> NoReturn:
     os._exit(code)
 
 
-def train(config: RunConfig, environment: Environment, control: RunControl, report: RunReport) -> int:
-    """The recipe. Returns the exit code; raises RunError where the run cannot go on."""
-    from argonne.training.setup import choose_start, claim_output
+def train(recipe: Recipe, environment: Environment, control: RunControl, report: RunReport) -> int:
+    """The whole run. Returns the exit code; raises RunError where it cannot go on."""
+    from argonne.training.setup import choose_start, claim_output, keep_configuration
+    from argonne.training.stage_change import enter_next_stage
 
-    world = connect_ranks(config, environment, control)
+    world = connect_ranks(recipe, environment, control)
     ended = claim_output(control, world)
     if ended is not None:
         why = f" ({ended[1]})" if ended[1] else ""
         report.info(f"An earlier attempt of this launch has {ended[0]}{why}: nothing is left to do")
         return control.finish(*ended)
-    start = choose_start(config, control, report, world)
-    run = build_run(config, start, control, report, world)
+    keep_configuration(recipe, report, world)
+    start = choose_start(recipe.config, control, report, world)
+    run = build_run(recipe, start, control, report, world)
     stopped = loop(run)
+    while not stopped and enter_next_stage(run):
+        stopped = loop(run)
     return close(run, stopped)
 
 
 # ------------------------------------------------------------------ connect
 
 
-def connect_ranks(config: RunConfig, environment: Environment, control: RunControl) -> World:
+def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl) -> World:
     """Join the other ranks, watch each other from then on, and check that all were started alike."""
     from argonne.ranks.agree import check_same
     from argonne.ranks.meeting import await_ranks, open_store, private_store
@@ -142,6 +146,7 @@ def connect_ranks(config: RunConfig, environment: Environment, control: RunContr
     from argonne.training.build import choose_tp_size
     from checkpointing import require_safe_torch
 
+    config = recipe.config
     require_safe_torch()
     device = choose_device(environment)
     stall_timeout = config.control.stall_timeout
@@ -152,7 +157,7 @@ def connect_ranks(config: RunConfig, environment: Environment, control: RunContr
         await_ranks(environment, store, timeout=meeting_timeout)
         control.all_joined()
     world = connect(environment, device, store, timeout=COLLECTIVE_TIMEOUT)
-    check_same(flag_values(config), world)
+    check_same(recipe_values(recipe), world)
     if config.model.settings is not None:  # a degree that cannot work is refused before anything is read
         choose_tp_size(config.model.settings, config.parallel.tensor_parallel_size, world)
     return world
@@ -161,54 +166,58 @@ def connect_ranks(config: RunConfig, environment: Environment, control: RunContr
 # ------------------------------------------------------------------ build, split, load
 
 
-def build_run(config: RunConfig, start: Start, control: RunControl, report: RunReport, world: World) -> Run:
+def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunReport, world: World) -> Run:
     """The data at its place, the split model with its weights, and what else the loop works with."""
     from argonne.ranks.world import build_parallel
     from argonne.training.build import build_model, choose_tp_size, fill_weights
+    from argonne.training.data_places import metadata_for
     from argonne.training.header import estimated_save, open_metrics, run_facts, warn_ahead
     from argonne.training.keeper import CheckpointKeeper
-    from argonne.training.setup import check_room_on_rank_0, open_feed, verify_if_asked
+    from argonne.training.setup import check_room_on_rank_0, open_feed, validation_sets, verify_if_asked
+    from argonne.training.stage_change import begin_stage, choose_stage
     from argonne.training.state import Run
     from argonne.training.step import TrainingStep
 
-    training, view = config.training, start.view
-    tp_size = choose_tp_size(start.settings, config.parallel.tensor_parallel_size, world)
+    view, metadata, step = start.view, start.metadata, start.step
+    tp_size = choose_tp_size(start.settings, recipe.config.parallel.tensor_parallel_size, world)
     parallel = build_parallel(world, tp_size)
-    accumulation = derive_accumulation(training, parallel.dp_size)
-    samples_per_step = training.batch_size * accumulation * parallel.dp_size
-    training = derive_steps(training, samples_per_step)
-    config = dataclasses.replace(config, training=training)
-    opened, feed = open_feed(config, start, samples_per_step, report, world)
+    stages = choose_stage(recipe, metadata, step, parallel, report)
+    config, training = stages.current.config, stages.current.config.training
+    samples_per_step = stages.current.samples_per_step
+    place = metadata_for(config, metadata, new_stage=step == stages.first_step)
+    opened, feed = open_feed(config, start.tokenizer, place, step, samples_per_step, report, world)
+
+    held_out = validation_sets(config, start.tokenizer, parallel)
 
     trained = build_model(start.settings, config.parallel, training, parallel)
-    first_step = view.step if view is not None else 0
-    check_room_on_rank_0(config, trained, first_step, world)
+    check_room_on_rank_0(config, trained, stages, step, world)
     loaded = fill_weights(trained, view, training.seed)
     for warning in loaded.warnings if loaded is not None else ():
         report.warn(warning)
 
     control.progress.collectives = trained.tensor_parallel.group.counters
-    open_metrics(report, config, trained, first_step)
+    open_metrics(report, config, trained, step, stages.end)
     save = estimated_save(report, config, trained)
-    warn_ahead(report, config, control.launch, save, first_step)
+    warn_ahead(report, config, control.launch, save, step)
     report.header(
         run_facts(config, trained, opened, samples_per_step=samples_per_step, start=start.reason, save=save)
     )
     verify_if_asked(config, trained, control, report)
     run = Run(
-        config=config,
+        stages=stages,
         settings=start.settings,
         trained=trained,
-        one_step=TrainingStep(trained, training, accumulation),
+        one_step=TrainingStep(trained, training, stages.current.accumulation),
         feed=feed,
         opened=opened,
         tokenizer=start.tokenizer,
         keeper=CheckpointKeeper(trained, config.checkpoint, Path(config.output.output_dir), control, report),
         control=control,
         report=report,
-        samples_per_step=samples_per_step,
+        validation_sets=held_out,
     )
     run.restore(view)
+    begin_stage(run, metadata)
     return run
 
 
@@ -216,28 +225,31 @@ def build_run(config: RunConfig, start: Start, control: RunControl, report: RunR
 
 
 def loop(run: Run) -> bool:
-    """Train until the last step or until a rank is asked to stop; True where it was stopped."""
+    """Train until the last step of the stage or until a rank is asked to stop; True where it was stopped."""
     from argonne.training.state import stopwatch
     from argonne.training.step import Votes
 
-    config, control, keeper = run.config, run.control, run.keeper
-    if run.step >= config.training.total_steps:
+    config, control, keeper, last_step = run.config, run.control, run.keeper, run.stages.last_step
+    if run.step >= last_step:
         run.report.info(run.finished_before())
     else:
         run.feed.wait()  # maybe hours for a token cache: until the loop begins, a signal ends the run at once
-    control.record(total_steps=config.training.total_steps)
+    control.record(total_steps=run.stages.end)
     control.begin(run.step)
+    run.validate_if_missed()
     stop = False
-    while run.step < config.training.total_steps and not stop:
+    while run.step < last_step and not stop:
         started = stopwatch()
         batch = run.feed.next()
         mine = Votes(stop=control.stop_flag, busy=keeper.busy, spoiled=keeper.spoiled())
-        result = run.one_step.run(batch, run.step, votes=mine)
+        result = run.one_step.run(batch, run.stage_step, votes=mine)
         run.complete(batch, result, stopwatch() - started)
         run.check_replicas_if_due()
 
         stop = result.votes.stop
-        last = stop or run.step == config.training.total_steps
+        if not stop:
+            run.validate_if_due()
+        last = stop or run.step == last_step
         if last or keeper.due(run.step, result.votes):
             run.save()
         if config.output.sample_interval and run.step % config.output.sample_interval == 0 and not stop:

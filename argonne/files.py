@@ -58,6 +58,16 @@ class OutputFolder:
         return self.stats / "training_metrics.jsonl"
 
     @property
+    def eval_metrics(self) -> Path:
+        """One JSON object per validation and set."""
+        return self.stats / "eval_metrics.jsonl"
+
+    @property
+    def run_config(self) -> Path:
+        """The resolved configuration of the last run here, as a recipe file."""
+        return self.stats / "run_config.toml"
+
+    @property
     def status(self) -> Path:
         """How the run stands now."""
         return self.stats / "run_status.json"
@@ -104,9 +114,14 @@ def json_safe(value: Any) -> Any:
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a small document so that a reader sees the old one or the new one; raises OSError."""
+    write_text(path, json.dumps(json_safe(document), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As :func:`write_json`, for a text."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(json_safe(document), indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)

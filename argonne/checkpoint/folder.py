@@ -55,14 +55,15 @@ def prune(
     newest_verified: Path,
     keep: int,
     keep_every: int = 0,
+    keep_steps: Collection[int] = (),
     spoiled: Collection[Path] = (),
 ) -> list[Path]:
     """Remove our checkpoints older than the ``keep`` newest; return what was removed.
 
     ``newest_verified`` is a checkpoint whose bytes were read back: unless it is there nothing is removed,
-    and it and what is newer always stay. ``keep`` 0 keeps all; steps that ``keep_every`` divides stay for
-    good; files of the pipeline scripts are never touched. ``spoiled`` checkpoints, which did not verify, do
-    not count as kept and are removed too.
+    and it and what is newer always stay. ``keep`` 0 keeps all; steps that ``keep_every`` divides, and
+    ``keep_steps``, stay for good; files of the pipeline scripts are never touched. ``spoiled`` checkpoints,
+    which did not verify, do not count as kept and are removed too.
     """
     verified_step = checkpoint_step(newest_verified.name)
     if keep <= 0 or verified_step is None or not newest_verified.is_file():
@@ -72,6 +73,7 @@ def prune(
     kept = {path for _, path in good[:keep]}
     if keep_every:
         kept |= {path for step, path in good if step % keep_every == 0}
+    kept |= {path for step, path in good if step in keep_steps}
     removed = []
     for step, path in own:
         if step >= verified_step or path in kept:

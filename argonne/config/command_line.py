@@ -1,4 +1,4 @@
-"""The command line of ``resume_pretrain_tensor.py``: parse it, check it whole, and compare it between ranks.
+"""The command line of ``resume_pretrain_tensor.py`` and its recipe file: parse them and check them whole.
 
 Standard library only, so that a wrong flag ends the run (exit code 2, every problem in one go) before torch
 is imported.
@@ -8,7 +8,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from argonne.config.flags import FlagParser, fill, flag_fields, flag_names, parse_given
@@ -22,17 +22,14 @@ from argonne.config.options import (
     schedule_problems,
 )
 from argonne.config.presets import load_model_settings
+from argonne.config.recipe import Recipe, Stage, groups, overlay
+from argonne.config.recipe_file import Layer, read_layers
 from argonne.errors import EXIT_USAGE, ConfigError
 
+Layers = tuple[Layer, tuple[Layer, ...]]
+"""The top of a recipe file, and its stages."""
 SILENT_SECONDS = 2.0
 """How long a rank that leaves the message to rank 0 waits before it ends."""
-
-
-def _groups() -> Iterator[tuple[str, type]]:
-    for field in dataclasses.fields(RunConfig):
-        owner: object = field.default_factory
-        if isinstance(owner, type) and dataclasses.is_dataclass(owner):
-            yield field.name, owner
 
 
 def build_parser() -> FlagParser:
@@ -41,7 +38,7 @@ def build_parser() -> FlagParser:
         "resume_pretrain_tensor.py",
         "Pretrain an Argonne model with tensor parallelism, from scratch or from a checkpoint.",
     )
-    for name, owner in _groups():
+    for name, owner in groups():
         parser.add_flags(name, owner)
     parser.add_flags("diagnosis", RunConfig)
     return parser
@@ -97,23 +94,53 @@ def _combination_problems(config: RunConfig, given: Mapping[str, Any]) -> list[s
         problems.append(
             f"--force-from-scratch contradicts --checkpoint-path {checkpoint.checkpoint_path}: leave one out"
         )
+    names = [name for name, _ in config.evaluation.eval_data]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"--eval-data names {name} twice: give each set a name of its own")
     return problems
 
 
 def _build(given: Mapping[str, Any], settings: Mapping[str, Any] | None) -> RunConfig:
-    groups: dict[str, Any] = {
-        name: fill(owner, given) for name, owner in _groups() if owner is not ModelOptions
+    filled: dict[str, Any] = {
+        name: fill(owner, given) for name, owner in groups() if owner is not ModelOptions
     }
     model = fill(ModelOptions, given, settings=settings)
-    config = RunConfig(model=model, debug=given.get("debug", False), **groups)
+    config = RunConfig(model=model, debug=given.get("debug", False), **filled)
     if config.data.streaming or "checkpoint_interval" in given:
         return config
     longer = dataclasses.replace(config.checkpoint, checkpoint_interval=EPOCH_CHECKPOINT_INTERVAL)
     return dataclasses.replace(config, checkpoint=longer)
 
 
-def parse_command_line(argv: Sequence[str] | None = None) -> RunConfig:
-    """The run that the command line asks for.
+def _recipe(given: Mapping[str, Any], layers: Layers, settings: Mapping[str, Any] | None) -> Recipe:
+    top, stages = layers
+    return Recipe(
+        stages=tuple(
+            Stage(
+                config=_build(overlay(top.given, layer.given, given), settings),
+                name=layer.name,
+                reset_optimizer=layer.reset_optimizer,
+            )
+            for layer in stages or (Layer(given={}),)
+        )
+    )
+
+
+def _recipe_problems(recipe: Recipe, given: Mapping[str, Any], layers: Layers) -> list[str]:
+    """Contradictions in any stage; those of all stages once, others with the stage's name."""
+    top, stages = layers
+    found = [
+        _combination_problems(stage.config, overlay(top.given, layer.given, given))
+        for stage, layer in zip(recipe.stages, stages or (top,), strict=True)
+    ]
+    lines = [problem for problem in found[0] if all(problem in other for other in found)]
+    for stage, problems in zip(recipe.stages, found, strict=True):
+        lines += [f"stage {stage.name}: {problem}" for problem in problems if problem not in lines]
+    return lines
+
+
+def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
+    """The run that the command line and the file of its ``--config`` ask for, stage by stage.
 
     Raises:
         SystemExit: code 2 after one ``error: ...`` line on stderr for every problem; code 0 after ``--help``.
@@ -122,17 +149,23 @@ def parse_command_line(argv: Sequence[str] | None = None) -> RunConfig:
     """
     given, problems = parse_given(build_parser(), sys.argv[1:] if argv is None else argv)
     speaks = os.environ.get("RANK", "0") == "0"
+    layers: Layers = Layer(given={}), ()
     settings = None
-    if given.get("model_config") is not None:
-        try:
-            settings = load_model_settings(given["model_config"])
-        except ConfigError as error:
-            problems.append(str(error))
-            speaks = speaks or os.environ.get("LOCAL_RANK") == "0"
-    config = _build(given, settings)
-    problems += _combination_problems(config, given)
+    try:
+        if given.get("config") is not None:
+            top, stages, wrong = read_layers(given["config"])
+            layers = top, stages
+            problems += wrong
+        model_config = overlay(layers[0].given, given).get("model_config")
+        if model_config is not None:
+            settings = load_model_settings(model_config)
+    except ConfigError as error:
+        problems.append(str(error))
+        speaks = speaks or os.environ.get("LOCAL_RANK") == "0"
+    recipe = _recipe(given, layers, settings)
+    problems += _recipe_problems(recipe, given, layers)
     if not problems:
-        return config
+        return recipe
     if speaks:
         print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
     else:
@@ -140,12 +173,6 @@ def parse_command_line(argv: Sequence[str] | None = None) -> RunConfig:
     raise SystemExit(EXIT_USAGE)
 
 
-def flag_values(config: RunConfig) -> dict[str, Any]:
-    """Flag -> value for every flag that all ranks must share (the local rank and ``--debug`` may differ)."""
-    values: dict[str, Any] = {}
-    for name, owner in _groups():
-        for field, rules in flag_fields(owner):
-            if field.name != "local_rank":
-                values[flag_names(field, rules)[0]] = getattr(getattr(config, name), field.name)
-    values["--model-config (content)"] = config.model.settings
-    return values
+def parse_command_line(argv: Sequence[str] | None = None) -> RunConfig:
+    """As `parse_recipe`, for who asks about flags alone: the configuration of the first stage."""
+    return parse_recipe(argv).config

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from argonne.config.flags import duration, flag
+from argonne.config.flags import duration, flag, named_glob
 from argonne.config.mixture import MIX_FORM, MixedSource, mixed_source
 from argonne.config.presets import PRESETS
 from argonne.errors import ConfigError
@@ -204,6 +204,27 @@ class CheckpointOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Held-out text and when its loss is measured."""
+
+    eval_data: tuple[tuple[str, str], ...] = flag(
+        (),
+        "named validation sets: parquet shards that are not trained on; quote the globs",
+        kind=named_glob,
+        many=True,
+        metavar="NAME=GLOB",
+        default_text="none",
+    )
+    eval_interval: int = flag(
+        1000,
+        "optimizer steps between validations, the last step apart; 0: only there",
+        kind=int,
+        at_least=0,
+    )
+    eval_samples: int = flag(256, "sequences of each validation set, its first ones", kind=int, at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputOptions:
     """What the run writes and prints."""
 
@@ -243,14 +264,29 @@ class ControlOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """The file that describes the run."""
+
+    config: str | None = flag(
+        None,
+        "recipe: a TOML file with flags as keys, and stages; the command line wins over it",
+        metavar="FILE",
+        default_text="none",
+    )
+    rehearse: bool = flag(False, "the whole recipe in minutes, scaled down, in a temporary folder")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a run was asked to do."""
 
+    recipe: RecipeOptions = dataclasses.field(default_factory=RecipeOptions)
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
     training: TrainingOptions = dataclasses.field(default_factory=TrainingOptions)
     parallel: ParallelOptions = dataclasses.field(default_factory=ParallelOptions)
     checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
+    evaluation: EvaluationOptions = dataclasses.field(default_factory=EvaluationOptions)
     output: OutputOptions = dataclasses.field(default_factory=OutputOptions)
     control: ControlOptions = dataclasses.field(default_factory=ControlOptions)
     debug: bool = flag(False, "print the traceback of an error")

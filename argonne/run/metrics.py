@@ -1,4 +1,4 @@
-"""``stats/training_metrics.jsonl``: one JSON object per optimizer step, and how fast the device could go."""
+"""``stats/*_metrics.jsonl``: one JSON object per optimizer step or validation; how fast a device could go."""
 
 import json
 import os
@@ -58,6 +58,8 @@ class MetricsFile:
         self._path, self._warn = path, warn
         self._file: int | None = None
         self._waiting: list[bytes] = []
+        self.last_step = 0
+        """Of the last line that was kept or written; 0 without any."""
         try:
             self._keep_until(first_step)
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -73,6 +75,7 @@ class MetricsFile:
             for line in old:
                 if 0 < _step_of(line) <= step:
                     new.write(line)
+                    self.last_step = _step_of(line)
             new.flush()
             os.fsync(new.fileno())
         os.replace(temporary, self._path)
@@ -81,6 +84,7 @@ class MetricsFile:
         """Append one step's record."""
         if self._file is None:
             return
+        self.last_step = record["step"]
         self._waiting.append(json.dumps(json_safe(record)).encode() + b"\n")
         del self._waiting[: -self.WAITING]
         data = b"".join(self._waiting)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from argonne.files import OutputFolder, write_json
+from argonne.run.evaluations import ValidationFile, ValidationRecord
 from argonne.run.metrics import MetricsFile, peak_flops
 
 __all__ = ["RunFacts", "RunReport", "StepRecord", "header_lines", "peak_flops", "shard_line"]
@@ -155,6 +156,7 @@ class RunReport:
         """The last loss of each source of a mixture."""
         self._bar: Any = None
         self._metrics: MetricsFile | None = None
+        self._evaluations: ValidationFile | None = None
 
     def begin(
         self,
@@ -176,7 +178,12 @@ class RunReport:
         self._first_step = self._step = first_step
         if self.active:
             self._metrics = MetricsFile(self._output.metrics, first_step, self.warn)
+            self._evaluations = ValidationFile(self._output.eval_metrics, first_step, self.warn)
             self._open_bar(first_step, total_steps)
+
+    def set_flops_per_token(self, flops: float) -> None:
+        """They change with the length of the sequences."""
+        self._flops_per_token = flops
 
     def _open_bar(self, first_step: int, total_steps: int) -> None:
         if sys.stderr is None or not sys.stderr.isatty():
@@ -247,6 +254,16 @@ class RunReport:
             line["resumed"] = True
         return {**line, **record.extra}
 
+    @property
+    def last_validation(self) -> int:
+        """The step of the last validation recorded, by this run or before; 0 without any."""
+        return self._evaluations.last_step if self._evaluations is not None else 0
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Record and print the loss of one validation set."""
+        if self._evaluations is not None:
+            self.info(self._evaluations.write(record))
+
     def sample(self, step: int, text: str) -> None:
         """Print a generated text."""
         self.info(f"--- Generated text at step {step} ---\n{text}\n{'-' * 40}")
@@ -280,8 +297,9 @@ class RunReport:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        if self._metrics is not None:
-            self._metrics.close()
+        for file in (self._metrics, self._evaluations):
+            if file is not None:
+                file.close()
 
     def _write_stats(self, path: Path, details: Mapping[str, Any]) -> None:
         document = {

@@ -13,6 +13,7 @@ PATIENCE: Mapping[str, float] = {
     "save": 6.0,
     "verify": 6.0,
     "sample": 6.0,
+    "validate": 6.0,
 }
 """Stall timeouts that a live rank may spend in a phase without a mark (1 in a step); silence is not borne."""
 

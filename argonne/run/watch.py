@@ -19,7 +19,7 @@ from argonne.run.stalls import Progress, Verdict
 
 BOUNDARY_SECONDS = 10.0
 """How long after a signal a step may take to end (or three times the longest step so far)."""
-UNLIMITED_PHASES = frozenset({"save", "export"})
+UNLIMITED_PHASES = frozenset({"save", "export", "validate"})
 """Phases that a first signal lets end, however long they take."""
 TROUBLE_SECONDS = 5.0
 """How long the main thread has to meet a peer's end by itself, before this one ends the process."""

@@ -69,10 +69,13 @@ def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     ]
 
 
-def rate_jump(view: CheckpointView, schedule: Schedule) -> str | None:
-    """A line where the rate does not go on from the checkpoint's last one, as its optimizer has it."""
+def rate_jump(view: CheckpointView, schedule: Schedule, first_step: int = 0) -> str | None:
+    """A line where the rate does not go on from the checkpoint's last one, as its optimizer has it.
+
+    ``first_step``: the one at which the schedule begins.
+    """
     last = view.param_groups[0].get("lr") if view.param_groups else None
-    step = view.step
+    step = view.step - first_step
     if not isinstance(last, int | float) or not 0 < step < schedule.total_steps:
         return None
     rate = schedule.rate(step)

@@ -17,14 +17,16 @@ from checkpointing import SaveEstimate, estimate_save, later_checkpoints
 from data_stream import OpenedStream
 
 
-def open_metrics(report: RunReport, config: RunConfig, trained: TrainedModel, first_step: int) -> None:
+def open_metrics(
+    report: RunReport, config: RunConfig, trained: TrainedModel, first_step: int, last_step: int
+) -> None:
     """Open the metrics at the run's first step, with what turns a step's time into FLOPs used."""
     training, parallel = config.training, trained.parallel
     dtype = training.dtype or ("bf16" if parallel.device.type == "cuda" else "fp32")
     peak = peak_flops(device_name(parallel.device), dtype)
     report.begin(
         first_step=first_step,
-        total_steps=training.total_steps,
+        total_steps=last_step,
         flops_per_token=flops_per_token(trained, training.block_size),
         peak_flops_total=None if peak is None else peak * parallel.world_size,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,16 @@ class CheckpointKeeper:
         self._verifier = BackgroundVerifier(self._prune)
         self.newest: Path | None = None
         """The newest checkpoint that this run wrote."""
+        self._lasting: tuple[int, ...] = ()
         self._postponed = False
         self._since = time.monotonic()
         self._verified: Path | None = None
         self._spoiled: list[Path] = []
         self._spoiled_in_a_row = 0
+
+    def keep_for_good(self, steps: Sequence[int]) -> None:
+        """The checkpoints after these steps are never pruned."""
+        self._lasting = tuple(steps)
 
     @property
     def busy(self) -> bool:
@@ -140,5 +145,6 @@ class CheckpointKeeper:
             newest_verified=verified,
             keep=self._options.keep_checkpoints,
             keep_every=self._options.keep_every,
+            keep_steps=self._lasting,
             spoiled=self._spoiled,
         )

@@ -41,6 +41,13 @@ def build_adamw(
     return optimizer
 
 
+def reset_adam(optimizer: torch.optim.Optimizer) -> None:
+    """Moments and step count as at the beginning of training."""
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The rate of the next update, for all parameters."""
     for group in optimizer.param_groups:

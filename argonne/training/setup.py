@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,20 @@ from typing import Any
 import torch
 
 from argonne.config.options import RunConfig
-from argonne.errors import RunError
-from argonne.files import OutputFolder
+from argonne.config.recipe import Recipe
+from argonne.config.recipe_file import recipe_toml
+from argonne.errors import DataError, RunError
+from argonne.files import OutputFolder, write_text
 from argonne.ranks.agree import broadcast_object, on_rank_0, only_on_rank_0
-from argonne.ranks.world import World
+from argonne.ranks.world import Parallel, World
 from argonne.run.control import RunControl
 from argonne.run.lock import prepare_output_dir
 from argonne.run.report import RunReport
 from argonne.run.status import already_ended
 from argonne.training.build import TrainedModel, model_settings
 from argonne.training.final_model import check_final_model_dir
+from argonne.training.stages import Stages
+from argonne.training.validation import ValidationSet, load_sets
 from argonne.verification.compare import compare_with_unsharded
 from checkpointing import (
     CheckpointView,
@@ -27,7 +32,15 @@ from checkpointing import (
     open_chosen,
     own_checkpoints,
 )
-from data_stream import MixPart, OpenedStream, SourceOptions, StepFeed, load_tokenizer, open_stream
+from data_stream import (
+    MixPart,
+    OpenedStream,
+    SourceOptions,
+    StepFeed,
+    check_data,
+    load_tokenizer,
+    open_stream,
+)
 
 VERIFIED_TOKENS = 128
 """Sequence length of --verify-sharding's batch."""
@@ -45,6 +58,16 @@ class Start:
     """One line for the console."""
     settings: dict[str, Any]
     """Keyword arguments of ArgonneConfig."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The checkpoint's keys beside weights and optimizer; empty from scratch."""
+        return self.view.metadata if self.view is not None else {}
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps completed."""
+        return self.view.step if self.view is not None else 0
 
 
 def claim_output(control: RunControl, world: World) -> tuple[str, str | None] | None:
@@ -123,27 +146,40 @@ def source_options(config: RunConfig, samples_per_step: int) -> SourceOptions:
 
 
 def data_on_rank_0(
-    config: RunConfig, tokenizer: Any, view: CheckpointView | None, samples_per_step: int, world: World
+    config: RunConfig,
+    tokenizer: Any,
+    metadata: Mapping[str, Any],
+    step: int,
+    samples_per_step: int,
+    world: World,
 ) -> OpenedStream | None:
-    """Rank 0's source (None elsewhere), at the checkpoint's place; DataError on all ranks."""
-    metadata = view.metadata if view is not None else {}
+    """Rank 0's source (None elsewhere), at the place in ``metadata``; DataError on all ranks."""
     return only_on_rank_0(
         lambda: open_stream(
             source_options(config, samples_per_step),
             tokenizer,
             saved_position=metadata.get("data_position"),
             saved_state=metadata.get("data_state"),
-            global_step=view.step if view is not None else 0,
+            global_step=step,
         ),
         world,
     )
 
 
 def open_feed(
-    config: RunConfig, start: Start, samples_per_step: int, report: RunReport, world: World
+    config: RunConfig,
+    tokenizer: Any,
+    metadata: Mapping[str, Any],
+    step: int,
+    samples_per_step: int,
+    report: RunReport,
+    world: World,
 ) -> tuple[OpenedStream | None, StepFeed]:
-    """Rank 0's source and every rank's feed, which tokenizes the first texts while the model is built."""
-    opened = data_on_rank_0(config, start.tokenizer, start.view, samples_per_step, world)
+    """Rank 0's source and every rank's feed, which tokenizes the first texts while the model is built.
+
+    ``metadata``: ``data_position`` and ``data_state`` of a checkpoint after ``step`` steps, or nothing.
+    """
+    opened = data_on_rank_0(config, tokenizer, metadata, step, samples_per_step, world)
     for notice in opened.notices if opened is not None else ():
         report.warn(notice)
     feed = StepFeed(
@@ -156,7 +192,50 @@ def open_feed(
     return opened, feed
 
 
-def check_room_on_rank_0(config: RunConfig, trained: TrainedModel, first_step: int, world: World) -> None:
+def validation_sets(config: RunConfig, tokenizer: Any, parallel: Parallel) -> tuple[ValidationSet, ...]:
+    """What --eval-data names, at the block size of the training; collective, before the first step."""
+    return load_sets(
+        config.evaluation.eval_data,
+        source_options(config, samples_per_step=1),
+        tokenizer,
+        samples=config.evaluation.eval_samples,
+        batch_size=config.training.batch_size,
+        parallel=parallel,
+    )
+
+
+def check_data_ahead(stages: Stages, world: World) -> None:
+    """DataError on all ranks where a later stage's data, or a validation set of it, is not there."""
+
+    def check() -> None:
+        for stage in stages.planned[stages.index + 1 :]:
+            options = source_options(stage.config, stage.samples_per_step)
+            try:
+                check_data(options)
+                for name, data_glob in stage.config.evaluation.eval_data:
+                    check_data(options, held_out=(name, data_glob))
+            except DataError as error:
+                raise DataError(f"stage {stage.name}: {error}") from error
+
+    on_rank_0(check, world)
+
+
+def keep_configuration(recipe: Recipe, report: RunReport, world: World) -> None:
+    """Write the resolved configuration to ``stats/run_config.toml``; print it with --debug."""
+    text = recipe_toml(recipe)
+    path = OutputFolder(Path(recipe.config.output.output_dir)).run_config
+    if world.rank == 0:
+        try:
+            write_text(path, text)
+        except OSError as error:
+            report.warn(f"{path} cannot be written ({error.strerror}): the run goes on without it")
+    if recipe.config.debug:
+        report.info(text.rstrip())
+
+
+def check_room_on_rank_0(
+    config: RunConfig, trained: TrainedModel, stages: Stages, step: int, world: World
+) -> None:
     """CheckpointError on all ranks where the disk cannot take the run's checkpoints."""
     folder = OutputFolder(Path(config.output.output_dir)).pretrained
 
@@ -166,9 +245,9 @@ def check_room_on_rank_0(config: RunConfig, trained: TrainedModel, first_step: i
             folder,
             there=len(own_checkpoints(folder)),
             interval=config.checkpoint.checkpoint_interval,
-            keep=config.checkpoint.keep_checkpoints,
-            first_step=first_step,
-            total_steps=config.training.total_steps,
+            keep=config.checkpoint.keep_checkpoints + len(stages.planned) - stages.index - 1,
+            first_step=step,
+            total_steps=stages.end,
         )
 
     on_rank_0(check, world)

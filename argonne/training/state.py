@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from argonne.config.options import RunConfig
 from argonne.errors import NonFiniteError
+from argonne.ranks.agree import broadcast_object
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport, StepRecord
 from argonne.training.build import TrainedModel
@@ -24,10 +25,13 @@ from argonne.training.changes import (
     run_settings,
     saved_settings,
 )
+from argonne.training.data_places import data_key
 from argonne.training.generation import generate_text
 from argonne.training.keeper import CheckpointKeeper
 from argonne.training.schedule import Schedule
+from argonne.training.stages import Stages
 from argonne.training.step import StepResult, TrainingStep
+from argonne.training.validation import ValidationSet, validate
 from argonne.verification.replicas import check_replicas
 from checkpointing import CheckpointView
 from data_stream import DataProgress, OpenedStream, StepBatch, StepFeed
@@ -47,8 +51,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 class Run:
     """Everything the loop works with. ``opened`` and ``tokenizer`` are rank 0's, None elsewhere."""
 
-    config: RunConfig
-    settings: Mapping[str, Any]
+    stages: Stages
+    settings: dict[str, Any]
     """Keyword arguments of ArgonneConfig."""
     trained: TrainedModel
     one_step: TrainingStep
@@ -58,7 +62,7 @@ class Run:
     keeper: CheckpointKeeper
     control: RunControl
     report: RunReport
-    samples_per_step: int
+    validation_sets: tuple[ValidationSet, ...] = ()
     step: int = 0
     """Optimizer steps completed since training began."""
     tokens_processed: int = 0
@@ -68,6 +72,22 @@ class Run:
     """The checkpoint that this run began with; None: from scratch."""
     progress: DataProgress | None = None
     """Where the data stands after the last batch trained on (rank 0)."""
+    data_places: dict[str, Any] = field(default_factory=dict)
+    """Where earlier stages left data that this one does not read (rank 0)."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The current stage's."""
+        return self.stages.current.config
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.stages.current.samples_per_step
+
+    @property
+    def stage_step(self) -> int:
+        """Optimizer steps completed in the current stage: where its schedule stands."""
+        return self.step - self.stages.first_step
 
     def restore(self, view: CheckpointView | None) -> None:
         """Counters from the checkpoint, and what this run changes; where the data begins, from the source."""
@@ -81,9 +101,12 @@ class Run:
         self.tokens_processed = int(view.metadata.get("tokens_processed") or 0)
         self.loss = float(view.metadata.get("loss") or 0.0)
         self.one_step.scaler.load_state_dict(view.metadata.get("loss_scaler") or {})
+        if view.metadata.get("stage", "") != self.stages.label().get("stage", ""):
+            return  # a stage that begins here has settings of its own
         for line in changed_settings(saved_settings(view), self._settings()):
             self.report.info(line)
-        if (jump := rate_jump(view, Schedule.of(self.config.training))) is not None:
+        jump = rate_jump(view, Schedule.of(self.config.training), self.stages.first_step)
+        if jump is not None:
             self.report.warn(jump)
 
     @property
@@ -109,7 +132,11 @@ class Run:
         tokens = self.samples_per_step * self.config.training.block_size
         self.tokens_processed += tokens
         self.loss = result.totals.loss
-        extra = self._data_progress(batch.progress) | self._source_losses(batch, result)
+        extra = {
+            **self.stages.label(),
+            **self._data_progress(batch.progress),
+            **self._source_losses(batch, result),
+        }
         position = self._position()
         if result.skipped:
             extra["skipped"] = "non-finite loss or gradient"
@@ -179,15 +206,30 @@ class Run:
         if interval and self.step % interval == 0:
             check_replicas(self.trained.parameters(), self.trained.slice_map, self.trained.parallel)
 
+    def validate_if_due(self) -> None:
+        """Measure the validation sets at their interval and after the last step; collective."""
+        interval = self.config.evaluation.eval_interval
+        due = self.step == self.stages.last_step or (interval and self.step % interval == 0)
+        if not due or not self.validation_sets:
+            return
+        with self.control.phase("validate"):
+            for validation_set in self.validation_sets:
+                record = validate(self.trained, validation_set, self.step)
+                self.report.validation(dataclasses.replace(record, extra=self.stages.label()))
+
+    def validate_if_missed(self) -> None:
+        """A run that was stopped where a validation was due makes it when it is resumed; collective."""
+        if self.step and self.validation_sets:
+            done = broadcast_object(self.report.last_validation == self.step, self.trained.parallel)
+            if not done:
+                self.validate_if_due()
+
     def save(self) -> Path:
         """Write a checkpoint of the run as it stands; collective."""
         return self.keeper.save(self.step, self.checkpoint_metadata())
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         """The keys of a checkpoint beside weights and optimizer; the data's are there on rank 0 only."""
-        data: dict[str, Any] = {}
-        if self.opened is not None and self.progress is not None:
-            data = {"data_position": self._position(), "data_state": self.opened.state_dict(self.progress)}
         return {
             "global_step": self.step,
             "tokens_processed": self.tokens_processed,
@@ -200,8 +242,21 @@ class Run:
             "seed": self.config.training.seed,
             SETTINGS_KEY: self._settings(),
             "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            **data,
+            **self.stages.metadata(self.step),
+            **self.data_metadata(),
         }
+
+    def data_metadata(self) -> dict[str, Any]:
+        """The keys of a checkpoint about the data; there on rank 0 only."""
+        if self.opened is None or self.progress is None:
+            return {}
+        found: dict[str, Any] = {
+            "data_position": self._position(),
+            "data_state": self.opened.state_dict(self.progress),
+        }
+        if self.stages.current.name:
+            found |= {"data_source": data_key(self.config), "data_places": self.data_places}
+        return found
 
     def sample(self) -> None:
         """Generate and print a text; collective."""

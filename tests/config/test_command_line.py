@@ -7,12 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from argonne.config.command_line import (
-    build_parser,
-    flag_values,
-    parse_command_line,
-)
+from argonne.config.command_line import build_parser, parse_command_line
 from argonne.config.presets import PRESETS
+from argonne.config.recipe import flag_values
 from tests import ROOT
 
 NEEDED = ["--tokenizer-path", "tok"]
@@ -34,6 +31,7 @@ def test_every_flag_reaches_its_field() -> None:
     config = parse_command_line(
         [
             *NEEDED,
+            *"--eval-data web=a/*.parquet code=b=c --eval-data more=d --eval-interval 0".split(),
             *"--no-streaming --no-packing --trust-remote-code --compile --sequence-parallel --debug".split(),
             *"--adam-betas 0.8 0.95 --dtype bf16 --local-rank 3 --max-run-time 23h30m --seed 7".split(),
             *"--gradient-accumulation-steps 2 --model-config argonne-tiny --min-learning-rate=0".split(),
@@ -45,6 +43,8 @@ def test_every_flag_reaches_its_field() -> None:
     assert config.parallel.local_rank == 3 and config.control.max_run_time == 84_600.0
     assert config.model.settings == PRESETS["argonne-tiny"]
     assert config.training.min_learning_rate == 0.0
+    assert config.evaluation.eval_data == (("web", "a/*.parquet"), ("code", "b=c"), ("more", "d"))
+    assert config.evaluation.eval_interval == 0
     assert parse_command_line([*NEEDED, "--local_rank", "3"]).parallel.local_rank == 3
 
 
@@ -92,6 +92,9 @@ def test_every_problem_is_reported_at_once(capsys: pytest.CaptureFixture[str]) -
         ("--model-config argonne-3", "argonne-2.0"),
         ("--tensor-parallel-size 0", "at least 1"),
         ("--text-column=", "empty"),
+        ("--eval-data web", "--eval-data web: give NAME=GLOB"),
+        ("--eval-data web=a code=b --eval-data web=c", "--eval-data names web twice"),
+        ("--eval-data", "--eval-data: expected at least one argument"),
         ("--lr-schedule step", "choose cosine, wsd, linear or constant"),
         ("--lr-schedule wsd", "--lr-schedule wsd needs --cooldown-steps or --cooldown-fraction"),
         ("--cooldown-steps 5", "--cooldown-steps is of --lr-schedule wsd, and the schedule is cosine"),

@@ -20,6 +20,7 @@ from argonne.run.report import RunReport
 from argonne.testing.distributed import make_parallel
 from argonne.testing.models import SMALL, random_tokens
 from argonne.training.build import TrainedModel, build_model, fill_weights
+from argonne.training.stages import PlannedStage, Stages
 from data_stream import StepBatch
 
 BLOCK = 16
@@ -57,6 +58,12 @@ def run_config(output_dir: Path, **groups: Any) -> RunConfig:
         "checkpoint": CheckpointOptions(checkpoint_interval=4, keep_checkpoints=2),
     }
     return RunConfig(**{**common, **groups})
+
+
+def single_stage(config: RunConfig, samples_per_step: int = 2) -> Stages:
+    """The stages of a run that has none."""
+    stage = PlannedStage(name="", config=config, samples_per_step=samples_per_step, accumulation=1)
+    return Stages(planned=(stage,))
 
 
 def control_and_report(output_dir: Path) -> tuple[RunControl, RunReport]:

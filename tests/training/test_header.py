@@ -82,7 +82,7 @@ def test_metrics_beyond_the_first_step_are_replaced(tmp_path: Path) -> None:
     _, report = control_and_report(tmp_path)
     path = tmp_path / "stats" / "training_metrics.jsonl"
     path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 8)))
-    open_metrics(report, run_config(tmp_path), trained_model(), first_step=4)
+    open_metrics(report, run_config(tmp_path), trained_model(), first_step=4, last_step=10)
     report.close()
     assert path.read_text().splitlines() == [f'{{"step": {step}}}' for step in range(1, 5)]
 

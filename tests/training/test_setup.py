@@ -27,7 +27,7 @@ from argonne.training.setup import (
     verify_if_asked,
 )
 from tests.run.pretended import elastic
-from tests.training.small_run import control_and_report, run_config, trained_model
+from tests.training.small_run import control_and_report, run_config, single_stage, trained_model
 
 ALONE = World(
     rank=0, world_size=1, local_rank=0, local_world_size=1,
@@ -93,7 +93,7 @@ def test_a_start_from_scratch(tmp_path: Path, data: DataOptions) -> None:
     assert size == 1 + max(tokenizer.get_vocab().values())
     start = choose_start(config, control, report, ALONE)
     assert start.view is None and "scratch" in start.reason and start.settings["vocab_size"] == size
-    opened, feed = open_feed(config, start, 2, report, ALONE)
+    opened, feed = open_feed(config, start.tokenizer, start.metadata, start.step, 2, report, ALONE)
     try:
         assert opened is not None and opened.shards
         batch = feed.next()
@@ -109,7 +109,7 @@ def test_a_glob_without_shards_ends_the_run(tmp_path: Path, data: DataOptions) -
     config = run_config(tmp_path, data=dataclasses.replace(data, data_glob=str(tmp_path / "no*.parquet")))
     start = choose_start(config, control, report, ALONE)
     with pytest.raises(DataError, match="--data-glob"):
-        open_feed(config, start, 2, report, ALONE)
+        open_feed(config, start.tokenizer, start.metadata, start.step, 2, report, ALONE)
 
 
 def test_the_cache_lies_in_the_output_folder_unless_it_is_given(tmp_path: Path) -> None:
@@ -123,11 +123,11 @@ def test_a_disk_without_room_is_refused_before_training(
 ) -> None:
     control_and_report(tmp_path)
     trained, config = trained_model(), run_config(tmp_path)
-    check_room_on_rank_0(config, trained, 0, ALONE)
+    check_room_on_rank_0(config, trained, single_stage(config), 0, ALONE)
     usage = type("Usage", (), {"free": 1000, "total": 1000, "used": 0})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match="bytes free"):
-        check_room_on_rank_0(config, trained, 0, ALONE)
+        check_room_on_rank_0(config, trained, single_stage(config), 0, ALONE)
 
 
 def test_the_split_is_verified_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

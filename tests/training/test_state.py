@@ -23,6 +23,7 @@ from tests.training.small_run import (
     batch_of,
     control_and_report,
     run_config,
+    single_stage,
     trained_model,
     training_options,
 )
@@ -51,8 +52,8 @@ def small_run(folder: Path, **groups: Any) -> Run:
     trained = trained_model()
     report.begin(first_step=0, total_steps=config.training.total_steps)
     return Run(
-        config=config,
-        settings=SETTINGS,
+        stages=single_stage(config),
+        settings=dict(SETTINGS),
         trained=trained,
         one_step=TrainingStep(trained, config.training, 1),
         feed=None,  # type: ignore[arg-type]
@@ -61,7 +62,6 @@ def small_run(folder: Path, **groups: Any) -> Run:
         keeper=CheckpointKeeper(trained, config.checkpoint, folder, control, report),
         control=control,
         report=report,
-        samples_per_step=2,
     )
 
 
