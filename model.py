@@ -780,13 +780,14 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         plain = attention_mask is None and position_ids is None and past_key_values is None
         if plain and self.config._attn_implementation != "eager":
             return None
+        named_cache: Any = {_CACHE_NAME: past_key_values}
         shape_only = torch.empty((*tokens.shape, 0), dtype=dtype, device=tokens.device)
         return create_causal_mask(
             config=self.config,
             inputs_embeds=shape_only,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{_CACHE_NAME: past_key_values},
+            **named_cache,
         )
 
     def _position_embeddings(

@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from argonne.ranks.faults import run_error_of
     from argonne.ranks.launch import Environment
+    from argonne.ranks.libraries import outside_range
     from argonne.ranks.world import disconnect
     from argonne.run.control import RunControl
     from argonne.run.report import RunReport
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     enable_flight_recorder(output_dir, os.environ)
     report = RunReport(output_dir, rank=environment.rank, log_interval=config.output.log_interval)
+    if report.active and (outside := outside_range()) is not None:
+        report.warn(outside)
     control = RunControl(
         output_dir,
         rank=environment.rank,

@@ -69,7 +69,7 @@ def attach_dropout(model: nn.Module, plan: TensorParallelPlan, group: TPGroup) -
     dropout raises ConfigError there.
     """
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    on_scores = [m for m in matching(model, plan.attention) if hasattr(m, "attention_dropout")]
+    on_scores: list[Any] = [m for m in matching(model, plan.attention) if hasattr(m, "attention_dropout")]
     if group.size == 1 or not (dropouts or on_scores):
         return
 

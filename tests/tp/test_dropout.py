@@ -23,9 +23,11 @@ def dropping(probability: float = 0.3, attention: str = "sdpa") -> GPT2LMHeadMod
     config = GPT2Config(
         vocab_size=VOCAB, n_embd=48, n_layer=2, n_head=8, n_positions=64, bos_token_id=None,
         eos_token_id=None, resid_pdrop=probability, embd_pdrop=probability, attn_pdrop=probability,
-        initializer_range=0.15, attn_implementation=attention,
+        initializer_range=0.15,
     )  # fmt: skip
-    return GPT2LMHeadModel(config).train()
+    model = GPT2LMHeadModel(config)
+    model.set_attn_implementation(attention)
+    return model.train()
 
 
 def trained_pass(model: Any) -> tuple[float, list[Tensor], dict[str, Tensor]]:

@@ -21,7 +21,8 @@ def saving_rank(rank: int, world_size: int, folder: str) -> str:
     """Refused without the whole weights; with them rank 0 writes an export that opens."""
     model = small_model(torch.float32)
     shard_tensor_parallel(model)
-    for options in ({}, {"state_dict": model.state_dict()}):
+    refused: list[dict[str, Any]] = [{}, {"state_dict": model.state_dict()}]
+    for options in refused:
         with pytest.raises(ConfigError, match="slices of one of 2 tensor-parallel ranks"):
             model.save_pretrained(folder, **options)
     whole = unsharded_state_dict(model)
