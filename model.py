@@ -12,6 +12,7 @@ Precision: the residual stream is in the compute dtype (the autocast dtype, cast
 norms, softmax, rotation and cross entropy run in float32, or in float64 in a float64 model.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -33,6 +35,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+
+# Transformers 5.24 calls the cache so too; the older name is announced to go.
+_CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 # Keys of other decoders' config.json files that would change the computation: only these values are accepted.
 # argonne/config/model_keys.py has the same two tables for a file that is read before torch is imported.
@@ -604,6 +609,7 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         self.loss_function = causal_lm_loss
         self.loss_type = "ForCausalLM"  # Trainer counts the targets of models that say so
         self.gradient_checkpointing = False
+        self._checkpointed_every = 1
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -678,13 +684,17 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         # Only now: transformers looks for packed sequences in position_ids only where there is no cache.
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        if self._checkpoints():
+            use_cache = False  # the recomputation would write into it a second time
+            if past_key_values is not None:
+                raise ValueError("ArgonneModel cannot read a cache under gradient checkpointing in training")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
         collected = [hidden_states] if output_hidden_states else None
         for index, block in enumerate(self.blocks):
             mask = masks[self.config.local_window(index) is not None]
-            run = partial(self._gradient_checkpointing_func, block.__call__) if self._checkpoints() else block
+            run = partial(self._gradient_checkpointing_func, block) if self._checkpoints(index) else block
             hidden_states = run(hidden_states, position_embeddings, mask, past_key_values)
             if collected is not None:
                 collected.append(hidden_states)
@@ -711,9 +721,21 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
             hidden_states=None if collected is None else tuple(collected),
         )
 
-    def _checkpoints(self) -> bool:
-        """Whether transformers' gradient checkpointing is on (this suite recomputes blocks by itself)."""
-        return self.gradient_checkpointing and self.training
+    def _checkpoints(self, layer_idx: int = 0) -> bool:
+        """Whether transformers' gradient checkpointing covers a layer (this suite recomputes by itself)."""
+        on = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        return on and layer_idx % self._checkpointed_every == 0
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        """What transformers' methods that switch gradient checkpointing on and off call."""
+        self.gradient_checkpointing = enable
+        self._gradient_checkpointing_func = gradient_checkpointing_func
+        self._checkpointed_every = every_n_layers
 
     def _masks(
         self,
@@ -758,13 +780,14 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         plain = attention_mask is None and position_ids is None and past_key_values is None
         if plain and self.config._attn_implementation != "eager":
             return None
+        named_cache: Any = {_CACHE_NAME: past_key_values}
         shape_only = torch.empty((*tokens.shape, 0), dtype=dtype, device=tokens.device)
         return create_causal_mask(
             config=self.config,
             inputs_embeds=shape_only,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **named_cache,
         )
 
     def _position_embeddings(

@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
 
     from argonne.ranks.faults import run_error_of
+    from argonne.ranks.libraries import outside_range
     from argonne.ranks.world import disconnect
     from argonne.run.control import RunControl
     from argonne.run.report import RunReport
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     output_dir = Path(config.output.output_dir)
     enable_flight_recorder(output_dir, os.environ)
     report = RunReport(output_dir, rank=environment.rank, log_interval=config.output.log_interval)
+    if report.active and (outside := outside_range()) is not None:
+        report.warn(outside)
     control = RunControl(
         output_dir,
         rank=environment.rank,

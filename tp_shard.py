@@ -14,10 +14,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from argonne.errors import ConfigError
 from argonne.tp.architectures import plan_for
 from argonne.tp.calls import attach_call_hooks
+from argonne.tp.dropout import attach_dropout
 from argonne.tp.entrances import attach_entrances
 from argonne.tp.group import ProcessTPGroup, SimulatedTPGroup, TPGroup, as_tp_group
 from argonne.tp.initial_values import initialise_parameters
@@ -41,8 +43,15 @@ from argonne.tp.regions import (
     scatter_to_region,
     split_sequence,
 )
+from argonne.tp.saving import guard_saving
 from argonne.tp.slices import SliceMap
-from argonne.tp.state import TensorParallelState, gather_state_dict, gather_unsharded, take_slice
+from argonne.tp.state import (
+    TensorParallelState,
+    gather_state_dict,
+    gather_unsharded,
+    take_slice,
+    unsharded_state_dict,
+)
 from argonne.tp.swap import rewrite_head_counts, swap_layers
 
 __all__ = [
@@ -71,6 +80,7 @@ __all__ = [
     "shard_tensor_parallel",
     "split_sequence",
     "take_slice",
+    "unsharded_state_dict",
     "vocab_parallel_cross_entropy",
 ]
 
@@ -87,7 +97,9 @@ def shard_tensor_parallel(
     The model may hold weights (every rank the same: each keeps its slice) or lie on the meta device (the
     slices do too, and are materialised and filled afterwards). Parameter names do not change. A forward
     pass with ``labels`` or ``shift_labels`` computes the loss on vocabulary slices and returns the local
-    logits (batch, seq_len, local_vocab_size); without them the logits are gathered.
+    logits (batch, seq_len, local_vocab_size); without them the logits are gathered. Dropout draws one mask
+    on replicated activations, whatever the ranks' seeds, and different ones on divided heads.
+    ``save_pretrained`` refuses to write slices.
 
     After each backward pass of a step (once, with gradient accumulation) call
     ``model.tensor_parallel.sum_partial_gradients``, which does nothing unless heads are shared, norms lie
@@ -100,9 +112,11 @@ def shard_tensor_parallel(
         plan: replaces the plan of the model's type.
 
     Raises:
-        ConfigError: unknown architecture, or a degree that does not fit the heads.
+        ConfigError: unknown architecture, a degree that does not fit the heads, or a model that is already
+            divided.
     """
     group = as_tp_group(mesh)
+    _refuse_divided(model)
     plan = plan or plan_for(model)
     if sequence_parallel and not plan.sequence_parallel:
         raise ConfigError(f"--sequence-parallel does not work with {type(model).__name__}; leave it out")
@@ -116,6 +130,8 @@ def shard_tensor_parallel(
     attach_entrances(model, plan, group, sequence)
     attach_loss(model, plan, group)
     attach_call_hooks(model, plan, group, sequence, head_sequence)
+    attach_dropout(model, plan, group)
+    guard_saving(model, slice_map, group.size)
     model.tensor_parallel = TensorParallelState(  # type: ignore[assignment]
         group=group,
         slice_map=slice_map,
@@ -125,6 +141,15 @@ def shard_tensor_parallel(
         sharers=group.subgroup(slice_map.sharers) if slice_map.sharers > 1 else None,
     )
     return model
+
+
+def _refuse_divided(model: nn.Module) -> None:
+    """ConfigError where a module of the model has been split, or its parameters are divided otherwise."""
+    split = any(isinstance(getattr(m, "tensor_parallel", None), TensorParallelState) for m in model.modules())
+    if split or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ConfigError(
+            f"{type(model).__name__} is already divided over ranks: split a model that is whole, once"
+        )
 
 
 class TensorParallelModel(nn.Module):
@@ -161,5 +186,5 @@ class TensorParallelModel(nn.Module):
         self.tensor_parallel.sum_partial_gradients(gradients)
 
     def unsharded_state_dict(self) -> dict[str, Tensor]:
-        """The whole weights on every rank (a tied head is the embedding); collective."""
-        return gather_state_dict(self.model)
+        """The whole weights on every rank, which the unsharded model loads strictly; collective."""
+        return unsharded_state_dict(self.model)

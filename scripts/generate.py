@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from argonne.config.presets import MODEL_KEYS, REFERENCE, load_model_settings
+from argonne.config.presets import MODEL_KEYS, REFERENCE, check_stored_config, load_model_settings
 from argonne.errors import CheckpointError, ConfigError, RunError
 from argonne.tools.script import OneLineParser, run_script
 
@@ -136,6 +136,7 @@ def load_checkpoint(options: argparse.Namespace, world: World) -> LoadedModel:
         raise ConfigError(f"--checkpoint-path {options.checkpoint_path}: {reason}; name a checkpoint")
     requested = load_model_settings(options.model_config or REFERENCE)
     config = infer_model_config(view, requested)  # type: ignore[arg-type]
+    config |= check_stored_config(view.metadata, view.path)
     loaded = empty_model(
         {key: config[key] for key in MODEL_KEYS if config.get(key) is not None}, options, world
     )

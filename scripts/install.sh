@@ -3,12 +3,14 @@
 #
 #   bash scripts/install.sh [EXTRAS]      EXTRAS: test, plot or test,plot (see pyproject.toml)
 #
-# ARGONNE_PYTHON names the interpreter (3.11 or newer), ARGONNE_VENV another folder than .venv.
+# ARGONNE_PYTHON names the interpreter (3.11 or newer), ARGONNE_VENV another folder than .venv. ARGONNE_VERSIONS
+# is pinned (constraints.txt, the default), oldest or newest (by the ranges in pyproject.toml).
 set -euo pipefail
 case ${1:-} in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}" && exit 0 ;; esac
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${ARGONNE_VENV:-$root/.venv}
 extras=${1:-}
+versions=${ARGONNE_VERSIONS:-pinned}
 
 fail() {
     printf 'error: %s\n' "$*" >&2
@@ -39,7 +41,7 @@ stamp=$venv/.installed-${extras//,/-}
 wanted=$(
     {
         cat "$root/pyproject.toml" "$root/constraints.txt"
-        printf '%s\n' "$root"
+        printf '%s\n' "$root" "$versions"
         "$venv/bin/python" --version
     } | "$venv/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 )
@@ -48,7 +50,28 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
 fi
 
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
+constraints=$root/constraints.txt
+if [ "$versions" != pinned ]; then
+    constraints=$venv/constraints.txt
+    # Lower bounds exactly, or the ranges alone, of everything that pyproject.toml names.
+    "$venv/bin/python" - "$root/pyproject.toml" "$versions" >"$constraints" <<'PYTHON'
+import sys
+import tomllib
+
+with open(sys.argv[1], "rb") as file:
+    project = tomllib.load(file)["project"]
+extras = [name for group in project["optional-dependencies"].values() for name in group]
+for requirement in project["dependencies"] + extras:
+    lowest = requirement.split(",")[0].replace(">=", "==")
+    print(lowest if sys.argv[2] == "oldest" else requirement)
+PYTHON
+fi
 # torch by itself first: a build for this machine (CPU or CUDA) that pip is set up to prefer is taken as it is.
-"${pip[@]}" "$(grep '^torch==' "$root/constraints.txt")"
-"${pip[@]}" --constraint "$root/constraints.txt" --editable "$root${extras:+[$extras]}"
+if [ "$versions" = newest ]; then
+    "${pip[@]}" --upgrade --upgrade-strategy eager --constraint "$constraints" torch
+    "${pip[@]}" --upgrade --upgrade-strategy eager --constraint "$constraints" --editable "$root${extras:+[$extras]}"
+else
+    "${pip[@]}" "$(grep '^torch==' "$constraints")"
+    "${pip[@]}" --constraint "$constraints" --editable "$root${extras:+[$extras]}"
+fi
 printf '%s\n' "$wanted" >"$stamp"

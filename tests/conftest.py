@@ -22,7 +22,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="also run the tests marked gpu")
 
 
+LIBRARY_TESTS = frozenset(
+    f"tests/{name}.py"
+    for name in (
+        "checkpoint/test_export_hf", "checkpoint/test_load", "data/test_formats", "data/test_tokenizer",
+        "model/test_family", "model/test_generation", "model/test_model", "scripts/test_generate",
+        "scripts/test_plot_metrics", "test_end_to_end", "tp/test_architectures",
+    )
+)  # fmt: skip
+"""Training, saving, resuming, export, generation, tokenizers, parquet: marked ``libraries`` as a whole."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(ROOT).as_posix() in LIBRARY_TESTS:
+            item.add_marker(pytest.mark.libraries)
     for marker in ("slow", "gpu"):
         if not config.getoption(f"--{marker}"):
             skip = pytest.mark.skip(reason=f"needs --{marker}")

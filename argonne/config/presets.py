@@ -4,11 +4,12 @@ Standard library only: a wrong shape is refused before torch is imported.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from argonne.config.model_keys import foreign_keys
-from argonne.errors import ConfigError
+from argonne.errors import CheckpointError, ConfigError
 
 REFERENCE = "argonne-2.0"
 
@@ -202,3 +203,24 @@ def settings_of_document(document: dict[str, Any], place: str) -> dict[str, Any]
     if problems:
         raise ConfigError(f"{place}: {'; '.join(problems)}")
     return settings
+
+
+def check_stored_config(metadata: Mapping[str, Any], place: Path | str) -> dict[str, Any]:
+    """What a checkpoint's own ``model_config`` says beyond its tensors: a rotary base told in another place.
+
+    ``metadata`` is the checkpoint's; without a ``model_config`` there is nothing to say. Raises
+    CheckpointError naming every key that would make another model, or whose value cannot be.
+    """
+    document = metadata.get("model_config")
+    if not isinstance(document, dict):
+        return {}
+    given = {key: document[key] for key in document if key in MODEL_KEYS and document[key] is not None}
+    problems = [problem for key, value in given.items() if (problem := _key_problem(key, value))]
+    problems += _foreign_problems(document)
+    if problems:
+        raise CheckpointError(
+            f"checkpoint {place} has a model_config that this model cannot follow: {'; '.join(problems)}"
+        )
+    rope = document.get("rope_parameters")
+    theta = rope.get("rope_theta") if isinstance(rope, dict) and "rope_theta" not in document else None
+    return {} if theta is None else {"rope_theta": theta}

@@ -12,7 +12,7 @@ from torch import nn
 
 from argonne.checkpoint.parts import open_any
 from argonne.checkpoint.shape import infer_model_config
-from argonne.config.presets import REFERENCE, load_model_settings
+from argonne.config.presets import REFERENCE, check_stored_config, load_model_settings
 from argonne.errors import CheckpointError, ConfigError
 from argonne.tp.architectures import plan_for
 from argonne.tp.plan import HeadCounts, check_degree, degree_fits
@@ -167,8 +167,9 @@ def _checkpoint_source(name: str | None, checkpoint: str, layers: int | None) ->
         raise ConfigError(f"--model {name} has no checkpoints here: leave it out, or --checkpoint-path")
     reader = open_any(path)
     assumed = load_model_settings(name or REFERENCE)
+    stored = check_stored_config(reader.metadata, path)
     try:
-        settings = infer_model_config(reader, assumed)
+        settings = {**infer_model_config(reader, assumed), **stored}
     except CheckpointError as error:
         if name is not None:
             raise

@@ -10,6 +10,8 @@ computed here from the raw logits, so that no second copy of a slice is kept for
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -192,7 +194,12 @@ def keep_sample_losses(model: nn.Module, losses: Tensor) -> None:
 
 
 def attach_loss(model: nn.Module, plan: TensorParallelPlan, group: TPGroup) -> None:
-    """Set the ``loss_function`` that a model's forward pass calls; at size 1 too, for its memory."""
+    """Set the ``loss_function`` that a model's forward pass calls; at size 1 too, for its memory.
+
+    It refuses arguments that it does not know (TypeError) where the model's own does: transformers' models
+    hand theirs whatever their forward pass was called with.
+    """
+    tolerant = _takes_any_keyword(getattr(model, "loss_function", None))
     vocab_size = model.get_submodule(plan.embedding).num_embeddings
     assert isinstance(vocab_size, int)
 
@@ -205,9 +212,11 @@ def attach_loss(model: nn.Module, plan: TensorParallelPlan, group: TPGroup) -> N
         shift_labels: Tensor | None = None,
         logit_softcap: float = 0.0,
         z_loss_weight: float = 0.0,
-        **_: Any,
+        **unknown: Any,
     ) -> Tensor:
         """As transformers' causal language model loss: labels are shifted here, shift_labels already are."""
+        if unknown and not tolerant:
+            raise TypeError(f"the loss does not know the argument {', '.join(sorted(unknown))}")
         if shift_labels is None:
             if labels is None:
                 raise ValueError("a loss needs labels or shift_labels")
@@ -225,6 +234,15 @@ def attach_loss(model: nn.Module, plan: TensorParallelPlan, group: TPGroup) -> N
         keep_sample_losses(model, losses)
         if num_items_in_batch is None:
             num_items_in_batch = (shift_labels != ignore_index).sum()
+        elif isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(losses.device)
         return losses.sum() / num_items_in_batch
 
     model.loss_function = loss_function  # type: ignore[assignment]
+
+
+def _takes_any_keyword(function: Callable[..., Any] | None) -> bool:
+    if function is None:
+        return False
+    kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+    return inspect.Parameter.VAR_KEYWORD in kinds

@@ -95,3 +95,17 @@ def gather_state_dict(model: nn.Module, *, gradients: bool = False) -> dict[str,
     return {
         name: gather_unsharded(local, name, state) for name, local in locals_.items() if local is not None
     }
+
+
+def unsharded_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The whole weights of a sharded model on every rank, as the unsharded model's ``state_dict`` names them.
+
+    A tied head is there under both its names, and so are buffers: an unsharded model loads it strictly.
+    Collective over the tensor-parallel group.
+    """
+    whole = gather_state_dict(model)
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        name: whole[first_names[id(tensor)]] if id(tensor) in first_names else tensor.detach()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }

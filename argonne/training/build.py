@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from argonne.config.options import ModelOptions, ParallelOptions, TrainingOptions
-from argonne.config.presets import MODEL_KEYS, PRESETS, REFERENCE
+from argonne.config.presets import MODEL_KEYS, PRESETS, REFERENCE, check_stored_config
 from argonne.errors import ConfigError
 from argonne.ranks.recompute import compile_blocks, recompute_blocks
 from argonne.ranks.replicas import apply_ddp, apply_fsdp, local_parameters, local_tensor
@@ -93,7 +93,8 @@ def model_settings(
         if settings.get("vocab_size") is None:
             settings["vocab_size"] = tokenizer_length
     else:
-        settings = infer_model_config(view, given)  # type: ignore[arg-type]
+        stored = check_stored_config(view.metadata, view.path)
+        settings = {**infer_model_config(view, given), **stored}  # type: ignore[arg-type]
         if options.settings is not None:
             explicit = _explicit_keys(options)
             if "model_config" not in view.metadata and options.model_config in PRESETS:

@@ -1,11 +1,13 @@
 """The family's switches against an independent reading of their definition, and a fixture's losses."""
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
 from argonne.testing.models import SMALL, loss_of, random_tokens, relative_error, small_model
 from model import ArgonneConfig, ArgonneModel
@@ -199,13 +201,38 @@ def test_the_released_folders_probe() -> None:
     assert torch.allclose(output.logits[0, -1, :16], expected, atol=1e-4)
 
 
+def enable_checkpointing(model: Any, **options: Any) -> None:
+    """By the name that the version at hand does not call old."""
+    old = not hasattr(model, "activation_checkpointing_enable")
+    name = "gradient_checkpointing_enable" if old else "activation_checkpointing_enable"
+    getattr(model, name)(**options)
+
+
+@pytest.mark.libraries
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     tokens = random_tokens()
     plain, checkpointed = small_model(**SWITCHES), small_model(**SWITCHES)
-    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert checkpointed._checkpoints()
+    enable_checkpointing(checkpointed)
+    calls: list[int] = []
+    for index, block in enumerate(checkpointed.blocks):
+        block.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
     for model in (plain, checkpointed):
         loss_of(model, tokens).backward()
+    assert calls == [0, 1, 1, 0], "each block runs again in the backward pass"
     for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         assert a.grad is not None and b.grad is not None
         assert torch.equal(a.grad, b.grad), name
+
+
+def test_gradient_checkpointing_of_every_other_layer_and_caches() -> None:
+    tokens = random_tokens()
+    model = small_model(**SWITCHES)
+    model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False), every_n_layers=2)
+    assert [model._checkpoints(layer) for layer in range(4)] == [True, False, True, False]
+    assert model(tokens, use_cache=True).past_key_values is None, "a recomputation would write into it"
+    with torch.no_grad():
+        cache = model(tokens, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot read a cache under gradient checkpointing"):
+        model(tokens, past_key_values=cache)
+    model._set_gradient_checkpointing(enable=False)
+    assert not model._checkpoints()

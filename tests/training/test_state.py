@@ -78,7 +78,7 @@ def result_of(loss: float = 2.5, *, skipped: bool = False, too_many: bool = Fals
 
 
 def advance(run: Run, row: int, result: StepResult, skipped: tuple[Any, ...] = ()) -> None:
-    batch: Any = SimpleNamespace(progress=progress_at(row, skipped), wait_seconds=0.25)
+    batch: Any = SimpleNamespace(progress=progress_at(row, skipped), wait_seconds=0.25, sources=None)
     run.complete(batch, result, 1.5)
 
 
