@@ -32,6 +32,7 @@ from argonne.files import OutputFolder, checkpoint_name, checkpoint_step
 __all__ = [
     "BackgroundVerifier",
     "CheckpointChoice",
+    "CheckpointReader",
     "CheckpointView",
     "LoadReport",
     "SaveEstimate",

@@ -33,19 +33,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def export(options: argparse.Namespace) -> str:
     """Write the folder; returns what it is. Raises ConfigError, CheckpointError."""
     from argonne.checkpoint.export_hf import export_hf, quiet_transformers
-    from argonne.config.presets import REFERENCE, load_model_settings
     from argonne.tp.precision import DTYPES
-    from checkpointing import check_model_config, choose_checkpoint, infer_model_config, require_safe_torch
+    from argonne.training.model_config import resolve_model_config
+    from checkpointing import choose_checkpoint, require_safe_torch
 
     require_safe_torch()
     choice = choose_checkpoint(options.checkpoint_path, Path())
     reader = choice.reader
     if reader is None:
         raise ConfigError("--checkpoint-path NONE has nothing to export: name a checkpoint")
-    requested = load_model_settings(options.model_config or REFERENCE)
-    config = infer_model_config(reader, requested)
-    if options.model_config:
-        check_model_config(config, requested, reader.path)
+    config = resolve_model_config(reader, options.model_config)
     with quiet_transformers():
         folder = export_hf(
             reader,

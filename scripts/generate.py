@@ -123,7 +123,8 @@ def empty_model(settings: dict[str, Any], options: argparse.Namespace, world: Wo
 def load_checkpoint(options: argparse.Namespace, world: World) -> LoadedModel:
     """The model of a checkpoint; every rank reads its own slices, or gets them from rank 0."""
     from argonne.ranks.replicas import local_parameters
-    from checkpointing import infer_model_config, load_slices, open_chosen
+    from argonne.training.model_config import resolve_model_config
+    from checkpointing import load_slices, open_chosen
 
     view, reason, warnings = open_chosen(
         options.checkpoint_path,
@@ -134,8 +135,7 @@ def load_checkpoint(options: argparse.Namespace, world: World) -> LoadedModel:
     )
     if view is None:
         raise ConfigError(f"--checkpoint-path {options.checkpoint_path}: {reason}; name a checkpoint")
-    requested = load_model_settings(options.model_config or REFERENCE)
-    config = infer_model_config(view, requested)  # type: ignore[arg-type]
+    config = resolve_model_config(view, options.model_config)
     loaded = empty_model(
         {key: config[key] for key in MODEL_KEYS if config.get(key) is not None}, options, world
     )

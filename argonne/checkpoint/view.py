@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from argonne.checkpoint.reader import CheckpointReader
+from argonne.checkpoint.reader import CheckpointReader, saved_position
 from argonne.checkpoint.tensor_file import Shape
 from argonne.errors import CheckpointError
 
@@ -42,6 +42,11 @@ class CheckpointView:
     def step(self) -> int:
         """Optimizer steps done (0 where it does not say)."""
         return int(self.metadata.get("global_step", 0))
+
+    @property
+    def saved_position(self) -> dict[str, Any] | None:
+        """Where the data goes on; None: at its start."""
+        return saved_position(self.kind, self.metadata)
 
     @property
     def model(self) -> Mapping[str, Shape]:

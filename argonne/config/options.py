@@ -28,6 +28,11 @@ class ModelOptions:
         metavar="NAME|FILE",
         default_text="the checkpoint's own, else argonne-2.0",
     )
+    local_attention: str = flag(
+        "config",
+        "window of the odd layers: as the model's configuration says, or none",
+        choices=("config", "off"),
+    )
     settings: Mapping[str, Any] | None = None
     """Keyword arguments of ArgonneConfig of the shape that ``--model-config`` names; None without it."""
     teacher_path: str | None = flag(

@@ -19,6 +19,7 @@ from argonne.run.lock import prepare_output_dir
 from argonne.run.report import RunReport
 from argonne.run.status import already_ended
 from argonne.training.build import TrainedModel, model_settings
+from argonne.training.model_config import local_attention_line
 from argonne.verification.compare import compare_with_unsharded
 from checkpointing import (
     CheckpointView,
@@ -97,6 +98,15 @@ def choose_start(config: RunConfig, control: RunControl, report: RunReport, worl
     for warning in warnings:
         report.warn(warning)
     settings = model_settings(config.model, view, tokenizer_size)
+    if (line := local_attention_line(settings)) is not None:
+        report.info(line)
+    if config.training.block_size > settings["max_position_embeddings"]:
+        was = settings["max_position_embeddings"]
+        settings["max_position_embeddings"] = config.training.block_size
+        report.info(
+            f"max_position_embeddings raised from {was} to --block-size {config.training.block_size}: the "
+            "checkpoints and the export carry the new context"
+        )
     return Start(tokenizer=tokenizer, view=view, reason=reason, settings=settings)
 
 
@@ -129,7 +139,7 @@ def data_on_rank_0(
         lambda: open_stream(
             source_options(config, samples_per_step),
             tokenizer,
-            saved_position=metadata.get("data_position"),
+            saved_position=view.saved_position if view is not None else None,
             saved_state=metadata.get("data_state"),
             global_step=view.step if view is not None else 0,
         ),
@@ -144,6 +154,10 @@ def open_feed(
     opened = data_on_rank_0(config, start.tokenizer, start.view, samples_per_step, world)
     for notice in opened.notices if opened is not None else ():
         report.warn(notice)
+    if start.view is not None and start.view.step and start.view.saved_position is None:
+        there = "data_position" in start.view.metadata
+        owner = "'s data position belongs to another reader's files" if there else " has no data position"
+        report.warn(f"the checkpoint{owner}: the data begins at its start")
     feed = StepFeed(
         opened.source if opened is not None else None,
         samples_per_step=samples_per_step,
