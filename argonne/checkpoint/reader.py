@@ -7,7 +7,7 @@ unsharded model with its Adam state.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 KIND_OURS = "tensor_parallel"
 KIND_PIPELINE = "pipeline"
 KIND_FAMILY = "family"
+KIND_WEIGHTS = "weights"
 
 HEAD = "lm_head.weight"
 _PIPELINE_POSITION = frozenset(
@@ -39,8 +40,8 @@ class CheckpointReader:
 
     path: Path
     kind: str
-    """``tensor_parallel`` (written by this suite), ``pipeline``, ``family`` (the family's own trainer), or
-    how several files were joined."""
+    """``tensor_parallel`` (written by this suite), ``pipeline``, ``family`` (the family's own trainer),
+    ``weights`` (nothing else is used of it), or how several files were joined."""
     metadata: dict[str, Any]
     """Everything in the file but tensors, weights and optimizer state."""
     tied: bool
@@ -90,6 +91,19 @@ class CheckpointReader:
     def source(self, name: str, key: str) -> TensorSource:
         """The weight (``key`` "param") or the Adam state of a parameter."""
         return self.model[name] if key == "param" else self.adam[name][key]
+
+
+def weights_only(reader: CheckpointReader) -> CheckpointReader:
+    """The model of a checkpoint, without optimizer state, step and data position."""
+    config = reader.metadata.get("model_config")
+    return replace(
+        reader,
+        kind=KIND_WEIGHTS,
+        metadata={"model_config": config} if isinstance(config, dict) else {},
+        adam={},
+        adam_note="",
+        param_groups=(),
+    )
 
 
 def parameter_names(names: Mapping[str, object] | Sequence[str], tied: bool) -> tuple[str, ...]:

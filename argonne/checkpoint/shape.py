@@ -64,6 +64,38 @@ def infer_shape(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     }
 
 
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Shape of every parameter of a model, in the model's order; a tied head is not among them."""
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
+    query, key_value = (head_dim * config[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
+    shapes: dict[str, Shape] = {EMBEDDING: (config["vocab_size"], hidden)}
+
+    def linear(name: str, rows: int, columns: int, bias: bool | None) -> None:
+        shapes[f"{name}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"{name}.bias"] = (rows,)
+
+    for layer in range(config["num_hidden_layers"]):
+        block = f"blocks.{layer}."
+        for part, rows in (("q", query), ("k", key_value), ("v", key_value)):
+            linear(f"{block}attn.{part}_proj", rows, hidden, config.get("attention_bias"))
+        linear(f"{block}attn.o_proj", hidden, query, config.get("attention_bias"))
+        heads = ["q_norm", "k_norm"] if config.get("qk_norm") else []
+        heads += ["v_norm_layer"] if config.get("v_norm") else []
+        shapes |= {f"{block}attn.{norm}.weight": (head_dim,) for norm in heads}
+        norms = ["input_norm", "post_norm"]
+        norms += ["attn_out_norm", "mlp_out_norm"] if config.get("sandwich_norm") else []
+        shapes |= {f"{block}{norm}.weight": (hidden,) for norm in norms}
+        for part in ("gate", "up"):
+            linear(f"{block}mlp.{part}_proj", wide, hidden, config.get("mlp_bias"))
+        linear(f"{block}mlp.down_proj", hidden, wide, config.get("mlp_bias"))
+    shapes["norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return shapes
+
+
 def sliced_over(hidden_size: int, query_size: int, config: Mapping[str, Any]) -> int:
     """Over how many ranks a query projection of ``query_size`` rows was cut; 1 for a whole one.
 

@@ -150,6 +150,12 @@ class CheckpointOptions:
         metavar="PATH",
         default_text="the newest in <output-dir>/pretrained, else from scratch",
     )
+    init_from: str | None = flag(
+        None,
+        "take only the weights of a Hugging Face folder or of a checkpoint, and start at step 0",
+        metavar="PATH",
+        default_text="none",
+    )
     force_from_scratch: bool = flag(False, "start at step 0 even if checkpoints exist")
     checkpoint_interval: int = flag(
         STREAMING_CHECKPOINT_INTERVAL,

@@ -155,7 +155,7 @@ def _zero_parameters(model: nn.Module) -> None:
 
 
 def fill_weights(trained: TrainedModel, view: CheckpointView | None, seed: int) -> LoadReport | None:
-    """Draw initial weights, or load weights and Adam state from a checkpoint; collective."""
+    """Draw initial weights, or load weights and, of a checkpoint, Adam state; collective."""
     parameters, rank = trained.parameters(), trained.parallel.rank
     if view is None:
         config = trained.model.config
@@ -170,7 +170,7 @@ def fill_weights(trained: TrainedModel, view: CheckpointView | None, seed: int) 
         slice_map=trained.slice_map,
         rank=rank,
         parameters=parameters,
-        adam=trained.adam(),
+        adam={} if view.weights_only else trained.adam(),
         control_group=trained.parallel.control_group,
     )
 

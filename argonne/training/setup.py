@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from argonne.config.families import read_folder_config
 from argonne.config.options import RunConfig
 from argonne.errors import RunError
 from argonne.files import OutputFolder
@@ -23,6 +24,7 @@ from argonne.training.model_config import local_attention_line
 from argonne.verification.compare import compare_with_unsharded
 from checkpointing import (
     CheckpointView,
+    InitialWeights,
     check_room,
     clean_temporary_files,
     export_hf,
@@ -87,6 +89,7 @@ def tokenizer_on_rank_0(config: RunConfig, world: World) -> tuple[Any, int]:
 def choose_start(config: RunConfig, control: RunControl, report: RunReport, world: World) -> Start:
     """Tokenizer, checkpoint and shape of the model, the same on all ranks."""
     tokenizer, tokenizer_size = tokenizer_on_rank_0(config, world)
+    init_from = config.checkpoint.init_from
     view, reason, warnings = open_chosen(
         config.checkpoint.checkpoint_path,
         Path(config.output.output_dir),
@@ -94,6 +97,7 @@ def choose_start(config: RunConfig, control: RunControl, report: RunReport, worl
         rank=world.rank,
         control_group=world.control_group,
         written_before=control.written_before,
+        initial=InitialWeights(path=init_from, folder_config=read_folder_config) if init_from else None,
     )
     for warning in warnings:
         report.warn(warning)
