@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from argonne.errors import ConfigError
+from argonne.tools.checkpoint_export import export_checkpoint
 from argonne.tools.script import OneLineParser, run_script
 
 
@@ -43,31 +43,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def export(options: argparse.Namespace) -> str:
     """Write the folder; returns what it is. Raises ConfigError, CheckpointError."""
-    from argonne.checkpoint.export_hf import export_hf, quiet_transformers, trained_dtype
-    from argonne.tp.precision import DTYPES
-    from argonne.training.model_config import resolve_model_config
-    from checkpointing import choose_checkpoint, require_safe_torch
-
-    require_safe_torch()
-    choice = choose_checkpoint(options.checkpoint_path, Path())
-    reader = choice.reader
-    if reader is None:
-        raise ConfigError("--checkpoint-path NONE has nothing to export: name a checkpoint")
-    config = resolve_model_config(reader, options.model_config)
-    dtype = DTYPES[options.dtype] if options.dtype else trained_dtype(reader)
-    with quiet_transformers():
-        folder = export_hf(
-            reader,
-            config,
-            options.tokenizer_path,
-            Path(options.output_dir),
-            dtype=dtype,
-            form=options.form,
-            trust_remote_code=options.trust_remote_code,
-        )
-    lines = [f"warning: {warning}" for warning in (*choice.warnings, *reader.warnings)]
-    lines.append(f"{folder}: step {reader.step} of {reader.path}, as {options.form}, {dtype}")
-    return "\n".join(lines)
+    return export_checkpoint(
+        options.checkpoint_path,
+        options.tokenizer_path,
+        Path(options.output_dir),
+        model_config=options.model_config,
+        dtype=options.dtype,
+        form=options.form,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
