@@ -190,8 +190,11 @@ def _requested_checkpoint(
     if not candidates and requested is not None and inner.is_dir():  # it names a run's --output-dir
         folder, candidates = inner, find_checkpoints(inner)
     if not candidates and requested is not None:
-        weights = "" if flag == "--checkpoint-path" else " and no config.json with safetensors"
-        raise CheckpointError(f"{flag} {requested} holds no checkpoint (*_checkpoint_step_N.pth){weights}")
+        other = "; --init-from takes a folder of weights" if is_weights_folder(folder) else ""
+        other = other if flag == "--checkpoint-path" else " and no config.json with safetensors"
+        raise CheckpointError(
+            f"{flag} {requested} holds no checkpoint (*_checkpoint_step_N.pth, checkpoint_step_N.pt){other}"
+        )
     if not candidates:
         return CheckpointChoice(reader=None, reason=f"no checkpoint in {folder}: starting from scratch")
     return _newest_that_verifies(folder, candidates)

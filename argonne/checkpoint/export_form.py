@@ -84,7 +84,8 @@ def config_document(
             "rope_scaling": None,
             "use_cache": True,
             **ids,
-            "torch_dtype": dtype_name,
+            "dtype": dtype_name,
+            "torch_dtype": dtype_name,  # what transformers before 5 reads
         }
     written: dict[str, Any] = config.to_dict()
     written["architectures"] = ["ArgonneModel"]

@@ -77,20 +77,21 @@ def model_settings(
     the window away. Raises ConfigError or CheckpointError naming both values where two of these, or the
     tokenizer, disagree.
     """
+    without_window = {"interleaved_local_attention": False, "local_attention_window": None}
+    off = without_window if options.local_attention == "off" else {}
     if view is None:
         settings = dict(options.settings or PRESETS[REFERENCE])
         if settings.get("vocab_size") is None:
             settings["vocab_size"] = tokenizer_length
     else:
-        settings = resolve_model_config(view, options.model_config, options.settings)
+        settings = resolve_model_config(view, options.model_config, options.settings, ignored=off)
     if settings["vocab_size"] < tokenizer_length:
         source = "the checkpoint" if view is not None else "--model-config"
         raise ConfigError(
             f"the tokenizer has {tokenizer_length} tokens and {source} a vocabulary of "
             f"{settings['vocab_size']}: give the tokenizer that belongs to it (--tokenizer-path)"
         )
-    if options.local_attention == "off":
-        settings = {**settings, "interleaved_local_attention": False, "local_attention_window": None}
+    settings |= off
     return {key: value for key, value in settings.items() if key in MODEL_KEYS and value is not None}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,17 @@ from checkpointing import CheckpointReader, CheckpointView, check_model_config, 
 
 
 def resolve_model_config(
-    reader: CheckpointReader | CheckpointView, name: str | None, settings: Mapping[str, Any] | None = None
+    reader: CheckpointReader | CheckpointView,
+    name: str | None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    ignored: Collection[str] = (),
 ) -> dict[str, Any]:
     """The configuration of the model in a checkpoint; ``name`` is ``--model-config``, None without the flag.
 
     The checkpoint's own; where it carries none, its tensors', and the heads and the rest of ``name`` (else of
-    Argonne 2.0). ``settings`` are those of ``name`` where they have been read. Raises ConfigError for a wrong
+    Argonne 2.0). ``settings`` are those of ``name`` where they have been read; ``ignored`` keys are not
+    compared. Raises ConfigError for a wrong
     ``name``, CheckpointError naming both values where the two differ, and where ``name`` must be given.
     """
     without = not isinstance(reader.metadata.get("model_config"), dict)
@@ -34,7 +39,7 @@ def resolve_model_config(
     explicit = explicit_keys(name, given)
     if without and name in PRESETS:  # the sizes are read from the tensors
         explicit = {"num_attention_heads", "num_key_value_heads", "qk_norm", "v_norm", "sandwich_norm"}
-    check_model_config(config, {key: given[key] for key in explicit}, reader.path)
+    check_model_config(config, {key: given[key] for key in explicit.difference(ignored)}, reader.path)
     return config
 
 

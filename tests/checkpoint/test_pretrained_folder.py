@@ -265,6 +265,19 @@ def test_what_cannot_be_expressed_is_refused_by_its_key(
     refused(copy, named)
 
 
+def test_a_hubs_cache_of_links_is_opened(folder: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    shutil.copytree(folder, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / path.name)
+    assert opened(snapshot).identity == opened(folder).identity
+    with pytest.raises(
+        CheckpointError, match=r"holds no checkpoint .*; --init-from takes a folder of weights"
+    ):
+        choose_checkpoint(str(snapshot), tmp_path / "run")
+
+
 def test_a_checkpoint_gives_its_weights_only(tmp_path: Path) -> None:
     path, _ = save_sample(tmp_path / "before")
     for given in (path, tmp_path / "before"):

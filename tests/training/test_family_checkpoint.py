@@ -171,3 +171,11 @@ def test_a_window_is_named_and_can_be_turned_off(tmp_path: Path) -> None:
     settings = model_settings(replace(options, local_attention="off"), opened(), 512)
     assert settings["interleaved_local_attention"] is False and "local_attention_window" not in settings
     assert local_attention_line(settings) is None
+    stored = {key: value for key, value in told()["config"].items() if value is not None}
+    again = saved(tmp_path, model_config=stored)  # what the run then saved, resumed by the same command
+    resumed = model_settings(replace(options, local_attention="off"), again, 512)
+    assert resumed["interleaved_local_attention"] is False and resumed["logit_softcap"] == 15.0
+    with pytest.raises(
+        CheckpointError, match="interleaved_local_attention is False in the checkpoint and True"
+    ):
+        model_settings(options, again, 512)
