@@ -8,8 +8,10 @@ each save.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,19 +22,22 @@ from argonne.checkpoint.export_hf import check_export_folder, export_hf
 from argonne.checkpoint.folder import find_checkpoints, later_checkpoints, own_checkpoints, prune
 from argonne.checkpoint.load import LoadReport, load_slices
 from argonne.checkpoint.parts import open_any
-from argonne.checkpoint.reader import CheckpointReader
+from argonne.checkpoint.pretrained_folder import is_weights_folder, open_folder
+from argonne.checkpoint.reader import CheckpointReader, weights_only
 from argonne.checkpoint.room import SaveEstimate, check_room, estimate_save, require_room
 from argonne.checkpoint.save import SaveReport, save_checkpoint
 from argonne.checkpoint.shape import check_model_config, infer_model_config
 from argonne.checkpoint.verifier import BackgroundVerifier, verify_checkpoint
 from argonne.checkpoint.view import CheckpointView, agree_on_error, broadcast_object, share_checkpoint
-from argonne.errors import CheckpointError, DeviceError
+from argonne.errors import CheckpointError, ConfigError, DeviceError
 from argonne.files import OutputFolder, checkpoint_name, checkpoint_step
 
 __all__ = [
     "BackgroundVerifier",
     "CheckpointChoice",
+    "CheckpointReader",
     "CheckpointView",
+    "InitialWeights",
     "LoadReport",
     "SaveEstimate",
     "SaveReport",
@@ -47,9 +52,12 @@ __all__ = [
     "export_hf",
     "find_checkpoints",
     "infer_model_config",
+    "is_weights_folder",
     "later_checkpoints",
     "load_slices",
     "open_chosen",
+    "open_folder",
+    "open_weights",
     "own_checkpoints",
     "prune",
     "require_room",
@@ -57,6 +65,9 @@ __all__ = [
     "save_checkpoint",
     "verify_checkpoint",
 ]
+
+FolderConfig = Callable[[Path, str], tuple[dict[str, Any], str]]
+"""Reads a folder's config.json, messages naming a flag: keyword arguments of ArgonneConfig, model_type."""
 
 OLDEST_TORCH = (2, 10)
 FROM_SCRATCH = "NONE"
@@ -77,6 +88,17 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """``--init-from``: what a run without checkpoints of its own takes its weights from."""
+
+    path: str
+    """A Hugging Face folder, or any checkpoint."""
+    folder_config: FolderConfig
+    flag: str = "--init-from"
+    """What messages call it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointChoice:
     """What to resume from; ``reader`` is None where the run starts from scratch."""
 
@@ -93,14 +115,16 @@ def choose_checkpoint(
     *,
     force_from_scratch: bool = False,
     written_before: Path | None = None,
+    initial: InitialWeights | None = None,
 ) -> CheckpointChoice:
-    """Choose what to resume from (rank 0).
+    """Choose what to start from (rank 0).
 
     ``requested`` is ``--checkpoint-path``: a file, a folder (the newest that verifies), ``NONE``, or None
     for the newest in ``<output_dir>/pretrained``. ``written_before`` is the newest checkpoint of an earlier
     attempt of the same launch: after a restart the run resumes from it, or from the newest before it that
-    verifies, whatever was requested at first. Raises CheckpointError where a named path is wrong, and where
-    checkpoints exist but none can be loaded: a run never falls back to step 0 by itself.
+    verifies, whatever was requested at first. ``initial`` is used where the output folder has no checkpoint.
+    Raises CheckpointError where a named path is wrong, and where checkpoints exist but none can be loaded: a
+    run never falls back to step 0 by itself.
     """
     folder = OutputFolder(Path(output_dir)).pretrained
     if written_before is not None and written_before.parent == folder:
@@ -108,18 +132,57 @@ def choose_checkpoint(
         own = [(step, path) for step, path in find_checkpoints(folder) if step <= last]
         if own:
             return _newest_that_verifies(folder, own)
-    return _requested_checkpoint(requested, output_dir, force_from_scratch)
+    choice = _requested_checkpoint(requested, output_dir, force_from_scratch)
+    if initial is None:
+        return choice
+    if choice.reader is not None:
+        return replace(
+            choice, reason=f"{choice.reason}; --init-from {initial.path} was used before, at step 0"
+        )
+    return _initial_choice(initial)
+
+
+def _initial_choice(initial: InitialWeights) -> CheckpointChoice:
+    path = Path(initial.path).expanduser()
+    if is_weights_folder(path):
+        try:
+            settings, model_type = initial.folder_config(path, initial.flag)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+        reader = open_folder(path, settings, model_type, initial.flag)
+        dtypes = sorted({str(source.dtype).removeprefix("torch.") for source in reader.model.values()})
+        what = f"{path} ({model_type}, {', '.join(dtypes)})"
+        warnings: tuple[str, ...] = ()
+    else:
+        found = _requested_checkpoint(initial.path, Path(), False, initial.flag)
+        assert found.reader is not None
+        reader, warnings = weights_only(found.reader), found.warnings
+        what = f"{reader.path} (its step {found.reader.step})"
+    return CheckpointChoice(
+        reader=reader, reason=f"starting at step 0 from the weights of {what}", warnings=warnings
+    )
+
+
+def reopen(view: CheckpointView) -> CheckpointReader:
+    """What rank 0 opened, opened by another rank."""
+    config = view.metadata.get("model_config")
+    if not view.weights_only:
+        return open_any(view.path)
+    if is_weights_folder(view.path):
+        return open_folder(view.path, config or {}, view.metadata.get("model_type", ""), "--init-from")
+    return weights_only(open_any(view.path))
 
 
 def _requested_checkpoint(
-    requested: str | None, output_dir: Path, force_from_scratch: bool
+    requested: str | None, output_dir: Path, force_from_scratch: bool, flag: str = "--checkpoint-path"
 ) -> CheckpointChoice:
-    if force_from_scratch or requested == FROM_SCRATCH:
+    if force_from_scratch or (requested == FROM_SCRATCH and flag == "--checkpoint-path"):
         flag = "--force-from-scratch" if force_from_scratch else "--checkpoint-path NONE"
         return CheckpointChoice(reader=None, reason=f"starting from scratch ({flag})")
     folder = OutputFolder(Path(output_dir)).pretrained if requested is None else Path(requested).expanduser()
+    or_none = f", or {FROM_SCRATCH}" if flag == "--checkpoint-path" else ""
     if requested is not None and not folder.exists():
-        raise CheckpointError(f"--checkpoint-path {requested} does not exist: name a file, a folder or NONE")
+        raise CheckpointError(f"{flag} {requested} does not exist: name a file or a folder{or_none}")
     if folder.is_file():
         if ".safetensors" in folder.suffixes:
             raise _weights_only(folder)
@@ -130,9 +193,12 @@ def _requested_checkpoint(
     if not candidates and requested is not None and inner.is_dir():  # it names a run's --output-dir
         folder, candidates = inner, find_checkpoints(inner)
     if not candidates and requested is not None:
-        if any(folder.glob("*.safetensors*")):
+        if flag == "--checkpoint-path" and any(folder.glob("*.safetensors*")):
             raise _weights_only(folder)
-        raise CheckpointError(f"--checkpoint-path {requested} holds no checkpoint (*_checkpoint_step_N.pth)")
+        other = "" if flag == "--checkpoint-path" else " and no config.json with safetensors"
+        raise CheckpointError(
+            f"{flag} {requested} holds no checkpoint (*_checkpoint_step_N.pth, checkpoint_step_N.pt){other}"
+        )
     if not candidates:
         return CheckpointChoice(reader=None, reason=f"no checkpoint in {folder}: starting from scratch")
     return _newest_that_verifies(folder, candidates)
@@ -171,22 +237,43 @@ def open_chosen(
     rank: int,
     control_group: dist.ProcessGroup | None,
     written_before: Path | None = None,
+    initial: InitialWeights | None = None,
 ) -> tuple[CheckpointView | None, str, tuple[str, ...]]:
     """Choose on rank 0 and open on all ranks; collective.
 
     Returns the view (None: from scratch), the line to print and the warnings, the same on all ranks. Raises
     the same CheckpointError on all ranks.
     """
+    return _open_on_all_ranks(
+        lambda: choose_checkpoint(
+            requested,
+            output_dir,
+            force_from_scratch=force_from_scratch,
+            written_before=written_before,
+            initial=initial,
+        ),
+        rank,
+        control_group,
+    )
+
+
+def open_weights(
+    initial: InitialWeights, *, rank: int, control_group: dist.ProcessGroup | None
+) -> tuple[CheckpointView, tuple[str, ...]]:
+    """Open what ``initial`` names on all ranks, for its weights alone; collective. Returns warnings too."""
+    view, _, warnings = _open_on_all_ranks(lambda: _initial_choice(initial), rank, control_group)
+    assert view is not None
+    return view, warnings
+
+
+def _open_on_all_ranks(
+    choose: Callable[[], CheckpointChoice], rank: int, control_group: dist.ProcessGroup | None
+) -> tuple[CheckpointView | None, str, tuple[str, ...]]:
     choice: CheckpointChoice | None = None
     problem: CheckpointError | None = None
     if rank == 0:
         try:
-            choice = choose_checkpoint(
-                requested,
-                output_dir,
-                force_from_scratch=force_from_scratch,
-                written_before=written_before,
-            )
+            choice = choose()
         except CheckpointError as error:
             problem = error
     agree_on_error(problem, control_group)
@@ -194,5 +281,5 @@ def open_chosen(
     reason, warnings, from_scratch = broadcast_object(told, control_group)
     if from_scratch:
         return None, reason, warnings
-    view = share_checkpoint(choice.reader if choice else None, rank, open_any, control_group)
+    view = share_checkpoint(choice.reader if choice else None, rank, reopen, control_group)
     return view, reason, warnings

@@ -32,8 +32,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", required=True, choices=FORMS, help="what the new file is for")
     parser.add_argument(
         "--model-config",
-        default="argonne-2.0",
-        help="preset or config.json that gives the head counts where the checkpoint has no model_config",
+        help="preset or config.json that gives what a checkpoint without model_config does not show: head "
+        "counts (else argonne-2.0's) and, where it has norms on heads, the family's other switches",
     )
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="weights in a pipeline file"
@@ -47,15 +47,14 @@ def convert(options: argparse.Namespace) -> str:
     from inspect_checkpoint import newest_in
 
     from argonne.checkpoint.convert import write_converted
-    from argonne.checkpoint.shape import infer_model_config
     from argonne.checkpoint.verifier import verify_checkpoint
-    from argonne.config.presets import load_model_settings
     from argonne.tp.precision import DTYPES
+    from argonne.training.model_config import resolve_model_config
     from checkpointing import checkpoint_path, require_safe_torch
 
     require_safe_torch()
     reader = verify_checkpoint(newest_in(Path(options.checkpoint_path)))
-    config = infer_model_config(reader, load_model_settings(options.model_config))
+    config = resolve_model_config(reader, options.model_config)
     output = Path(options.output)
     ours = options.to == FORMS[0]
     if output.suffix != ".pth":

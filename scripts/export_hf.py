@@ -1,6 +1,7 @@
 """Export a checkpoint as a Hugging Face folder that opens outside this repository.
 
     python scripts/export_hf.py --checkpoint-path CK [--model-config C] --tokenizer-path T --output-dir D
+                                [--as llama] [--dtype bf16]
 
 CK is a file (or one of its parts) or a folder, whose newest whole checkpoint is taken.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from argonne.errors import ConfigError
+from argonne.tools.checkpoint_export import export_checkpoint
 from argonne.tools.script import OneLineParser, run_script
 
 
@@ -25,39 +26,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer-path", required=True, help="tokenizer folder to put beside the weights")
     parser.add_argument("--output-dir", required=True, help="the new folder")
-    parser.add_argument("--dtype", choices=("bf16", "fp32", "fp16"), default="bf16", help="of the weights")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32", "fp16"), help="of the weights (default: what the run trained in)"
+    )
+    parser.add_argument(
+        "--as",
+        dest="form",
+        choices=("argonne", "llama"),
+        default="argonne",
+        help="llama: a folder that opens without custom code (LlamaForCausalLM, vLLM, llama.cpp), where the "
+        "model has no switch that a Llama lacks (%(default)s)",
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
     return parser.parse_args(arguments)
 
 
 def export(options: argparse.Namespace) -> str:
     """Write the folder; returns what it is. Raises ConfigError, CheckpointError."""
-    from argonne.checkpoint.export_hf import export_hf, quiet_transformers
-    from argonne.config.presets import REFERENCE, load_model_settings
-    from argonne.tp.precision import DTYPES
-    from checkpointing import check_model_config, choose_checkpoint, infer_model_config, require_safe_torch
-
-    require_safe_torch()
-    choice = choose_checkpoint(options.checkpoint_path, Path())
-    reader = choice.reader
-    if reader is None:
-        raise ConfigError("--checkpoint-path NONE has nothing to export: name a checkpoint")
-    requested = load_model_settings(options.model_config or REFERENCE)
-    config = infer_model_config(reader, requested)
-    if options.model_config:
-        check_model_config(config, requested, reader.path)
-    with quiet_transformers():
-        folder = export_hf(
-            reader,
-            config,
-            options.tokenizer_path,
-            Path(options.output_dir),
-            dtype=DTYPES[options.dtype],
-            trust_remote_code=options.trust_remote_code,
-        )
-    lines = [f"warning: {warning}" for warning in (*choice.warnings, *reader.warnings)]
-    lines.append(f"{folder}: step {reader.step} of {reader.path}, {options.dtype}")
-    return "\n".join(lines)
+    return export_checkpoint(
+        options.checkpoint_path,
+        options.tokenizer_path,
+        Path(options.output_dir),
+        model_config=options.model_config,
+        dtype=options.dtype,
+        form=options.form,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

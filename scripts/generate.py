@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from argonne.config.presets import MODEL_KEYS, REFERENCE, check_stored_config, load_model_settings
-from argonne.errors import CheckpointError, ConfigError, RunError
+from argonne.config.presets import MODEL_KEYS, REFERENCE
+from argonne.errors import ConfigError, RunError
 from argonne.tools.script import OneLineParser, run_script
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from argonne.ranks.launch import Environment
     from argonne.ranks.world import Parallel, World
+    from checkpointing import CheckpointView
     from model import ArgonneModel
     from tp_shard import SliceMap, TensorParallelState
 
@@ -50,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint-path",
         required=True,
-        help="checkpoint file, folder of checkpoints (the newest whole one), or exported folder",
+        help="checkpoint file, folder of checkpoints (the newest), or a folder of weights (an export)",
     )
     parser.add_argument(
         "--model-config",
@@ -122,8 +123,8 @@ def empty_model(settings: dict[str, Any], options: argparse.Namespace, world: Wo
 
 def load_checkpoint(options: argparse.Namespace, world: World) -> LoadedModel:
     """The model of a checkpoint; every rank reads its own slices, or gets them from rank 0."""
-    from argonne.ranks.replicas import local_parameters
-    from checkpointing import infer_model_config, load_slices, open_chosen
+    from argonne.training.model_config import resolve_model_config
+    from checkpointing import open_chosen
 
     view, reason, warnings = open_chosen(
         options.checkpoint_path,
@@ -134,12 +135,22 @@ def load_checkpoint(options: argparse.Namespace, world: World) -> LoadedModel:
     )
     if view is None:
         raise ConfigError(f"--checkpoint-path {options.checkpoint_path}: {reason}; name a checkpoint")
-    requested = load_model_settings(options.model_config or REFERENCE)
-    config = infer_model_config(view, requested)  # type: ignore[arg-type]
-    config |= check_stored_config(view.metadata, view.path)
-    loaded = empty_model(
-        {key: config[key] for key in MODEL_KEYS if config.get(key) is not None}, options, world
-    )
+    return loaded_from(view, resolve_model_config(view, options.model_config), warnings, options, world)
+
+
+def loaded_from(
+    view: CheckpointView,
+    config: dict[str, Any],
+    warnings: Sequence[str],
+    options: argparse.Namespace,
+    world: World,
+) -> LoadedModel:
+    """The split model with its slices from an open checkpoint; collective."""
+    from argonne.ranks.replicas import local_parameters
+    from checkpointing import load_slices
+
+    settings = {key: config[key] for key in MODEL_KEYS if config.get(key) is not None}
+    loaded = empty_model(settings, options, world)
     report = load_slices(
         view,
         slice_map=loaded.slice_map,
@@ -155,47 +166,13 @@ def load_checkpoint(options: argparse.Namespace, world: World) -> LoadedModel:
 
 
 def load_export(folder: Path, options: argparse.Namespace, world: World) -> LoadedModel:
-    """The model of an exported folder; every rank reads it, one tensor at a time, and keeps its slices."""
-    from safetensors import SafetensorError
+    """The model of an exported folder, or of another one of weights that this architecture expresses."""
+    from argonne.config.families import read_folder_config
+    from checkpointing import InitialWeights, open_weights
 
-    from argonne.ranks.replicas import local_parameters
-
-    loaded = empty_model(load_model_settings(str(folder)), options, world)
-    missing = set(local_parameters(loaded.model))
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            missing -= take_slices(path, loaded, missing)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"--checkpoint-path {path} is damaged ({error}): export it again"
-            ) from error
-    if missing:
-        raise CheckpointError(
-            f"--checkpoint-path {folder} lacks {len(missing)} weights of an Argonne model, such as "
-            f"{min(missing)}: give a folder that scripts/export_hf.py wrote"
-        )
-    return loaded
-
-
-def take_slices(path: Path, loaded: LoadedModel, wanted: set[str]) -> set[str]:
-    """Fill this rank's slices of the ``wanted`` weights that a file holds; returns the names of these."""
-    from safetensors import safe_open
-
-    from argonne.ranks.replicas import local_parameters
-    from tp_shard import take_slice
-
-    slice_map, parameters = loaded.slice_map, local_parameters(loaded.model)
-    with safe_open(path, framework="pt") as file:
-        found = wanted.intersection(file.keys())
-        for name in found:
-            tensor = file.get_tensor(name)
-            if tuple(tensor.shape) != slice_map.shape(name):
-                raise CheckpointError(
-                    f"--checkpoint-path {path}: {name} is {tuple(tensor.shape)} and config.json asks "
-                    f"for {slice_map.shape(name)}: export it again"
-                )
-            parameters[name].copy_(take_slice(tensor, slice_map, name, loaded.parallel.tp_rank))
-    return found
+    initial = InitialWeights(path=str(folder), folder_config=read_folder_config, flag="--checkpoint-path")
+    view, warnings = open_weights(initial, rank=world.rank, control_group=world.control_group)
+    return loaded_from(view, view.metadata["model_config"], warnings, options, world)
 
 
 def run(options: argparse.Namespace, environment: Environment) -> str:

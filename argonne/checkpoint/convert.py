@@ -22,7 +22,7 @@ from argonne.checkpoint.contents import (
     tensor_entries,
 )
 from argonne.checkpoint.finite import require_finite
-from argonne.checkpoint.reader import FORMAT_KEY, FORMAT_VERSION, CheckpointReader
+from argonne.checkpoint.reader import FORMAT_KEY, FORMAT_VERSION, KIND_FAMILY, CheckpointReader
 from argonne.checkpoint.rows import row_chunks
 from argonne.checkpoint.tensor_file import TensorSource, read_rectangle
 from argonne.errors import CheckpointError
@@ -49,11 +49,14 @@ def write_converted(
         metadata.pop("fused_optimizer", None)
         metadata["model_config"] = dict(model_config)
         dtype = torch.float32
+        metadata.setdefault("model_dtype", str(dtype))  # what the run trained in, where the file says so
     else:
         metadata = {key: reader.metadata[key] for key in PIPELINE_KEYS if key in reader.metadata}
-        metadata["fused_optimizer"] = False
+        metadata |= {"fused_optimizer": False, "model_dtype": str(dtype)}
     metadata.setdefault("global_step", 0)
-    metadata["model_dtype"] = str(dtype)
+    if reader.kind == KIND_FAMILY:  # another reader's position, another scheduler's state
+        metadata.pop("data_position", None)
+        metadata.pop("scheduler_state_dict", None)
     names = reader.names
     entries = tensor_entries({name: reader.shape(name) for name in names}, with_adam=bool(reader.adam))
     options = dict(reader.param_groups[0]) if reader.param_groups else {}

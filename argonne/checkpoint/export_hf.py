@@ -1,7 +1,8 @@
 """Export to a Hugging Face folder that opens without this repository.
 
-The folder holds safetensors (in shards of at most 5 GB, written one tensor at a time), config.json with the
-``auto_map`` that ``trust_remote_code`` follows, the model's code, generation_config.json and the tokenizer.
+The folder holds safetensors (in shards of at most 5 GB, written one tensor at a time), config.json,
+generation_config.json, a model card and the tokenizer; as Argonne also the model's code, which the config's
+``auto_map`` names and ``trust_remote_code`` follows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,23 @@ import torch
 from argonne.checkpoint.archive import tensor_bytes
 from argonne.checkpoint.commit import failure_reason
 from argonne.checkpoint.convert import row_parts
+from argonne.checkpoint.export_form import MODULE, SHOWN_KEYS, check_form, config_document, weight_name
 from argonne.checkpoint.finite import require_finite
+from argonne.checkpoint.model_card import WRITTEN_BY, model_card
+from argonne.checkpoint.pretrained_folder import INDEX, SINGLE
 from argonne.checkpoint.reader import HEAD, CheckpointReader
+from argonne.checkpoint.safetensors_file import DTYPES
 from argonne.checkpoint.streamed_file import StreamedFile
+from argonne.checkpoint.tensor_file import TensorSource
 from argonne.data.tokenizer import load_tokenizer
 from argonne.errors import CheckpointError, ConfigError
 from argonne.files import synchronize
 
 SHARD_BYTES = 5_000_000_000
-MODULE = "modeling_argonne"
-_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+CARD = "README.md"
+_SAFETENSORS_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {str(dtype): dtype for dtype in _SAFETENSORS_DTYPES}
+"""What a checkpoint's ``model_dtype`` says, and the dtype."""
 
 
 def export_hf(
@@ -39,20 +47,23 @@ def export_hf(
     tokenizer_path: str,
     output_dir: Path,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
+    form: str = "argonne",
     trust_remote_code: bool = False,
     flag: str = "--output-dir",
 ) -> Path:
     """Write the folder and return it.
 
-    It appears whole or not at all: everything is written beside it and renamed. An earlier export in
-    ``output_dir`` is replaced. ``flag`` names the folder in messages.
-
-    Raises ConfigError for any other folder that is not empty and for a tokenizer
-    larger than the model's vocabulary, DataError for one that does not load, and CheckpointError where the
-    disk fails or a weight is not finite.
+    ``dtype`` is that of the weights (None: what the run trained in); ``form`` one of `FORMS`. The folder
+    appears whole or not at all: everything is written beside it and renamed. An earlier export in
+    ``output_dir`` is replaced; ``flag`` names the folder in messages. Raises ConfigError for any other
+    folder that is not empty, for a tokenizer larger than the model's vocabulary and for a form that cannot
+    express the model, DataError for a tokenizer that does not load, and CheckpointError where the disk
+    fails or a weight is not finite.
     """
     output_dir = Path(output_dir)
+    dtype = dtype or trained_dtype(reader)
+    check_form(form, model_config)
     check_export_folder(output_dir, flag)
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code)
     if len(tokenizer) > model_config["vocab_size"]:
@@ -63,8 +74,12 @@ def export_hf(
     temporary = output_dir.parent / f".{output_dir.name}.{os.getpid()}.exporting"
     try:
         temporary.mkdir(parents=True)
-        _write_weights(reader, temporary, dtype)
-        _write_config(model_config, tokenizer, temporary, dtype)
+        _write_weights(reader, temporary, dtype, form)
+        _write_config(form, model_config, tokenizer, temporary, dtype)
+        architecture = "ArgonneModel" if form == "argonne" else "LlamaForCausalLM"
+        shown = {key: model_config[key] for key in SHOWN_KEYS if model_config.get(key) is not None}
+        card = model_card(reader, shown, architecture=architecture, dtype=dtype)
+        (temporary / CARD).write_text(card, encoding="utf-8")
         for path in temporary.iterdir():
             _sync(path)
         synchronize(temporary)
@@ -88,7 +103,27 @@ def check_export_folder(folder: Path, flag: str) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    return (folder / f"{MODULE}.py").is_file() and (folder / "config.json").is_file()
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        card = (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        card = ""
+    return WRITTEN_BY in card or (folder / f"{MODULE}.py").is_file()
+
+
+def trained_dtype(reader: CheckpointReader) -> torch.dtype:
+    """The dtype that the run trained in; that of the file's weights where it does not say."""
+    told = DTYPE_NAMES.get(str(reader.metadata.get("model_dtype")))
+    stored = {source.dtype for source in reader.model.values()}
+    only = stored.pop() if len(stored) == 1 else torch.float32
+    return told or (only if only in _SAFETENSORS_DTYPES else torch.float32)
+
+
+def _sync(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _replace(temporary: Path, folder: Path) -> None:
@@ -100,26 +135,20 @@ def _replace(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _write_weights(reader: CheckpointReader, folder: Path, dtype: torch.dtype) -> None:
+def _write_weights(reader: CheckpointReader, folder: Path, dtype: torch.dtype, form: str) -> None:
     names = [name for name in reader.model if not (reader.tied and name == HEAD)]
     shards = plan_shards({name: math.prod(reader.shape(name)) * dtype.itemsize for name in names})
     weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards):
-        file_name = "model.safetensors"
+        file_name = SINGLE
         if len(shards) > 1:
             file_name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(folder / file_name, reader, shard, dtype)
-        weight_map.update(dict.fromkeys(shard, file_name))
+        weights = {weight_name(form, name): reader.model[name] for name in shard}
+        _write_safetensors(folder / file_name, weights, dtype)
+        weight_map.update(dict.fromkeys(weights, file_name))
     if len(shards) > 1:
         total = sum(math.prod(reader.shape(name)) * dtype.itemsize for name in names)
-        index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index_json)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int = SHARD_BYTES) -> list[list[str]]:
@@ -135,17 +164,15 @@ def plan_shards(sizes: Mapping[str, int], limit: int = SHARD_BYTES) -> list[list
     return shards
 
 
-def _write_safetensors(
-    path: Path, reader: CheckpointReader, names: Sequence[str], dtype: torch.dtype
-) -> None:
+def _write_safetensors(path: Path, weights: Mapping[str, TensorSource], dtype: torch.dtype) -> None:
     """The safetensors layout: length of the header (8 bytes), JSON header, tensors one after the other."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for name in names:
-        size = math.prod(reader.shape(name)) * dtype.itemsize
+    for name, source in weights.items():
+        size = math.prod(source.shape) * dtype.itemsize
         header[name] = {
             "dtype": _SAFETENSORS_DTYPES[dtype],
-            "shape": list(reader.shape(name)),
+            "shape": list(source.shape),
             "data_offsets": [position, position + size],
         }
         position += size
@@ -153,48 +180,28 @@ def _write_safetensors(
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as opened, StreamedFile(opened.fileno()) as file:
         file.append(struct.pack("<Q", len(encoded)) + encoded)
-        for name in names:
-            for chunk in row_parts(reader.model[name], dtype):
+        for name, source in weights.items():
+            for chunk in row_parts(source, dtype):
                 require_finite(chunk, name)
                 file.append(tensor_bytes(chunk))
         file.finish()
 
 
-def _write_config(model_config: Mapping[str, Any], tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+def _write_config(
+    form: str, model_config: Mapping[str, Any], tokenizer: Any, folder: Path, dtype: torch.dtype
+) -> None:
     from transformers import GenerationConfig
 
     import model
 
-    config = model.ArgonneConfig(**config_arguments(model_config))
-    config.bos_token_id = tokenizer.bos_token_id
-    config.eos_token_id = tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
-    written = config.to_dict()
-    written["architectures"] = ["ArgonneModel"]
-    written["dtype"] = str(dtype).removeprefix("torch.")
-    written["auto_map"] = {
-        "AutoConfig": f"{MODULE}.ArgonneConfig",
-        "AutoModelForCausalLM": f"{MODULE}.ArgonneModel",
-    }
-    _write_json(folder / "config.json", written)
-    shutil.copyfile(Path(model.__file__), folder / f"{MODULE}.py")
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(folder / "config.json", config_document(form, model_config, dtype, ids))
+    if form == "argonne":
+        shutil.copyfile(Path(model.__file__), folder / f"{MODULE}.py")
     GenerationConfig(**{key: value for key, value in ids.items() if value is not None}).save_pretrained(
         folder
     )
     tokenizer.save_pretrained(folder)
-
-
-_NOT_ARGUMENTS = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "model_type")
-
-
-def config_arguments(model_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a stored configuration that ``ArgonneConfig`` takes."""
-    return {
-        key: value
-        for key, value in model_config.items()
-        if key not in _NOT_ARGUMENTS and not key.startswith("_")
-    }
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -9,11 +9,14 @@ from pathlib import Path
 from argonne.checkpoint.part_names import part_name
 from argonne.files import checkpoint_step, synchronize
 
-_PIPELINE_NAME = re.compile(r"^(?:streaming|non_streaming)_checkpoint_step_(\d+)\.pth$")
+_OTHERS_NAME = re.compile(
+    r"^(?:(?:streaming|non_streaming)_checkpoint_step_(\d+)\.pth|checkpoint_step_(\d+)\.pt)$"
+)
+"""Of the pipeline scripts and of the family's own trainer."""
 
 
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Checkpoints in a folder as (step, path), newest step first; at equal steps ours before a pipeline's."""
+    """Checkpoints in a folder as (step, path), newest step first; at equal steps ours first."""
     found = []
     parts: set[str] = set()
     for path in sorted(folder.iterdir()):
@@ -29,8 +32,8 @@ def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def _step_of(name: str) -> int | None:
     own = checkpoint_step(name)
-    match = _PIPELINE_NAME.match(name)
-    return int(match[1]) if own is None and match else own
+    match = _OTHERS_NAME.match(name)
+    return int(match[1] or match[2]) if own is None and match else own
 
 
 def own_checkpoints(folder: Path) -> list[tuple[int, Path]]:

@@ -7,7 +7,7 @@ unsharded model with its Adam state.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,19 @@ FORMAT_KEY = "checkpoint_format"
 FORMAT_VERSION = 1
 KIND_OURS = "tensor_parallel"
 KIND_PIPELINE = "pipeline"
+KIND_FAMILY = "family"
+KIND_WEIGHTS = "weights"
 
 HEAD = "lm_head.weight"
 _DICTIONARIES = (
-    "data_position",
     "data_state",
     "scheduler_state_dict",
     "model_config",
     "loss_scaler",
     "run_settings",
+)
+_PIPELINE_POSITION = frozenset(
+    ("streaming", "current_file_idx", "position_in_file", "chunk_offset", "current_position")
 )
 _WRAPPERS = ("module.", "base_model.")
 _COMPARE_ROWS = 4096
@@ -43,7 +47,8 @@ class CheckpointReader:
 
     path: Path
     kind: str
-    """``tensor_parallel`` (written by this suite), ``pipeline``, or how several files were joined."""
+    """``tensor_parallel`` (written by this suite), ``pipeline``, ``family`` (the family's own trainer),
+    ``weights`` (nothing else is used of it), or how several files were joined."""
     metadata: dict[str, Any]
     """Everything in the file but tensors, weights and optimizer state."""
     tied: bool
@@ -93,6 +98,19 @@ class CheckpointReader:
     def source(self, name: str, key: str) -> TensorSource:
         """The weight (``key`` "param") or the Adam state of a parameter."""
         return self.model[name] if key == "param" else self.adam[name][key]
+
+
+def weights_only(reader: CheckpointReader) -> CheckpointReader:
+    """The model of a checkpoint, without optimizer state, step and data position."""
+    config = reader.metadata.get("model_config")
+    return replace(
+        reader,
+        kind=KIND_WEIGHTS,
+        metadata={"model_config": config} if isinstance(config, dict) else {},
+        adam={},
+        adam_note="",
+        param_groups=(),
+    )
 
 
 def parameter_names(names: Mapping[str, object] | Sequence[str], tied: bool) -> tuple[str, ...]:
@@ -199,14 +217,9 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
             raise CheckpointError(f"its {key} is {value!r}, not a count"[:200])
     if not isinstance(metadata.get("loss") or 0.0, int | float):
         raise CheckpointError(f"its loss is {metadata['loss']!r}, not a number"[:200])
-    for key in (
-        "data_position",
-        "data_state",
-        "scheduler_state_dict",
-        "model_config",
-        "loss_scaler",
-        "run_settings",
-    ):
+    if type(position := metadata.get("data_position") or {}) not in (dict, int):
+        raise CheckpointError(f"its data_position is {position!r}, not a dictionary or a number"[:200])
+    for key in _DICTIONARIES:
         if not isinstance(metadata.get(key) or {}, dict):
             raise CheckpointError(f"its {key} is {metadata[key]!r}, not a dictionary"[:200])
     for key, value in (metadata.get("model_config") or {}).items():
@@ -218,7 +231,7 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
 def _kind(file: TensorFile, tree: Mapping[str, Any]) -> str:
     version = tree.get(FORMAT_KEY)
     if version is None:
-        return KIND_PIPELINE
+        return KIND_FAMILY if _of_family(tree) else KIND_PIPELINE
     if type(version) is not int or version > FORMAT_VERSION:
         raise CheckpointError(
             f"it has checkpoint format {version!r}, this program reads up to {FORMAT_VERSION}: upgrade it"
@@ -229,6 +242,22 @@ def _kind(file: TensorFile, tree: Mapping[str, Any]) -> str:
             f"should drop the key {FORMAT_KEY})"
         )
     return KIND_OURS
+
+
+def _of_family(tree: Mapping[str, Any]) -> bool:
+    """Whether the family's own trainer wrote the file: another scheduler, another reader's data position."""
+    scheduler, position = tree.get("scheduler_state_dict"), tree.get("data_position")
+    if isinstance(scheduler, dict) and "last_epoch" in scheduler:
+        return True
+    if isinstance(position, dict):
+        return bool(position) and not position.keys() & _PIPELINE_POSITION
+    return type(position) is int
+
+
+def saved_position(kind: str, metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The data position where the data can go on from it; None: there is none, or it is another reader's."""
+    position = metadata.get("data_position")
+    return position if isinstance(position, dict) and position and kind != KIND_FAMILY else None
 
 
 def _is_tied(tree: Mapping[str, Any], weights: Mapping[str, FileTensor]) -> bool:

@@ -27,7 +27,8 @@ Shape = tuple[int, ...]
 
 _CHUNK_BYTES = 4 << 20
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.\x80\x02M\xe9\x03."
-_CARRIER: dict[int, np.dtype] = {width: np.dtype(f"u{width}") for width in (1, 2, 4, 8)}
+CARRIER: dict[int, np.dtype] = {width: np.dtype(f"u{width}") for width in (1, 2, 4, 8)}
+"""Unsigned integers by width in bytes, in which elements of any dtype are carried."""
 
 
 class TensorSource(Protocol):
@@ -41,6 +42,12 @@ class TensorSource(Protocol):
 
     def read_into(self, out: torch.Tensor, start: Shape) -> None:
         """Fill ``out`` with the elements from ``start`` on, converted to its dtype."""
+
+
+class MappedFile(Protocol):
+    """A file whose tensors can be looked at in place."""
+
+    def view(self, ref: TensorRef) -> np.ndarray: ...
 
 
 def read_rectangle(
@@ -183,10 +190,10 @@ class TensorFile:
         """The elements of a reference in the mapping, as unsigned integers of their width; read-only."""
         width = ref.dtype.itemsize
         if ref.numel == 0:
-            return np.empty(ref.size, dtype=_CARRIER[width])
+            return np.empty(ref.size, dtype=CARRIER[width])
         return np.ndarray(
             ref.size,
-            dtype=_CARRIER[width],
+            dtype=CARRIER[width],
             buffer=self._map,
             offset=self._offsets[ref.storage.key] + ref.offset * width,
             strides=tuple(stride * width for stride in ref.stride),
@@ -197,7 +204,7 @@ class TensorFile:
 class FileTensor:
     """One tensor of one file."""
 
-    file: TensorFile
+    file: MappedFile
     ref: TensorRef
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from argonne.checkpoint.reader import CheckpointReader
+from argonne.checkpoint.reader import KIND_WEIGHTS, CheckpointReader, saved_position
 from argonne.checkpoint.tensor_file import Shape
 from argonne.errors import CheckpointError
 
@@ -42,6 +42,16 @@ class CheckpointView:
     def step(self) -> int:
         """Optimizer steps done (0 where it does not say)."""
         return int(self.metadata.get("global_step", 0))
+
+    @property
+    def weights_only(self) -> bool:
+        """Training begins with these weights at step 0, and takes nothing else from here."""
+        return self.kind == KIND_WEIGHTS
+
+    @property
+    def saved_position(self) -> dict[str, Any] | None:
+        """Where the data goes on; None: at its start."""
+        return saved_position(self.kind, self.metadata)
 
     @property
     def model(self) -> Mapping[str, Shape]:
@@ -101,18 +111,18 @@ def broadcast_object(value: Any, group: dist.ProcessGroup | None) -> Any:
 def share_checkpoint(
     reader: CheckpointReader | None,
     rank: int,
-    reopen: Callable[[Path], CheckpointReader],
+    reopen: Callable[[CheckpointView], CheckpointReader],
     group: dist.ProcessGroup | None,
 ) -> CheckpointView:
     """Show rank 0's open checkpoint to all ranks; collective.
 
-    ``reopen(path)`` opens a checkpoint on another rank. A rank whose file is missing or is not the same
-    bytes (size and header digest) is served by rank 0.
+    ``reopen(view)`` opens the checkpoint of rank 0's view on another rank. A rank whose file is missing or is
+    not the same bytes (size and header digest) is served by rank 0.
     """
     shared = broadcast_object(replace(view_of(reader), reader=None) if reader else None, group)
     if rank != 0:
         try:
-            reader = reopen(shared.path)
+            reader = reopen(shared)
         except (CheckpointError, OSError):
             reader = None
         if reader is not None and reader.identity != shared.identity:

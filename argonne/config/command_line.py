@@ -9,13 +9,16 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from argonne.config.families import read_folder_config
 from argonne.config.flags import FlagParser, fill, flag_fields, flag_names, parse_given
 from argonne.config.mixture import mixture_problems
 from argonne.config.options import (
     EPOCH_CHECKPOINT_INTERVAL,
     NO_CHECKPOINT,
+    CheckpointOptions,
     ModelOptions,
     RunConfig,
     TrainingOptions,
@@ -97,6 +100,25 @@ def _combination_problems(config: RunConfig, given: Mapping[str, Any]) -> list[s
     names = [name for name, _ in config.evaluation.eval_data]
     for name in sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"--eval-data names {name} twice: give each set a name of its own")
+    if checkpoint.init_from is not None:
+        problems += _initial_problems(checkpoint, given)
+    return problems
+
+
+def _initial_problems(checkpoint: CheckpointOptions, given: Mapping[str, Any]) -> list[str]:
+    """What contradicts ``--init-from``, and what of its config.json this architecture does not express."""
+    others = {"--checkpoint-path": "checkpoint_path", "--force-from-scratch": "force_from_scratch"}
+    problems = [
+        f"--init-from {checkpoint.init_from} contradicts {flag}: leave one of them out"
+        for flag, name in others.items()
+        if name in given
+    ]
+    folder = Path(checkpoint.init_from or "").expanduser()
+    if (folder / "config.json").is_file():
+        try:
+            read_folder_config(folder, "--init-from")
+        except ConfigError as error:
+            problems.append(str(error))
     return problems
 
 

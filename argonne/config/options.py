@@ -31,6 +31,11 @@ class ModelOptions:
         metavar="NAME|FILE",
         default_text="the checkpoint's own, else argonne-2.0",
     )
+    local_attention: str = flag(
+        "config",
+        "window of the odd layers: as the model's configuration says, or none",
+        choices=("config", "off"),
+    )
     settings: Mapping[str, Any] | None = None
     """Keyword arguments of ArgonneConfig of the shape that ``--model-config`` names; None without it."""
     teacher_path: str | None = flag(
@@ -188,6 +193,12 @@ class CheckpointOptions:
         f"checkpoint file, or folder whose newest valid one to resume; {NO_CHECKPOINT}: from scratch",
         metavar="PATH",
         default_text="the newest in <output-dir>/pretrained, else from scratch",
+    )
+    init_from: str | None = flag(
+        None,
+        "take only the weights of a Hugging Face folder or of a checkpoint, and start at step 0",
+        metavar="PATH",
+        default_text="none",
     )
     force_from_scratch: bool = flag(False, "start at step 0 even if checkpoints exist")
     checkpoint_interval: int = flag(

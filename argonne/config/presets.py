@@ -133,7 +133,8 @@ def _foreign_problems(document: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _read_document(path: Path, flag: str) -> dict[str, Any]:
+def read_config_document(path: Path, flag: str) -> dict[str, Any]:
+    """The JSON object in a config.json; ConfigError names ``flag`` and what is wrong with the file."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -173,7 +174,7 @@ def settings_of_file(name: Path, flag: str) -> dict[str, Any]:
             f"{flag} {name} is neither a preset nor a file: use {', '.join(PRESETS)}, "
             f"or the path of a config.json"
         )
-    document = _read_document(path, flag)
+    document = read_config_document(path, flag)
     return settings_of_document(document, f"{flag} {path}")
 
 

@@ -6,23 +6,22 @@ makes and fills its own slices.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from argonne.config.options import ModelOptions, ParallelOptions, TrainingOptions
-from argonne.config.presets import MODEL_KEYS, PRESETS, REFERENCE, check_stored_config
+from argonne.config.presets import MODEL_KEYS, PRESETS, REFERENCE
 from argonne.errors import ConfigError
 from argonne.ranks.recompute import compile_blocks, recompute_blocks
 from argonne.ranks.replicas import apply_ddp, apply_fsdp, local_parameters, local_tensor
 from argonne.ranks.world import Parallel, World, resolve_tp_size
+from argonne.training.model_config import resolve_model_config
 from argonne.training.optimizer import build_adamw
-from checkpointing import CheckpointView, LoadReport, check_model_config, infer_model_config, load_slices
+from checkpointing import CheckpointView, LoadReport, load_slices
 from model import ArgonneConfig, ArgonneModel, initial_std
 from tp_shard import DTYPES, SliceMap, TensorParallelState, initialise_parameters, shard_tensor_parallel
 
@@ -68,47 +67,31 @@ class TrainedModel:
         return {key: value for key, value in group.items() if key != "params"}
 
 
-def _explicit_keys(options: ModelOptions) -> set[str]:
-    """Keys that --model-config itself states (a file's other keys are Argonne 2.0's values filled in)."""
-    assert options.model_config is not None and options.settings is not None
-    if options.model_config in PRESETS:
-        return set(options.settings)
-    path = Path(options.model_config).expanduser()
-    document = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
-    return set(document) & set(options.settings)
-
-
 def model_settings(
     options: ModelOptions, view: CheckpointView | None, tokenizer_length: int
 ) -> dict[str, Any]:
     """Keyword arguments of ArgonneConfig for this run.
 
     Without a checkpoint: what --model-config says, else Argonne 2.0. With one: the checkpoint's own; where
-    it carries no configuration, its tensors', and the heads of --model-config. Raises ConfigError or
-    CheckpointError naming both values where two of these, or the tokenizer, disagree.
+    it carries no configuration, its tensors', and the heads of --model-config. --local-attention off takes
+    the window away. Raises ConfigError or CheckpointError naming both values where two of these, or the
+    tokenizer, disagree.
     """
-    given = dict(options.settings or PRESETS[REFERENCE])
+    without_window = {"interleaved_local_attention": False, "local_attention_window": None}
+    off = without_window if options.local_attention == "off" else {}
     if view is None:
-        settings = given
+        settings = dict(options.settings or PRESETS[REFERENCE])
         if settings.get("vocab_size") is None:
             settings["vocab_size"] = tokenizer_length
     else:
-        stored = check_stored_config(view.metadata, view.path)
-        settings = {**infer_model_config(view, given), **stored}  # type: ignore[arg-type]
-        if options.settings is not None:
-            explicit = _explicit_keys(options)
-            if "model_config" not in view.metadata and options.model_config in PRESETS:
-                explicit = {
-                    "num_attention_heads",
-                    "num_key_value_heads",
-                }  # its shape is read from the tensors
-            check_model_config(settings, {key: given[key] for key in explicit}, view.path)
+        settings = resolve_model_config(view, options.model_config, options.settings, ignored=off)
     if settings["vocab_size"] < tokenizer_length:
         source = "the checkpoint" if view is not None else "--model-config"
         raise ConfigError(
             f"the tokenizer has {tokenizer_length} tokens and {source} a vocabulary of "
             f"{settings['vocab_size']}: give the tokenizer that belongs to it (--tokenizer-path)"
         )
+    settings |= off
     return {key: value for key, value in settings.items() if key in MODEL_KEYS and value is not None}
 
 
@@ -173,7 +156,7 @@ def _zero_parameters(model: nn.Module) -> None:
 
 
 def fill_weights(trained: TrainedModel, view: CheckpointView | None, seed: int) -> LoadReport | None:
-    """Draw initial weights, or load weights and Adam state from a checkpoint; collective."""
+    """Draw initial weights, or load weights and, of a checkpoint, Adam state; collective."""
     parameters, rank = trained.parameters(), trained.parallel.rank
     if view is None:
         config = trained.model.config
@@ -188,7 +171,7 @@ def fill_weights(trained: TrainedModel, view: CheckpointView | None, seed: int) 
         slice_map=trained.slice_map,
         rank=rank,
         parameters=parameters,
-        adam=trained.adam(),
+        adam={} if view.weights_only else trained.adam(),
         control_group=trained.parallel.control_group,
     )
 

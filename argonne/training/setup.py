@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from argonne.config.families import read_folder_config
 from argonne.config.options import RunConfig
 from argonne.config.recipe import Recipe
 from argonne.config.recipe_file import recipe_toml
@@ -22,11 +23,13 @@ from argonne.run.report import RunReport
 from argonne.run.status import already_ended
 from argonne.training.build import TrainedModel, model_settings
 from argonne.training.final_model import check_final_model_dir
+from argonne.training.model_config import local_attention_line
 from argonne.training.stages import Stages
 from argonne.training.validation import ValidationSet, load_sets
 from argonne.verification.compare import compare_with_unsharded
 from checkpointing import (
     CheckpointView,
+    InitialWeights,
     check_room,
     clean_temporary_files,
     open_chosen,
@@ -61,8 +64,12 @@ class Start:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """The checkpoint's keys beside weights and optimizer; empty from scratch."""
-        return self.view.metadata if self.view is not None else {}
+        """The checkpoint's keys beside weights and optimizer; empty where it gives weights only."""
+        if self.view is None or self.view.weights_only:
+            return {}
+        position = self.view.saved_position
+        known = {key: value for key, value in self.view.metadata.items() if key != "data_position"}
+        return known if position is None else {**known, "data_position": position}
 
     @property
     def step(self) -> int:
@@ -108,6 +115,7 @@ def choose_start(config: RunConfig, control: RunControl, report: RunReport, worl
     """Tokenizer, checkpoint and shape of the model, the same on all ranks; the export's folder is checked."""
     on_rank_0(lambda: check_final_model_dir(config), world)
     tokenizer, tokenizer_size = tokenizer_on_rank_0(config, world)
+    init_from = config.checkpoint.init_from
     view, reason, warnings = open_chosen(
         config.checkpoint.checkpoint_path,
         Path(config.output.output_dir),
@@ -115,10 +123,24 @@ def choose_start(config: RunConfig, control: RunControl, report: RunReport, worl
         rank=world.rank,
         control_group=world.control_group,
         written_before=control.written_before,
+        initial=InitialWeights(path=init_from, folder_config=read_folder_config) if init_from else None,
     )
     for warning in warnings:
         report.warn(warning)
+    if view is not None and view.step and view.saved_position is None:
+        there = "data_position" in view.metadata
+        owner = "'s data position belongs to another reader's files" if there else " has no data position"
+        report.warn(f"the checkpoint{owner}: the data begins at its start")
     settings = model_settings(config.model, view, tokenizer_size)
+    if (line := local_attention_line(settings)) is not None:
+        report.info(line)
+    if config.training.block_size > settings["max_position_embeddings"]:
+        was = settings["max_position_embeddings"]
+        settings["max_position_embeddings"] = config.training.block_size
+        report.info(
+            f"max_position_embeddings raised from {was} to --block-size {config.training.block_size}: the "
+            "checkpoints and the export carry the new context"
+        )
     return Start(tokenizer=tokenizer, view=view, reason=reason, settings=settings)
 
 

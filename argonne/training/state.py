@@ -94,7 +94,7 @@ class Run:
         if self.opened is not None:
             self.progress = self.opened.start
             self.report.note(data_skipped=list(self.progress.skipped))
-        if view is None:
+        if view is None or view.weights_only:
             return
         self.step, self.resumed_from = view.step, view.path
         self.control.record(checkpoint=str(view.path))

@@ -6,6 +6,7 @@ saves and loads 2.7 GB on 1, 2 and 4 ranks, prints a line for each, then the tim
 of writing the same bytes raw with fsync. The file is removed at the end.
 """
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -20,11 +21,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 import argonne.testing.checkpoint_samples as samples
 from argonne.benchmarks.memory_probe import PeakMemory
 from argonne.checkpoint.save import save_checkpoint
-from checkpointing import load_slices, open_chosen
+from argonne.config.families import read_folder_config
+from checkpointing import InitialWeights, load_slices, open_chosen, open_weights
 
 LARGE = {
     "HIDDEN": 1024,
@@ -119,13 +122,59 @@ def one_rank(rank: int, tp_size: int, folder: str, told: Any) -> None:
     )
 
 
-def measure(tp_size: int, folder: Path) -> list[Cost]:
-    """The costs of every rank; ``folder`` holds a checkpoint already."""
+def one_rank_from_weights(rank: int, tp_size: int, folder: str, told: Any) -> None:
+    """Load from the bfloat16 folder that `make_weights` wrote; put the Cost into ``told``."""
+    vars(samples).update(LARGE)
+    torch.set_num_threads(1)
+    if tp_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=tp_size)
+        dist.barrier()
+    slice_map = samples.sample_map(tp_size)
+    initial = InitialWeights(path=folder, folder_config=read_folder_config)
+    with PeakMemory() as loading:
+        parameters = {name: torch.zeros(slice_map.local_shape(name, rank)) for name in slice_map.names}
+        view, _ = open_weights(initial, rank=rank, control_group=None)
+        load_slices(view, slice_map=slice_map, rank=rank, parameters=parameters, adam={}, control_group=None)
+    assert view.weights_only and view.blind_ranks == ()
+    for name in slice_map.names:
+        value = float(torch.tensor(value_of(name, "param"), dtype=torch.bfloat16))
+        for box in slice_map.rectangles(name, rank):
+            assert bool((parameters[name][box.local_index] == value).all()), name
+    slices = sum(4 * p.numel() for p in parameters.values())
+    told.put((rank, Cost(slices=slices, loaded=loading.extra, saving=0, save_seconds=0.0)))
+
+
+def make_weights(folder: Path) -> int:
+    """Write a folder of bfloat16 weights in two files with an index; return their bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vars(samples).update(LARGE)
+    shapes = list(samples.sample_shapes(tied=True).items())
+    placed = {}
+    for index, part in enumerate((shapes[: len(shapes) // 2], shapes[len(shapes) // 2 :])):
+        file = f"model-{index + 1:05d}-of-00002.safetensors"
+        weights = {n: torch.full(s, value_of(n, "param"), dtype=torch.bfloat16) for n, s in part}
+        save_file(weights, folder / file)
+        placed.update(dict.fromkeys(weights, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    config = {key.lower(): value for key, value in LARGE.items()}
+    names = {
+        "hidden": "hidden_size",
+        "heads": "num_attention_heads",
+        "key_value_heads": "num_key_value_heads",
+    }
+    names |= {"intermediate": "intermediate_size", "vocabulary": "vocab_size", "layers": "num_hidden_layers"}
+    document = {names.get(key, key): value for key, value in config.items()}
+    (folder / "config.json").write_text(json.dumps({"model_type": "argonne2", **document}))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def measure(tp_size: int, folder: Path, rank_main: Callable[..., None] = one_rank) -> list[Cost]:
+    """The costs of every rank; ``folder`` holds a checkpoint, or weights, already."""
     context = multiprocessing.get_context("spawn")
     told = context.SimpleQueue()
     (folder / "store").unlink(missing_ok=True)
     ranks = [
-        context.Process(target=one_rank, args=(rank, tp_size, str(folder), told)) for rank in range(tp_size)
+        context.Process(target=rank_main, args=(rank, tp_size, str(folder), told)) for rank in range(tp_size)
     ]
     for process in ranks:
         process.start()

@@ -116,3 +116,32 @@ def test_inspect_tells_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixt
     ended = subprocess.run([sys.executable, program, path], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stdout == ""
     assert ended.stderr.startswith("error: checkpoint ") and len(ended.stderr.splitlines()) == 1
+
+
+def test_the_familys_checkpoint_is_converted_and_inspected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = FIXTURES / "family_checkpoint_step_20.pt"
+    told = json.loads(source.with_suffix(".json").read_text())
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(told["config"]))
+    arguments = ["--checkpoint-path", str(source), "--output", str(tmp_path), "--to"]
+    assert convert_checkpoint.main([*arguments, "tensor-parallel"]) == 1
+    assert "give --model-config" in capsys.readouterr().err
+    arguments += ["tensor-parallel", "--model-config", str(config)]
+    assert convert_checkpoint.main(arguments) == 0
+    original = torch.load(source, weights_only=True)
+    converted = torch.load(tmp_path / "tensor_parallel_checkpoint_step_20.pth", weights_only=True)
+    model = ArgonneModel(ArgonneConfig(**converted["model_config"]))
+    model.load_state_dict(converted["model_state_dict"], strict=True)
+    assert list(converted["model_state_dict"]) == list(original["model_state_dict"])
+    for name, weight in original["model_state_dict"].items():
+        assert torch.equal(converted["model_state_dict"][name], weight)
+    for index, state in original["optimizer_state_dict"]["state"].items():
+        for key, values in state.items():
+            assert torch.equal(converted["optimizer_state_dict"]["state"][index][key], values)
+    assert converted["scheduler_state_dict"] == {"step": 19} and "data_position" not in converted
+    assert inspect_checkpoint.main([str(source), "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (seen["kind"], seen["global_step"], seen["data_position"]) == ("family", 20, 0)
+    assert seen["shape"]["head_dim"] == 16 and seen["shape"]["qk_norm"] and seen["shape"]["sandwich_norm"]

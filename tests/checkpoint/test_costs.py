@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.costs import largest_tensor, make, measure
+from tests.checkpoint.costs import largest_tensor, make, make_weights, measure, one_rank_from_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -27,3 +27,13 @@ def test_a_rank_takes_its_slices_and_saving_two_tensors_more(folder: Path, tp_si
         print(f"rank {rank} of {tp_size}: {cost}")
         assert cost.loaded <= 1.1 * cost.slices, (rank, cost)
         assert cost.saving <= 2 * largest_tensor(), (rank, cost)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_of_a_folder_of_weights_a_rank_takes_its_slices(tmp_path: Path, tp_size: int) -> None:
+    assert make_weights(tmp_path) > 440_000_000
+    for rank, cost in enumerate(measure(tp_size, tmp_path, one_rank_from_weights)):
+        print(f"rank {rank} of {tp_size}: {cost}")
+        assert cost.loaded <= 1.1 * cost.slices, (rank, cost)
+    for path in tmp_path.iterdir():
+        path.unlink()
