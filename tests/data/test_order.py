@@ -135,7 +135,8 @@ def test_resuming_reads_one_row_group(folder: Path, tokenizer: Any, monkeypatch:
 def test_one_row_group_is_in_memory(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a corpus that is too large to be kept: none is left when the next one is read."""
     monkeypatch.setattr(documents, "KEPT_COST", 0)
-    reading, groups, most = documents.read_group, [], 0
+    reading, most = documents.read_group, 0
+    groups: list[weakref.ref[Any]] = []
 
     def watched(reader: Any, group: int) -> Any:
         nonlocal most
