@@ -2,6 +2,7 @@
 """Look at the data: the shards of a corpus, and the text that a training step sees.
 
     scripts/inspect_data.py --data-glob 'data/*.parquet'
+    scripts/inspect_data.py --data-mix web=.7:'web/*' code=.3:'code/*' --tokenizer-path T --total-steps 9000
     scripts/inspect_data.py --data-glob 'data/*.parquet' --tokenizer-path T --step 1234 --global-batch-size 32
     scripts/inspect_data.py --data-glob 'data/*.parquet' --tokenizer-path T --at 000_00042.parquet:1234:56
 
@@ -20,9 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from argonne.config.mixture import MIX_FORM, mixed_source, mixture_problems
 from argonne.config.options import DataOptions, TrainingOptions
 from argonne.errors import ConfigError
-from argonne.tools.corpus_overview import show_corpus
+from argonne.tools.mixture_overview import show_data
 from argonne.tools.script import OneLineParser, run_script
 from argonne.tools.step_text import show_step
 
@@ -36,6 +38,8 @@ AT_LEAST = {
     "data_parallel_size": 1,
     "global_batch_size": 1,
     "num_proc": 1,
+    "total_steps": 1,
+    "holdout": 2,
 }
 
 
@@ -43,6 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data-glob", default=DataOptions.data_glob, help="the shards (%(default)s)")
+    parser.add_argument(
+        "--data-mix", nargs="+", action="extend", metavar=MIX_FORM, help="the sources of a mixture, instead"
+    )
+    parser.add_argument("--shuffle", action="store_true", help="rows in the order of a run with --shuffle")
+    parser.add_argument("--holdout", type=int, metavar="N", help="the --holdout of the run")
+    parser.add_argument(
+        "--total-steps", type=int, help="say what a run of so many steps reads of each source"
+    )
     parser.add_argument("--tokenizer-path", help="needed for token estimates and for a step's text")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
     parser.add_argument("--text-column", default=DataOptions.text_column, help="of the text (%(default)s)")
@@ -97,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         check_options(options)
         if options.step is None and options.at is None and options.checkpoint_path is None:
-            show_corpus(options)
+            show_data(options)
             return
         if options.checkpoint_path is not None:
             from inspect_checkpoint import newest_in
@@ -110,11 +122,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raises ConfigError for flags that do not go together or are too small."""
+    if options.data_mix is not None:
+        parse_mix(options)
+    if options.shuffle and options.no_streaming:
+        raise ConfigError("--shuffle contradicts --no-streaming, which has its own order: leave one out")
     wants_text = options.step is not None or options.at is not None or options.checkpoint_path is not None
     if wants_text and options.tokenizer_path is None:
         raise ConfigError("the text of a step needs --tokenizer-path: give the run's tokenizer")
     if options.at is not None and (options.step is not None or options.checkpoint_path is not None):
         raise ConfigError("--at excludes --step and --checkpoint-path: give one of them")
+    if options.at is not None and options.data_mix is not None:
+        raise ConfigError("--at names a place in one source: give its --data-glob instead of --data-mix")
     if options.metrics is not None and (options.step is None or options.checkpoint_path is not None):
         raise ConfigError("--metrics goes with --step and without --checkpoint-path")
     if options.at is not None and options.no_streaming:
@@ -123,6 +141,17 @@ def check_options(options: argparse.Namespace) -> None:
         value = getattr(options, flag)
         if value is not None and value < least:
             raise ConfigError(f"--{flag.replace('_', '-')} {value} must be at least {least}")
+
+
+def parse_mix(options: argparse.Namespace) -> None:
+    """--data-mix as sources; raises ConfigError."""
+    try:
+        options.data_mix = [mixed_source(text) for text in options.data_mix]
+    except ValueError as error:
+        raise ConfigError(f"--data-mix {error}: give {MIX_FORM}") from error
+    given = {"data_mix": options.data_mix}
+    if problems := mixture_problems(given):
+        raise ConfigError("; ".join(problems))
 
 
 if __name__ == "__main__":

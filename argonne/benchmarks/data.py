@@ -24,6 +24,13 @@ from argonne.benchmarks.data_corpus import (
     check_ids,
     count_tokens,
 )
+from argonne.benchmarks.data_mixture import (
+    datasets_interleaved,
+    mixed,
+    opened_late,
+    shuffled,
+    tokens_encoded,
+)
 from argonne.data.encoder_pool import EncoderPool
 from argonne.data.feed import StepFeed
 from argonne.data.source import SourceOptions
@@ -74,22 +81,24 @@ class Clock:
         return wall, self._cpu_now() - self._cpu
 
 
-def pipeline(corpus: Corpus, threads: int) -> tuple[float, float]:
+def pipeline(
+    corpus: Corpus, threads: int, options_of: Callable[[Corpus, int], SourceOptions] = Corpus.options
+) -> tuple[float, float]:
     """A pass in mid-stream, parquet to samples, with position and hash of each step: wall and CPU seconds."""
     with on_cores(threads):
-        source: Any = open_stream(corpus.options(threads), corpus.tokenizer).source
+        source: Any = open_stream(options_of(corpus, threads), corpus.tokenizer).source
         _steps_until_a_batch_comes(source, FIRST_TOKENS)
-        clock, before = Clock(), source._sampler._filled
+        clock, before = Clock(), tokens_encoded(source)
         _steps_until_a_batch_comes(source, before + PASSES * corpus.tokens)
         wall, cpu = clock.stop()
-        passes = (source._sampler._filled - before) / corpus.tokens
+        passes = (tokens_encoded(source) - before) / corpus.tokens
         source.close()
     return wall / passes, cpu / passes
 
 
 def _steps_until_a_batch_comes(source: Any, tokens: int) -> None:
     """Up to the step that gets the first batch beyond ``tokens``: so the clock counts whole batches."""
-    while source._sampler._filled < tokens:
+    while tokens_encoded(source) < tokens:
         source.next_step()
 
 
@@ -240,6 +249,8 @@ def measure(corpus: Corpus, rounds: int) -> Turns:
             "pipeline 2": lambda: pipeline(corpus, 2),
             "bare 2": lambda: bare(corpus, 2),
             "datasets": lambda: datasets_pass(corpus),
+            "mixture 2": lambda: pipeline(corpus, 2, mixed),
+            "shuffled 2": lambda: pipeline(corpus, 2, shuffled),
         },
         rounds,
     )
@@ -250,8 +261,13 @@ def measure(corpus: Corpus, rounds: int) -> Turns:
     places: dict[str, Callable[[], float]] = {
         "first batch at 0 %": lambda: first_batch(corpus, 0.0),
         "first batch at 99 %": lambda: first_batch(corpus, 0.99),
+        "mixture at 0 %": lambda: opened_late(corpus, mixed(corpus, 1), 0.0),
+        "mixture at 99 %": lambda: opened_late(corpus, mixed(corpus, 1), 0.99),
+        "shuffled at 0 %": lambda: opened_late(corpus, shuffled(corpus, 1), 0.0),
+        "shuffled at 99 %": lambda: opened_late(corpus, shuffled(corpus, 1), 0.99),
     }
     skips: dict[str, Callable[[], float]] = {
+        "datasets interleaved": lambda: datasets_interleaved(corpus),
         "datasets at 0 %": lambda: datasets_stream(corpus, 0, 8, batch_size=8),
         "datasets skip to 99 %": lambda: datasets_stream(corpus, int(0.99 * corpus.rows), 8, batch_size=8),
     }
@@ -276,6 +292,16 @@ def rows_of(m: Turns) -> list[Row]:
         timed_row("CPU of 2 tokenizing processes / 1", m["processes 2 (CPU)"], m["processes 1 (CPU)"]),
         timed_row("rate of the pipeline / datasets streaming, 1 core", m["pipeline 1"], m["datasets"],
                   **rate),
+        timed_row("rate of a mixture of three sources / one source, 2 threads", m["mixture 2"],
+                  m["pipeline 2"], target=0.90, **floor),
+        timed_row("rate shuffled / as the rows lie, 2 threads", m["shuffled 2"], m["pipeline 2"],
+                  target=0.90, **floor),
+        timed_row("rate of a mixture of three sources / datasets interleaved", m["mixture 2"],
+                  m["datasets interleaved"], **rate),
+        timed_row("opening a mixture to its first batch, at 99 % / at 0 %", m["mixture at 99 %"],
+                  m["mixture at 0 %"], target=1.2),
+        timed_row("opening a shuffled source to its first batch, at 99 % / at 0 %", m["shuffled at 99 %"],
+                  m["shuffled at 0 %"], target=1.2),
         timed_row("CPU of the feed, 2 ranks / 1 rank", m["cpu of 2"], m["cpu of 1"], target=1.1),
         timed_row("CPU of the feed, rank 1 / rank 0 of the same run", m["cpu of rank 1 of 2"],
                   m["cpu of rank 0 of 2"]),

@@ -17,8 +17,8 @@ SAMPLED_ROWS = 32
 SAMPLED_CHARACTERS = 100_000
 
 
-def show_corpus(options: argparse.Namespace) -> None:
-    """Print the shards, their sizes, and estimates of documents and tokens."""
+def show_corpus(options: argparse.Namespace) -> float | None:
+    """Print the shards, their sizes, and estimates of documents and tokens; returns that of the tokens."""
     from argonne.data.shards import open_corpus
 
     shards = open_corpus(
@@ -45,6 +45,8 @@ def show_corpus(options: argparse.Namespace) -> None:
     print(f"text: {total / 2**20:,.1f} MiB, {estimate(total, tokens_per_byte)} tokens (estimated)")
     if tokens_per_byte is None:
         print("give --tokenizer-path for an estimate of the tokens")
+        return None
+    return total * tokens_per_byte
 
 
 def estimate(size: int, tokens_per_byte: float | None) -> str:

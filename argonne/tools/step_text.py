@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from argonne.errors import ConfigError, DataError
+from argonne.tools.mixture_overview import samples_a_step
 
 if TYPE_CHECKING:
     from argonne.data.source import SourceOptions
@@ -53,16 +54,18 @@ def show_step(options: argparse.Namespace) -> None:
 
 def source_options(options: argparse.Namespace, state: dict[str, Any] | None) -> SourceOptions:
     """What decides the tokens: the flags, and over them a checkpoint's ``data_state``."""
-    from argonne.data.source import SourceOptions
+    from argonne.data.source import MixPart, SourceOptions
 
-    replicas = options.batch_size * options.gradient_accumulation_steps * options.data_parallel_size
     built = SourceOptions(
         data_glob=options.data_glob,
+        mix=tuple(MixPart(*source) for source in options.data_mix or ()),
         block_size=options.block_size,
-        samples_per_step=options.global_batch_size or replicas,
+        samples_per_step=samples_a_step(options),
         text_column=options.text_column,
         streaming=not options.no_streaming,
         packing=not options.no_packing,
+        shuffle=options.shuffle,
+        holdout=options.holdout,
         seed=options.seed,
         num_proc=options.num_proc,
         trust_remote_code=options.trust_remote_code,
@@ -72,7 +75,9 @@ def source_options(options: argparse.Namespace, state: dict[str, Any] | None) ->
     )
     if state is not None:
         known = ("block_size", "samples_per_step", "text_column", "streaming", "packing", "seed")
-        built = replace(built, **{key: state[key] for key in known})
+        newer = {"shuffle": False, "holdout": None}  # what a checkpoint without these keys was trained with
+        saved: dict[str, Any] = {key: state.get(key, value) for key, value in newer.items()}
+        built = replace(built, **{key: state[key] for key in known}, **saved)
     if not built.streaming and built.cache_dir is None:
         raise ConfigError("the shuffled order needs --cache-dir: give the run's cache folder")
     return built
@@ -129,19 +134,26 @@ def print_step(
     for _ in tqdm(range(first, step), desc="Finding the step", unit="step", disable=None):
         before = source.source.next_step().progress
     taken = source.source.next_step()
-    place = before.position
     if options.at is None:
         print(f'step {step} ("step": {step + 1} in the metrics): {len(taken.tokens)} samples')
-    if place.sample is None:
-        print(f"from {place.file_name}, row {place.row}, token {place.token_offset}, epoch {place.epoch}")
-    else:
-        print(f"from sample {place.sample} of the shuffled order of epoch {place.epoch}")
-    print(f"to   {describe(taken.progress.position)}; stream hash after it {taken.progress.stream_hash}")
+    ends = taken.progress.positions
+    for name, place in before.positions.items():
+        label = f"source {name}: " if name else ""
+        if place.sample is None:
+            print(f"{label}from {describe(place)}")
+        else:
+            print(f"{label}from sample {place.sample} of the shuffled order of epoch {place.epoch}")
+        hashed = "" if name else f"; stream hash after it {taken.progress.stream_hash}"
+        print(f"{label}to   {describe(ends[name])}{hashed}")
+    names = source.source_names
+    if names:
+        print(f"stream hash after it {taken.progress.stream_hash}")
     for index, sample in enumerate(taken.tokens[: options.samples]):
         text = tokenizer.decode(sample[:-1])
         shown = text[: options.characters] if options.characters else text
         cut = f"\n[... {len(text) - len(shown):,} more characters]" if len(shown) < len(text) else ""
-        print(f"\n--- sample {index}: {len(sample) - 1} input tokens ---\n{shown}{cut}")
+        origin = f" of {names[taken.sources[index]]}" if taken.sources is not None else ""
+        print(f"\n--- sample {index}: {len(sample) - 1} input tokens{origin} ---\n{shown}{cut}")
 
 
 def describe(position: Any) -> str:

@@ -20,6 +20,8 @@ def test_every_row_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         "SAMPLES": 4,
         "FIRST_TOKENS": 1000,
         "FEED_STEPS": 5,
+        "SHARD_MIB": 0.012,
+        "ROW_GROUP_MIB": 0.004,
     }.items():
         for module in (benchmark_data, data_corpus):
             if hasattr(module, name):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,27 @@ def test_resuming_reads_one_row_group(folder: Path, tokenizer: Any, monkeypatch:
     again.source.next_step()
     again.source.close()
     assert len(read) <= 2
+
+
+def test_one_row_group_is_in_memory(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a corpus that is too large to be kept: none is left when the next one is read."""
+    monkeypatch.setattr(documents, "KEPT_COST", 0)
+    reading, most = documents.read_group, 0
+    groups: list[weakref.ref[Any]] = []
+
+    def watched(reader: Any, group: int) -> Any:
+        nonlocal most
+        most = max(most, sum(there() is not None for there in groups))
+        found = reading(reader, group)
+        groups.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(documents, "read_group", watched)
+    source = open_stream(options_of(folder, block_size=64, samples_per_step=8), tokenizer).source
+    for _ in range(60):
+        source.next_step()
+    source.close()
+    assert len(groups) > 14 and most == 0
 
 
 def test_another_order_is_refused(folder: Path, tokenizer: Any) -> None:

@@ -78,6 +78,26 @@ def test_the_printed_lines(stats: Path, capsys: pytest.CaptureFixture[str]) -> N
     report.close()
 
 
+def test_a_line_for_each_source_of_a_mixture(stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the last loss that a source had: it may have no sample in this step."""
+    report = begun(stats.parent, log_interval=2)
+    places = {
+        "web": {**POSITION, "epoch": 1},
+        "code": {**POSITION, "epoch": 0},
+        "math": {**POSITION, "epoch": 0},
+    }
+    for step, losses in ((1, {"web": 3.0, "code": 1.5}), (2, {"web": 2.0})):
+        extra = {"loss_by_source": losses, "samples_by_source": {"web": 1999 + step, "code": 7, "math": 0}}
+        report.step(record(step, position={"sources": places, "mixture": {}}, extra=extra))
+    shard = "Shard: 000_00042.parquet | File index: 42 | Position: 1234 | Chunk: 5"
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        f"Source: web | Loss: 2.0000 | Samples: 2,001 | Epoch: 1 | {shard}",
+        f"Source: code | Loss: 1.5000 | Samples: 7 | Epoch: 0 | {shard}",
+        f"Source: math | Loss: none yet | Samples: 0 | Epoch: 0 | {shard}",
+    ]
+    report.close()
+
+
 def test_other_ranks_are_silent(stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = begun(stats.parent, rank=1, log_interval=1)
     report.step(record(1))

@@ -77,8 +77,10 @@ def result_of(loss: float = 2.5, *, skipped: bool = False, too_many: bool = Fals
     return StepResult(totals=totals, votes=Votes(), lr=1e-3, skipped=skipped, too_many_skipped=too_many)
 
 
-def advance(run: Run, row: int, result: StepResult, skipped: tuple[Any, ...] = ()) -> None:
-    batch: Any = SimpleNamespace(progress=progress_at(row, skipped), wait_seconds=0.25, sources=None)
+def advance(
+    run: Run, row: int, result: StepResult, skipped: tuple[Any, ...] = (), sources: Any = None
+) -> None:
+    batch: Any = SimpleNamespace(progress=progress_at(row, skipped), wait_seconds=0.25, sources=sources)
     run.complete(batch, result, 1.5)
 
 
@@ -98,6 +100,15 @@ def test_a_step_is_counted_and_recorded(run: Run, tmp_path: Path, capsys: pytest
     assert (second["tokens_processed"], second["data_rows"]) == (64, 5)
     assert "Position: 5 |" in capsys.readouterr().out
     assert (second["step_seconds"], second["data_wait_seconds"]) == (1.5, 0.25)
+
+
+def test_the_loss_of_each_source_that_the_step_has(run: Run) -> None:
+    run.opened.source_names = ("web", "code", "books")  # type: ignore[union-attr, misc]
+    totals = StepTotals(grad_norm=0.5, loss=2.5, source_losses=(3.0 * BLOCK, 0.0, 10.0 * BLOCK))
+    result = StepResult(totals=totals, votes=Votes(), lr=1e-3, skipped=False, too_many_skipped=False)
+    advance(run, 4, result, sources=torch.tensor([2, 0, 2, 2, 2]))
+    path = Path(run.config.output.output_dir) / "stats" / "training_metrics.jsonl"
+    assert json.loads(path.read_text())["loss_by_source"] == {"web": 3.0, "books": 2.5}
 
 
 def test_a_skipped_step_is_recorded_and_too_many_end_the_run(
