@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from argonne.config.derived import schedule_problems
 from argonne.config.flags import FlagParser, fill, flag_fields, flag_names, parse_given
 from argonne.config.mixture import mixture_problems
 from argonne.config.options import (
@@ -19,7 +20,6 @@ from argonne.config.options import (
     ModelOptions,
     RunConfig,
     TrainingOptions,
-    schedule_problems,
 )
 from argonne.config.presets import load_model_settings
 from argonne.config.recipe import Recipe, Stage, groups, overlay
