@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run and end the process: 0 (done), 1 (failed), 2 (wrong flags) or 75 (stopped by a signal, saved)."""
     recipe = parse_recipe(argv)
     config = recipe.config
+    if config.recipe.rehearse:
+        rehearse(sys.argv[1:] if argv is None else argv)
 
     from argonne.ranks.launch import Environment
 
@@ -103,6 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     code, line = control.fail(problem)
     report.close()
     leave(code, line)
+
+
+def rehearse(argv: Sequence[str]) -> NoReturn:
+    """Become the program that rehearses the recipe, which starts this script on a small copy of it."""
+    root = str(Path(__file__).resolve().parent)
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-P", "-m", "argonne.tools.rehearsal", *argv]
+    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})
 
 
 def leave(code: int, line: str | None = None) -> NoReturn:
@@ -185,11 +195,10 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     tp_size = choose_tp_size(start.settings, recipe.config.parallel.tensor_parallel_size, world)
     parallel = build_parallel(world, tp_size)
     stages = choose_stage(recipe, metadata, step, parallel, report)
-    config, training = stages.current.config, stages.current.config.training
-    samples_per_step = stages.current.samples_per_step
+    stage, samples = stages.current, stages.current.samples_per_step
+    config, training = stage.config, stage.config.training
     place = metadata_for(config, metadata, new_stage=step == stages.first_step)
-    opened, feed = open_feed(config, start.tokenizer, place, step, samples_per_step, report, world)
-
+    opened, feed = open_feed(config, start.tokenizer, place, step, samples, report, world)
     held_out = validation_sets(config, start.tokenizer, parallel)
 
     trained = build_model(start.settings, config.parallel, training, parallel)
@@ -197,20 +206,18 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     loaded = fill_weights(trained, view, training.seed)
     for warning in loaded.warnings if loaded is not None else ():
         report.warn(warning)
-
     control.progress.collectives = trained.tensor_parallel.group.counters
     open_metrics(report, config, trained, step, stages.end)
     save = estimated_save(report, config, trained)
     warn_ahead(report, config, control.launch, save, step)
-    report.header(
-        run_facts(config, trained, opened, samples_per_step=samples_per_step, start=start.reason, save=save)
-    )
+    facts = run_facts(config, trained, opened, samples_per_step=samples, start=start.reason, save=save)
+    report.header(facts)
     verify_if_asked(config, trained, control, report)
     run = Run(
         stages=stages,
         settings=start.settings,
         trained=trained,
-        one_step=TrainingStep(trained, training, stages.current.accumulation),
+        one_step=TrainingStep(trained, training, stage.accumulation),
         feed=feed,
         opened=opened,
         tokenizer=start.tokenizer,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from argonne.config.derived import schedule_problems
 from argonne.config.families import read_folder_config
 from argonne.config.flags import FlagParser, fill, flag_fields, flag_names, parse_given
 from argonne.config.mixture import mixture_problems
@@ -22,7 +23,6 @@ from argonne.config.options import (
     ModelOptions,
     RunConfig,
     TrainingOptions,
-    schedule_problems,
 )
 from argonne.config.presets import load_model_settings
 from argonne.config.recipe import Recipe, Stage, groups, overlay

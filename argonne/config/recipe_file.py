@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from argonne.config.flags import Flag, FlagParser, flag_fields, flag_names
+from argonne.config.mixture import MixedSource
 from argonne.config.options import RecipeOptions, RunConfig
 from argonne.config.recipe import ONE_OF, Recipe, groups, stage_fields
 from argonne.errors import ConfigError
@@ -198,7 +199,7 @@ def _written(config: RunConfig) -> dict[str, Any]:
                 values[flag_names(field, rules)[0].removeprefix("--")] = value
     for first, second in ONE_OF:
         first, second = first.replace("_", "-"), second.replace("_", "-")
-        if values.get(first) not in (None, False):
+        if first in values and values[first] is not False:
             values.pop(second, None)
     return values
 
@@ -215,10 +216,10 @@ def _toml(values: Mapping[str, Any], prefix: str) -> list[str]:
 
 def _named_entries(entries: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     for entry in entries:
-        if isinstance(entry, tuple):
-            yield entry
-        else:
+        if isinstance(entry, MixedSource):
             yield entry.name, {"weight": entry.weight, "glob": entry.glob}
+        else:
+            yield entry
 
 
 def _toml_value(value: Any) -> str:

@@ -145,7 +145,7 @@ class RunReport:
         self.active = rank == 0
         self._output = OutputFolder(output_dir)
         self._log_interval = log_interval
-        self._flops_per_token: float | None = None
+        self.flops_per_token: float | None = None
         self._peak: float | None = None
         self._warnings: Counter[str] = Counter()
         self._started = time.monotonic()
@@ -156,7 +156,8 @@ class RunReport:
         """The last loss of each source of a mixture."""
         self._bar: Any = None
         self._metrics: MetricsFile | None = None
-        self._evaluations: ValidationFile | None = None
+        self.evaluations: ValidationFile | None = None
+        """on rank 0 after ``begin``"""
 
     def begin(
         self,
@@ -174,16 +175,12 @@ class RunReport:
             flops_per_token: training FLOPs (forward and backward) of one token; None: no ``mfu``.
             peak_flops_total: FLOP/s of all devices together; None: no ``mfu``.
         """
-        self._flops_per_token, self._peak = flops_per_token, peak_flops_total
+        self.flops_per_token, self._peak = flops_per_token, peak_flops_total
         self._first_step = self._step = first_step
         if self.active:
             self._metrics = MetricsFile(self._output.metrics, first_step, self.warn)
-            self._evaluations = ValidationFile(self._output.eval_metrics, first_step, self.warn)
+            self.evaluations = ValidationFile(self._output.eval_metrics, first_step, self.warn)
             self._open_bar(first_step, total_steps)
-
-    def set_flops_per_token(self, flops: float) -> None:
-        """They change with the length of the sequences."""
-        self._flops_per_token = flops
 
     def _open_bar(self, first_step: int, total_steps: int) -> None:
         if sys.stderr is None or not sys.stderr.isatty():
@@ -248,21 +245,16 @@ class RunReport:
             "data_wait_seconds": record.data_wait_seconds,
             "peak_memory_bytes": record.peak_memory_bytes,
         }
-        if self._flops_per_token and self._peak:
-            line["mfu"] = self._flops_per_token * per_second / self._peak
+        if self.flops_per_token and self._peak:
+            line["mfu"] = self.flops_per_token * per_second / self._peak
         if self._first_step and record.step == self._first_step + 1:
             line["resumed"] = True
         return {**line, **record.extra}
 
-    @property
-    def last_validation(self) -> int:
-        """The step of the last validation recorded, by this run or before; 0 without any."""
-        return self._evaluations.last_step if self._evaluations is not None else 0
-
     def validation(self, record: ValidationRecord) -> None:
         """Record and print the loss of one validation set."""
-        if self._evaluations is not None:
-            self.info(self._evaluations.write(record))
+        if self.evaluations is not None:
+            self.info(self.evaluations.write(record))
 
     def sample(self, step: int, text: str) -> None:
         """Print a generated text."""
@@ -297,7 +289,7 @@ class RunReport:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        for file in (self._metrics, self._evaluations):
+        for file in (self._metrics, self.evaluations):
             if file is not None:
                 file.close()
 

@@ -7,13 +7,24 @@ from typing import Any
 
 from argonne.config.options import RunConfig
 
+MIXTURE = "mixture"
+"""Key of the place in a mixture, which has the places of all its sources by their names."""
+PLACE = ("data_position", "data_state")
 
-def data_key(config: RunConfig) -> str:
-    """What names the place in a stage's data; "" for a mixture, whose sources have names of their own."""
+
+def data_source(config: RunConfig) -> dict[str, Any]:
+    """What names the place in a stage's data, for its checkpoints: a key, and the globs that it reads."""
     data = config.data
-    if getattr(data, "data_mix", ()):
-        return ""
-    return data.data_glob if data.streaming else f"{data.data_glob} in blocks of {config.training.block_size}"
+    if data.data_mix:
+        return {"key": MIXTURE, "globs": [source.glob for source in data.data_mix]}
+    # A place in a shuffled order means something at one block size only.
+    blocks = "" if data.streaming else f" in blocks of {config.training.block_size}"
+    return {"key": data.data_glob + blocks, "globs": [data.data_glob] if data.streaming else []}
+
+
+def _same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a place in one names a place in the other."""
+    return one["key"] == other["key"] or bool(set(one["globs"]) & set(other["globs"]))
 
 
 def metadata_for(config: RunConfig, metadata: Mapping[str, Any], *, new_stage: bool) -> dict[str, Any]:
@@ -22,22 +33,25 @@ def metadata_for(config: RunConfig, metadata: Mapping[str, Any], *, new_stage: b
     Those of ``metadata``, unless a new stage reads other data than the stage before: then those where an
     earlier stage left it, or none.
     """
-    own = {key: metadata[key] for key in ("data_position", "data_state") if metadata.get(key) is not None}
-    key, saved_key = data_key(config), metadata.get("data_source")
-    if new_stage and key and saved_key and key != saved_key:
-        own = dict((metadata.get("data_places") or {}).get(key) or {})
-    if new_stage and config.data.streaming and own.get("data_state"):
-        # A stage may change these; they move no place in a stream.
-        training = config.training
-        own["data_state"] = {**own["data_state"], "block_size": training.block_size}
+    own = {key: metadata[key] for key in PLACE if metadata.get(key) is not None}
+    before, now = metadata.get("data_source"), data_source(config)
+    if not new_stage:
+        return own
+    if before is not None and not _same_data(before, now):
+        own = dict((metadata.get("data_places") or {}).get(now["key"]) or {})
+    if config.data.streaming and own.get("data_state"):
+        # A stage may change it; that moves no place in a stream.
+        own["data_state"] = {**own["data_state"], "block_size": config.training.block_size}
     return own
 
 
 def places_beside(config: RunConfig, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The places of data that the stage does not read, to be kept for one that will."""
     places = dict(metadata.get("data_places") or {})
-    key, saved_key = data_key(config), metadata.get("data_source")
-    if saved_key and metadata.get("data_position") is not None:
-        places[saved_key] = {name: metadata.get(name) for name in ("data_position", "data_state")}
-    places.pop(key, None)
+    before, now = metadata.get("data_source"), data_source(config)
+    if before is not None and metadata.get("data_position") is not None:
+        places[before["key"]] = {name: metadata.get(name) for name in PLACE}
+        if _same_data(before, now):
+            del places[before["key"]]
+    places.pop(now["key"], None)
     return places

@@ -71,7 +71,7 @@ def begin_stage(run: Run, metadata: Mapping[str, Any]) -> None:
         run.report.info(f"The optimizer begins anew (reset-optimizer of stage {stages.current.name})")
     run.keeper.keep_for_good(stages.lasting())
     raise_context(run.settings, trained, run.config.training.block_size, run.report.info)
-    run.report.set_flops_per_token(flops_per_token(trained, run.config.training.block_size))
+    run.report.flops_per_token = flops_per_token(trained, run.config.training.block_size)
 
 
 def raise_context(

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from argonne.config.derived import derive_accumulation, derive_steps
 from argonne.config.flags import flag_fields, flag_names
-from argonne.config.options import RunConfig, derive_accumulation, derive_steps
+from argonne.config.options import RunConfig
 from argonne.config.recipe import STAGE_GROUPS, Recipe, groups, stage_fields
 from argonne.errors import CheckpointError, ConfigError
 

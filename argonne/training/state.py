@@ -25,7 +25,7 @@ from argonne.training.changes import (
     run_settings,
     saved_settings,
 )
-from argonne.training.data_places import data_key
+from argonne.training.data_places import data_source
 from argonne.training.generation import generate_text
 from argonne.training.keeper import CheckpointKeeper
 from argonne.training.schedule import Schedule
@@ -220,8 +220,9 @@ class Run:
     def validate_if_missed(self) -> None:
         """A run that was stopped where a validation was due makes it when it is resumed; collective."""
         if self.step and self.validation_sets:
-            done = broadcast_object(self.report.last_validation == self.step, self.trained.parallel)
-            if not done:
+            recorded = self.report.evaluations
+            done = recorded is not None and recorded.last_step == self.step
+            if not broadcast_object(done, self.trained.parallel):
                 self.validate_if_due()
 
     def save(self) -> Path:
@@ -255,7 +256,7 @@ class Run:
             "data_state": self.opened.state_dict(self.progress),
         }
         if self.stages.current.name:
-            found |= {"data_source": data_key(self.config), "data_places": self.data_places}
+            found |= {"data_source": data_source(self.config), "data_places": self.data_places}
         return found
 
     def sample(self) -> None:

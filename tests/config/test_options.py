@@ -5,7 +5,8 @@ import pytest
 from argonne.config.command_line import (
     parse_command_line,
 )
-from argonne.config.options import TrainingOptions, derive_accumulation
+from argonne.config.derived import derive_accumulation
+from argonne.config.options import TrainingOptions
 from argonne.errors import ConfigError
 
 NEEDED = ["--tokenizer-path", "tok"]

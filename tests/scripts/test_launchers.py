@@ -184,6 +184,43 @@ def test_slurm_passes_its_warning_on_and_goes_back_in_the_queue(tmp_path: Path) 
     assert "scancel --signal=USR1 4242.0" in calls.read_text() and "requeue 4242" in calls.read_text()
 
 
+@pytest.mark.parametrize(
+    ("state", "step", "restarts", "again", "code"),
+    [
+        ("finished", 9, "1", False, 0),
+        ("stopped", 9, "1", True, 0),  # by --max-run-time, without a signal
+        ("stopped", 5, "1", False, 1),  # no step since it was put back
+        ("stopped", 5, "0", True, 0),
+        ("failed", 9, "1", False, 1),
+    ],
+)
+def test_slurm_goes_back_in_the_queue_until_the_recipe_is_finished(
+    tmp_path: Path, state: str, step: int, restarts: str, again: bool, code: int
+) -> None:
+    output, calls = tmp_path / "run", tmp_path / "calls"
+    (output / "stats").mkdir(parents=True)
+    status = output / "stats" / "run_status.json"
+    status.write_text('{"state": "stopped", "step": 5}')
+    path = fake_slurm(tmp_path / "bin")
+    ended = f'{{"state": "{state}", "step": {step}}}'
+    exit_code = 0 if state == "finished" else 1
+    (tmp_path / "bin" / "srun").write_text(f"#!/bin/sh\necho '{ended}' >{status}\nexit {exit_code}\n")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'tokenizer-path = "t"\noutput-dir = "{output}"\n')
+    job = subprocess.run(
+        ["bash", str(SCRIPTS / "launch_slurm.sbatch"), "--config", str(recipe)],
+        env={
+            **{key: value for key, value in os.environ.items() if key != "RANK"},
+            "PATH": path, "CALLS": str(calls), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node7",
+            "SLURM_RESTART_COUNT": restarts, "ARGONNE_ROOT": str(ROOT), "ARGONNE_PYTHON": sys.executable,
+        },
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert job.returncode == code, job.stderr
+    assert ("requeue 7" in calls.read_text()) is again
+    assert ("no step was made" in job.stderr) is (state == "stopped" and not again)
+
+
 def test_slurm_warns_as_long_before_the_end_as_a_save_may_take() -> None:
     lead = re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", (SCRIPTS / "launch_slurm.sbatch").read_text(), re.M)
     grace = re.search(r"shutdown_timeout=(\d+)", (SCRIPTS / "launch_multi_node.sh").read_text())

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from argonne.config.options import TrainingOptions, derive_steps
+from argonne.config.derived import derive_steps
+from argonne.config.options import TrainingOptions
 from argonne.errors import ConfigError
 from argonne.training.schedule import Schedule
 from tests import FIXTURES

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from argonne.config.command_line import parse_recipe
+from argonne.config.mixture import MixedSource
+from argonne.config.options import DataOptions
 from argonne.config.recipe import Recipe
 from argonne.errors import CheckpointError, ConfigError
-from argonne.training.data_places import metadata_for, places_beside
+from argonne.training.data_places import data_source, metadata_for, places_beside
 from argonne.training.stages import Stages, plan_stages, resume_stages
 
 RECIPE = """
@@ -157,24 +159,51 @@ def test_damaged_stages_of_a_checkpoint_are_refused(written: Any) -> None:
             resume_stages(plan_stages(written(), 1), {"stages": stages}, 3)
 
 
+def source(*globs: str, key: str = "") -> dict[str, Any]:
+    return {"key": key or globs[0], "globs": list(globs)}
+
+
 def test_places_of_data_that_a_stage_does_not_read_are_kept(written: Any) -> None:
     first, second, third = (stage.config for stage in begun(written()).planned)
     here = first.data.data_glob
-    metadata: dict[str, Any] = {
-        "data_position": {"row": 5}, "data_state": {"samples": 3, "block_size": 8}, "data_source": here,
-    }  # fmt: skip
+    place = {"data_position": {"row": 5}, "data_state": {"samples": 3, "block_size": 8}}
+    metadata: dict[str, Any] = {**place, "data_source": source(here)}
     assert metadata_for(second, metadata, new_stage=True) == {}
     assert metadata_for(second, metadata, new_stage=False)["data_position"] == {"row": 5}
     places = places_beside(second, metadata)
-    assert places == {here: {"data_position": {"row": 5}, "data_state": metadata["data_state"]}}
-    after = {"data_position": {"row": 9}, "data_state": {"block_size": 16}, "data_source": "other/*.parquet"}
-    back = metadata_for(third, {**after, "data_places": places}, new_stage=True)
-    assert back == {"data_position": {"row": 5}, "data_state": {"samples": 3, "block_size": 8}}
-    assert places_beside(third, {**after, "data_places": places}).keys() == {"other/*.parquet"}
+    assert places == {here: place} and places_beside(first, metadata) == {}
+    after: dict[str, Any] = {
+        "data_position": {"row": 9}, "data_state": {"block_size": 16}, "data_places": places,
+        "data_source": source("other/*.parquet"),
+    }  # fmt: skip
+    assert metadata_for(third, after, new_stage=True) == place
+    assert places_beside(third, after).keys() == {"other/*.parquet"}
+
+
+def test_a_mixture_keeps_its_places_by_name(written: Any) -> None:
+    one, two, three = (
+        dataclasses.replace(begun(written()).planned[0].config, data=DataOptions(tokenizer_path="t", **given))
+        for given in (
+            {"data_mix": (MixedSource("a", "1", "a/*"), MixedSource("b", "2", "b/*"))},
+            {"data_mix": (MixedSource("c", "1", "c/*"),)},
+            {"data_glob": "d/*"},
+        )
+    )
+    place = {"data_position": {"sources": {}}, "data_state": {"block_size": 8}}
+    metadata: dict[str, Any] = {**place, "data_source": source("a/*", "b/*", key="mixture")}
+    assert metadata_for(two, metadata, new_stage=True) == place  # the data room tells the names apart
+    assert metadata_for(three, metadata, new_stage=True) == {}
+    places = places_beside(three, metadata)
+    assert places == {"mixture": place} and places_beside(two, metadata) == {}
+    alone = {**place, "data_source": source("d/*"), "data_places": places}
+    assert metadata_for(one, alone, new_stage=True) == place
+    assert metadata_for(one, {**place, "data_source": source("b/*")}, new_stage=True) == place
+    assert metadata_for(one, {**place, "data_source": source("d/*")}, new_stage=True) == {}
 
 
 def test_a_shuffled_place_means_something_at_one_block_size_only(written: Any) -> None:
     first = begun(written()).planned[0].config
     shuffled = dataclasses.replace(first, data=dataclasses.replace(first.data, streaming=False))
-    metadata = {"data_position": {"sample": 5}, "data_state": {}, "data_source": "x in blocks of 8"}
+    assert data_source(shuffled)["key"] == f"{first.data.data_glob} in blocks of 8"
+    metadata = {"data_position": {"sample": 5}, "data_state": {}, "data_source": source("x in blocks of 8")}
     assert metadata_for(shuffled, metadata, new_stage=True) == {}
