@@ -601,6 +601,7 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         self.norm = ArgonneRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary_frequencies = rotary_frequencies(config)
+        self._rotary_tables: tuple[Tensor, Tensor] | None = None
         self.loss_function = causal_lm_loss
         self.loss_type = "ForCausalLM"  # Trainer counts the targets of models that say so
         self.gradient_checkpointing = False
@@ -774,10 +775,25 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None,
         past_key_values: Cache | None,
     ) -> tuple[Tensor, Tensor]:
+        seq_len = tokens.shape[1]
+        if position_ids is None and past_key_values is None and not torch.compiler.is_compiling():
+            return self._tables_of_length(seq_len, tokens.device, _compute_dtype(dtype))
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (torch.arange(tokens.shape[1], device=tokens.device) + seen)[None]
+            position_ids = (torch.arange(seq_len, device=tokens.device) + seen)[None]
         return rotary_tables(self.rotary_frequencies, position_ids, dtype)
+
+    def _tables_of_length(
+        self, seq_len: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The tables of positions 0 to seq_len - 1, built once and kept until another length needs more."""
+        kept = self._rotary_tables
+        if kept is None or kept[0].shape[1] < seq_len or (kept[0].device, kept[0].dtype) != (device, dtype):
+            kept = rotary_tables(self.rotary_frequencies, torch.arange(seq_len, device=device)[None], dtype)
+            if type(kept[0]) is Tensor and not kept[0].is_inference():  # the backward pass takes no others
+                self._rotary_tables = kept
+        cos, sin = kept
+        return cos[:, :seq_len], sin[:, :seq_len]
 
 
 def _to_autocast_dtype(hidden_states: Tensor) -> Tensor:
