@@ -603,6 +603,8 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         self.rotary_frequencies = rotary_frequencies(config)
         self._rotary_tables: tuple[Tensor, Tensor] | None = None
         self.loss_function = causal_lm_loss
+        # Takes head and loss together where a caller sets it: the logits are then never there as a whole.
+        self.head_loss: Callable[..., Tensor] | None = None
         self.loss_type = "ForCausalLM"  # Trainer counts the targets of models that say so
         self.gradient_checkpointing = False
         self.post_init()
@@ -651,7 +653,8 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
 
         ``labels`` are shifted inside, once; ``shift_labels`` are targets already shifted. ``use_cache``
         defaults to the configuration's in evaluation and to False in training. ``logits_to_keep`` n > 0
-        computes the logits of the last n positions only (or of the positions in a 1-D tensor). ``cache`` is
+        computes the logits of the last n positions only (or of the positions in a 1-D tensor). Where
+        ``head_loss`` is set, a call with ``shift_labels`` returns no logits. ``cache`` is
         another name of ``past_key_values``, which later versions of transformers use; ``cache_position``
         follows from the cache and is not needed.
 
@@ -693,8 +696,22 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         if collected is not None:
             collected[-1] = hidden_states
 
+        all_hidden_states = None if collected is None else tuple(collected)
+        loss: Tensor | None = None
+        if self.head_loss is not None and shift_labels is not None:
+            loss = self.head_loss(
+                hidden_states,
+                self.lm_head.weight,
+                shift_labels,
+                num_items_in_batch=num_items_in_batch,
+                logit_softcap=self.config.logit_softcap,
+                z_loss_weight=self.config.z_loss_weight,
+            )
+            return CausalLMOutputWithPast(
+                loss=loss, past_key_values=past_key_values, hidden_states=all_hidden_states
+            )
+
         logits = self.lm_head(_keep_positions(hidden_states, logits_to_keep))
-        loss = None
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(
                 logits=logits,
@@ -709,7 +726,7 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=soft_cap(logits, self.config.logit_softcap),
             past_key_values=past_key_values,
-            hidden_states=None if collected is None else tuple(collected),
+            hidden_states=all_hidden_states,
         )
 
     def _checkpoints(self) -> bool:

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from argonne.errors import ConfigError
 from argonne.tp.architectures import plan_for
 from argonne.tp.calls import attach_call_hooks
+from argonne.tp.chunked_loss import attach_head_loss
 from argonne.tp.entrances import attach_entrances
 from argonne.tp.group import ProcessTPGroup, SimulatedTPGroup, TPGroup, as_tp_group
 from argonne.tp.initial_values import initialise_parameters
@@ -80,6 +81,7 @@ def shard_tensor_parallel(
     mesh: DeviceMesh | dist.ProcessGroup | TPGroup | None = None,
     *,
     sequence_parallel: bool = False,
+    loss_chunk_tokens: int | None = 0,
     plan: TensorParallelPlan | None = None,
 ) -> nn.Module:
     """Split ``model`` in place over a tensor-parallel group and return it.
@@ -97,6 +99,9 @@ def shard_tensor_parallel(
         model: an ArgonneModel, or transformers' Llama, Mistral, Qwen2, Qwen3 or GPT-2 with a language head.
         mesh: a DeviceMesh with a dimension "tp" (or of one dimension), a process group, or a group object.
         sequence_parallel: keep norms and the residual stream as slices of the sequence.
+        loss_chunk_tokens: a forward pass with ``shift_labels`` takes head and loss together, so many tokens
+            at a time (None: as many as 256 MiB of logits take), and returns no logits. 0: all at once. Models
+            of transformers, whose code has no place for it, always compute the logits.
         plan: replaces the plan of the model's type.
 
     Raises:
@@ -115,6 +120,8 @@ def shard_tensor_parallel(
     rewrite_head_counts(model, plan, group.size)
     attach_entrances(model, plan, group, sequence)
     attach_loss(model, plan, group)
+    if loss_chunk_tokens != 0 and hasattr(model, "head_loss"):
+        attach_head_loss(model, plan, group, head_sequence, loss_chunk_tokens)
     attach_call_hooks(model, plan, group, sequence, head_sequence)
     model.tensor_parallel = TensorParallelState(  # type: ignore[assignment]
         group=group,

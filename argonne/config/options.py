@@ -80,6 +80,13 @@ class TrainingOptions:
     global_batch_size: int | None = flag(
         None, "sequences per optimizer step over all replicas; sets the accumulation", kind=int, at_least=1
     )
+    loss_chunk_tokens: int | None = flag(
+        None,
+        "tokens of a micro-batch whose logits are held at a time; 0: all at once",
+        kind=int,
+        at_least=0,
+        default_text="as many as 256 MiB of logits take",
+    )
     learning_rate: float = flag(1e-4, "peak learning rate", kind=float, above=0)
     min_learning_rate: float = flag(1e-5, "learning rate at step 0 and at the end", kind=float, at_least=0)
     warmup_steps: int = flag(2000, "optimizer steps of linear warm-up", kind=int, at_least=0)

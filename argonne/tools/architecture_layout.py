@@ -196,7 +196,7 @@ def _halves(
         ]
 
     norms = norms_of(Style.RESIDUAL)
-    out_norms = norms[2:] or [None, None]
+    out_norms: list[str | None] = [*norms[2:], None, None]
     gated = len(part(plan.mlp, Style.COLUMN)) == 2
     attention = Half(
         title="attention",

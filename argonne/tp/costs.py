@@ -238,10 +238,12 @@ def tensor_parallel(
     element_bytes: int,
     *,
     sequence_parallel: bool = False,
+    loss_in_chunks: bool = False,
 ) -> SplitCost:
     """This suite's split: one entrance and one exit per block half (Shoeybi et al. 2019, section 3).
 
     ``tokens`` is (batch, seq_len); a sequence that the ranks do not divide is padded where it is scattered.
+    With ``loss_in_chunks`` (``argonne.tp.chunked_loss``) the head does not gather its input again.
     """
     batch, seq_len = tokens
     layers, width = outline.num_layers, outline.hidden_size * element_bytes
@@ -249,7 +251,9 @@ def tensor_parallel(
     padded = batch * ranks * math.ceil(seq_len / ranks) * width
     loss: Traffic = {"all_reduce": (2, 3 * batch * seq_len * max(_LOSS_BYTES, element_bytes))}
     if sequence_parallel:
-        forward, backward = _sequence_parallel_traffic(outline.plan, layers, plain, padded)
+        forward, backward = _sequence_parallel_traffic(
+            outline.plan, layers, plain, padded, again=not loss_in_chunks
+        )
         name, source = "tensor + sequence parallel", "Korthikanti et al. 2022, section 4"
         waits = "2 a layer each way, re-gathers overlapped"
     else:
@@ -290,12 +294,15 @@ def _completing_traffic(slice_map: SliceMap, summed: Iterable[str], gradient_byt
 
 
 def _sequence_parallel_traffic(
-    plan: TensorParallelPlan, layers: int, plain: int, padded: int
+    plan: TensorParallelPlan, layers: int, plain: int, padded: int, *, again: bool
 ) -> tuple[Traffic, Traffic]:
-    """Forward and backward. A gather at each entrance, a reduce-scatter at each exit, mirrored backward."""
+    """Forward and backward. A gather at each entrance, a reduce-scatter at each exit, mirrored backward.
+
+    ``again``: the head, too, gathers its input a second time.
+    """
     if plan.seams:
         # The embedding's sum is scattered; column layers keep their slice of the input and gather it again.
-        gathers, regathers = 2 * layers + 1, 2 * layers + 1
+        gathers, regathers = 2 * layers + 1, 2 * layers + again
         return (
             {"all_gather": (gathers, gathers * padded), "reduce_scatter": (gathers, gathers * padded)},
             {
