@@ -53,6 +53,8 @@ def __getattr__(name: str) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and end the process: 0 (done), 1 (failed), 2 (wrong flags) or 75 (stopped by a signal, saved)."""
     config = parse_command_line(argv)
+    if config.planning.plan is not None:
+        return show_plan(config)
 
     from argonne.ranks.faults import run_error_of
     from argonne.ranks.launch import Environment
@@ -92,6 +94,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     code, line = control.fail(problem)
     report.close()
     leave(code, line)
+
+
+def show_plan(config: RunConfig) -> int:
+    """Print what the run would need, and end: --plan."""
+    from argonne.training.plan_text import plan_text
+
+    try:
+        print(plan_text(config))
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 def leave(code: int, line: str | None = None) -> NoReturn:
@@ -156,6 +170,7 @@ def build_run(config: RunConfig, start: Start, control: RunControl, report: RunR
     """The data at its place, the split model with its weights, and what else the loop works with."""
     from argonne.ranks.world import build_parallel
     from argonne.training.build import build_model, choose_tp_size, fill_weights
+    from argonne.training.fit import require_memory
     from argonne.training.header import estimated_save, open_metrics, run_facts, warn_ahead
     from argonne.training.keeper import CheckpointKeeper
     from argonne.training.setup import check_room_on_rank_0, open_feed, verify_if_asked
@@ -167,6 +182,7 @@ def build_run(config: RunConfig, start: Start, control: RunControl, report: RunR
     parallel = build_parallel(world, tp_size)
     accumulation = derive_accumulation(training, parallel.dp_size)
     samples_per_step = training.batch_size * accumulation * parallel.dp_size
+    require_memory(config, start.settings, parallel)
     opened, feed = open_feed(config, start, samples_per_step, report, world)
 
     trained = build_model(start.settings, config.parallel, training, parallel)

@@ -19,6 +19,8 @@ from argonne.errors import ConfigError
 from argonne.tp.architectures import plan_for
 from argonne.tp.calls import attach_call_hooks
 from argonne.tp.chunked_loss import attach_head_loss
+from argonne.tp.costs import ModelOutline, SplitCost
+from argonne.tp.costs import tensor_parallel as tensor_parallel_cost
 from argonne.tp.entrances import attach_entrances
 from argonne.tp.group import ProcessTPGroup, SimulatedTPGroup, TPGroup, as_tp_group
 from argonne.tp.initial_values import initialise_parameters
@@ -31,6 +33,7 @@ from argonne.tp.plan import (
     fitting_degrees,
     summed_parameters,
 )
+from argonne.tp.plan_memory import OUTSIDE_BYTES, Layout, RankMemory, rank_memory
 from argonne.tp.precision import DTYPES
 from argonne.tp.regions import (
     SequenceState,
@@ -42,22 +45,29 @@ from argonne.tp.regions import (
     scatter_to_region,
     split_sequence,
 )
+from argonne.tp.shape_only import shape_only
 from argonne.tp.slices import SliceMap
 from argonne.tp.state import TensorParallelState, gather_state_dict, gather_unsharded, take_slice
 from argonne.tp.swap import rewrite_head_counts, swap_layers
 
 __all__ = [
     "DTYPES",
+    "OUTSIDE_BYTES",
     "ColumnParallelLinear",
+    "Layout",
+    "ModelOutline",
     "ProcessTPGroup",
+    "RankMemory",
     "RowParallelLinear",
     "SimulatedTPGroup",
     "SliceMap",
+    "SplitCost",
     "TPGroup",
     "TensorParallelModel",
     "TensorParallelState",
     "VocabParallelEmbedding",
     "as_tp_group",
+    "build_slice_map",
     "check_degree",
     "copy_to_region",
     "fitting_degrees",
@@ -66,12 +76,15 @@ __all__ = [
     "gather_state_dict",
     "gather_unsharded",
     "initialise_parameters",
+    "rank_memory",
     "reduce_from_region",
     "reduce_scatter_sequence",
     "scatter_to_region",
+    "shape_only",
     "shard_tensor_parallel",
     "split_sequence",
     "take_slice",
+    "tensor_parallel_cost",
     "vocab_parallel_cross_entropy",
 ]
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from argonne.config.devices import device_bytes
 from argonne.config.flags import FlagParser, fill, flag_fields, flag_names, parse_given
 from argonne.config.options import EPOCH_CHECKPOINT_INTERVAL, NO_CHECKPOINT, ModelOptions, RunConfig
 from argonne.config.presets import load_model_settings
@@ -43,7 +44,12 @@ def _combination_problems(config: RunConfig, given: Mapping[str, Any]) -> list[s
     """Contradictions between flags that are each sound alone."""
     training, checkpoint = config.training, config.checkpoint
     problems = []
-    if not config.data.tokenizer_path and "tokenizer_path" not in given:
+    try:
+        device_bytes(config.planning.plan_device)
+    except ConfigError as error:
+        problems.append(str(error))
+    planned = config.planning.plan is not None
+    if not config.data.tokenizer_path and "tokenizer_path" not in given and not planned:
         problems.append("--tokenizer-path is required: give the folder of a Hugging Face tokenizer")
     for field, rules in flag_fields(ModelOptions):
         if rules.refused and field.name in given:

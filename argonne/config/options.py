@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from argonne.config.devices import DEVICE_BYTES
 from argonne.config.flags import duration, flag
 from argonne.config.presets import PRESETS
 from argonne.errors import ConfigError
@@ -206,6 +207,24 @@ class ControlOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What a run would need and take, without running it."""
+
+    plan: str | None = flag(
+        None,
+        "print memory, collectives, time and the layouts that fit, and end; needs no GPU",
+        choices=("text", "json"),
+        alone="text",
+        default_text="train",
+    )
+    plan_world_size: int = flag(8, "ranks that --plan plans for", kind=int, at_least=1)
+    plan_device: str = flag(
+        "H100", f"device that --plan plans for: {', '.join(DEVICE_BYTES)}, or its bytes of memory"
+    )
+    ignore_plan: bool = flag(False, "train even where the plan does not fit the devices")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a run was asked to do."""
 
@@ -216,6 +235,7 @@ class RunConfig:
     checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
     output: OutputOptions = dataclasses.field(default_factory=OutputOptions)
     control: ControlOptions = dataclasses.field(default_factory=ControlOptions)
+    planning: PlanOptions = dataclasses.field(default_factory=PlanOptions)
     debug: bool = flag(False, "print the traceback of an error")
 
 

@@ -162,6 +162,8 @@ class SplitCost:
     """What the ranks wait for, in words."""
     source: str
     remark: str = field(default="")
+    completing: Traffic = field(default_factory=dict)
+    """What of ``step`` is done once a step, however many micro-batches it has."""
     sharers: int = 1
     """Ranks that hold copies of the same key/value heads."""
 
@@ -272,6 +274,7 @@ def tensor_parallel(
         ),
         forward=add_traffic(forward, loss),
         step=add_traffic(forward, backward, loss, completing),
+        completing=completing,
         waits=waits,
         source=source,
         sharers=slice_map.sharers,
