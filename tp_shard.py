@@ -102,33 +102,27 @@ def shard_tensor_parallel(
     The model may hold weights (every rank the same: each keeps its slice) or lie on the meta device (the
     slices do too, and are materialised and filled afterwards). Parameter names do not change. A forward
     pass with ``labels`` or ``shift_labels`` computes the loss on vocabulary slices and returns the local
-    logits (batch, seq_len, local_vocab_size); without them the logits are gathered.
+    logits (batch, seq_len, local_vocab_size); without them they are gathered.
 
-    After each backward pass of a step (once, with gradient accumulation) call
-    ``model.tensor_parallel.sum_partial_gradients``, which does nothing unless heads are shared, norms lie
-    on local heads, or ``sequence_parallel`` is on.
+    After the backward passes of a step call ``model.tensor_parallel.sum_partial_gradients``, which does
+    nothing unless heads are shared, norms lie on local heads, or ``sequence_parallel`` is on.
 
     Args:
         model: an ArgonneModel, or transformers' Llama, Mistral, Qwen2, Qwen3 or GPT-2 with a language head.
         mesh: a DeviceMesh with a dimension "tp" (or of one dimension), a process group, or a group object.
         sequence_parallel: keep norms and the residual stream as slices of the sequence.
-        loss_chunk_tokens: a forward pass with ``shift_labels`` takes head and loss together, so many tokens
-            at a time (None: as many as 256 MiB of logits take), and returns no logits. 0: all at once. Models
-            of transformers, whose code has no place for it, always compute the logits.
+        loss_chunk_tokens: with ``shift_labels`` an ArgonneModel takes head and loss together, so many tokens
+            at a time (None: 256 MiB of logits), and returns no logits; 0: all at once.
         plan: replaces the plan of the model's type.
 
     Raises:
-        ConfigError: unknown architecture, or a degree that does not fit the heads.
-    """
-    group = as_tp_group(mesh)
-    plan = plan or plan_for(model)
+        ConfigError: unknown architecture, or a degree that does not fit the heads."""
+    group, plan = as_tp_group(mesh), plan or plan_for(model)
     if sequence_parallel and not plan.sequence_parallel:
         raise ConfigError(f"--sequence-parallel does not work with {type(model).__name__}; leave it out")
     slice_map = build_slice_map(model, plan, group.size)
     summed = summed_parameters(model, plan, sequence_parallel=sequence_parallel)
-    sequence = SequenceState(enabled=sequence_parallel and group.size > 1)
-    head_sequence = SequenceState()
-
+    sequence, head_sequence = SequenceState(sequence_parallel and group.size > 1), SequenceState()
     swap_layers(model, plan, slice_map, group, sequence, head_sequence)
     rewrite_head_counts(model, plan, group.size)
     attach_entrances(model, plan, group, sequence)

@@ -253,14 +253,9 @@ def vocab_parallel_cross_entropy(
     _check(logits, targets, total, ignore_index, reduction)
     flat_targets = targets.reshape(-1)
     rule = LossRule.on(
-        group,
-        local_vocab_size,
-        total,
-        logits.dtype,
-        ignore_index=ignore_index,
-        logit_softcap=logit_softcap,
-        z_loss_weight=z_loss_weight,
-    )
+        group, local_vocab_size, total, logits.dtype,
+        ignore_index=ignore_index, logit_softcap=logit_softcap, z_loss_weight=z_loss_weight,
+    )  # fmt: skip
     losses = _VocabParallelCrossEntropy.apply(logits.reshape(-1, local_vocab_size), flat_targets, rule)
     if reduction == "none":
         return losses.view(targets.shape)

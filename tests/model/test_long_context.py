@@ -101,7 +101,8 @@ def test_kept_tables_change_nothing() -> None:
     assert torch.equal(loss_of(model, tokens), expected)
     model.double()
     assert loss_of(model, tokens).dtype == torch.float64
-    assert model._rotary_tables is not None and model._rotary_tables[0].dtype == torch.float64
+    kept = model._rotary_tables.kept
+    assert kept is not None and kept[0].dtype == torch.float64
 
 
 def test_training_goes_on_after_inference_mode() -> None:
