@@ -348,6 +348,40 @@ def rotary_tables(frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype)
     return angles.cos().to(_compute_dtype(dtype)), angles.sin().to(_compute_dtype(dtype))
 
 
+class _RotaryTables:
+    """Keeps the tables of the longest sequence so far, which begin with those of every shorter one."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def of_call(
+        self,
+        frequencies: Tensor,
+        tokens: Tensor,
+        dtype: torch.dtype,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The tables for a forward pass over ``tokens`` (batch, seq_len)."""
+        seq_len = tokens.shape[1]
+        if position_ids is None and past_key_values is None and not torch.compiler.is_compiling():
+            return self._of_length(frequencies, seq_len, tokens.device, _compute_dtype(dtype))
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(seq_len, device=tokens.device) + seen)[None]
+        return rotary_tables(frequencies, position_ids, dtype)
+
+    def _of_length(
+        self, frequencies: Tensor, seq_len: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        kept = self.kept
+        if kept is None or kept[0].shape[1] < seq_len or (kept[0].device, kept[0].dtype) != (device, dtype):
+            kept = rotary_tables(frequencies, torch.arange(seq_len, device=device)[None], dtype)
+            if type(kept[0]) is Tensor and not kept[0].is_inference():  # the backward pass takes no others
+                self.kept = kept
+        return kept[0][:, :seq_len], kept[1][:, :seq_len]
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (batch, seq_len, num_heads, head_dim), dimension i paired with i + head_dim / 2."""
     first, second = x.chunk(2, dim=-1)
@@ -606,7 +640,10 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         self.norm = ArgonneRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary_frequencies = rotary_frequencies(config)
+        self._rotary_tables = _RotaryTables()
         self.loss_function = causal_lm_loss
+        # Takes head and loss together where a caller sets it: the logits are then never there as a whole.
+        self.head_loss: Callable[..., Tensor] | None = None
         self.loss_type = "ForCausalLM"  # Trainer counts the targets of models that say so
         self.gradient_checkpointing = False
         self._checkpointed_every = 1
@@ -656,7 +693,8 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
 
         ``labels`` are shifted inside, once; ``shift_labels`` are targets already shifted. ``use_cache``
         defaults to the configuration's in evaluation and to False in training. ``logits_to_keep`` n > 0
-        computes the logits of the last n positions only (or of the positions in a 1-D tensor). ``cache`` is
+        computes the logits of the last n positions only (or of the positions in a 1-D tensor). Where
+        ``head_loss`` is set, a call with ``shift_labels`` returns no logits. ``cache`` is
         another name of ``past_key_values``, which later versions of transformers use; ``cache_position``
         follows from the cache and is not needed.
 
@@ -677,8 +715,8 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         if output_attentions:
             raise ValueError("ArgonneModel does not return attention weights (output_attentions)")
         hidden_states = _to_autocast_dtype(hidden_states)
-        position_embeddings = self._position_embeddings(
-            tokens, hidden_states.dtype, position_ids, past_key_values
+        position_embeddings = self._rotary_tables.of_call(
+            self.rotary_frequencies, tokens, hidden_states.dtype, position_ids, past_key_values
         )
         masks = self._masks(tokens, hidden_states.dtype, attention_mask, position_ids, past_key_values)
         # Only now: transformers looks for packed sequences in position_ids only where there is no cache.
@@ -702,21 +740,25 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         if collected is not None:
             collected[-1] = hidden_states
 
-        logits = self.lm_head(_keep_positions(hidden_states, logits_to_keep))
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                shift_labels=shift_labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                logit_softcap=self.config.logit_softcap,
-                z_loss_weight=self.config.z_loss_weight,
-            )
+        logits = loss = None
+        losses = {
+            "num_items_in_batch": num_items_in_batch,
+            "logit_softcap": self.config.logit_softcap,
+            "z_loss_weight": self.config.z_loss_weight,
+        }
+        if self.head_loss is not None and shift_labels is not None:
+            loss = self.head_loss(hidden_states, self.lm_head.weight, shift_labels, **losses)
+        else:
+            logits = self.lm_head(_keep_positions(hidden_states, logits_to_keep))
+            if labels is not None or shift_labels is not None:
+                targets = {"labels": labels, "shift_labels": shift_labels}
+                loss = self.loss_function(
+                    logits=logits, vocab_size=self.config.vocab_size, **targets, **losses
+                )
+            logits = soft_cap(logits, self.config.logit_softcap)
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=soft_cap(logits, self.config.logit_softcap),
+            logits=logits,
             past_key_values=past_key_values,
             hidden_states=None if collected is None else tuple(collected),
         )
@@ -789,18 +831,6 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             **named_cache,
         )
-
-    def _position_embeddings(
-        self,
-        tokens: Tensor,
-        dtype: torch.dtype,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-    ) -> tuple[Tensor, Tensor]:
-        if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (torch.arange(tokens.shape[1], device=tokens.device) + seen)[None]
-        return rotary_tables(self.rotary_frequencies, position_ids, dtype)
 
 
 def _to_autocast_dtype(hidden_states: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from argonne.config.recipe import Recipe, recipe_values
 from argonne.errors import RunError
 
 if TYPE_CHECKING:
+    from argonne.config.options import RunConfig
     from argonne.ranks.launch import Environment
     from argonne.ranks.world import World
     from argonne.run.control import RunControl
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = recipe.config
     if config.recipe.rehearse:
         rehearse(sys.argv[1:] if argv is None else argv)
+    if config.planning.plan is not None:
+        return show_plan(config)
 
     from argonne.ranks.launch import Environment
 
@@ -113,6 +116,18 @@ def rehearse(argv: Sequence[str]) -> NoReturn:
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-P", "-m", "argonne.tools.rehearsal", *argv]
     os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})
+
+
+def show_plan(config: RunConfig) -> int:
+    """Print what the run would need, and end: --plan."""
+    from argonne.training.plan_text import plan_text
+
+    try:
+        print(plan_text(config))
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 def leave(code: int, line: str | None = None) -> NoReturn:
@@ -184,6 +199,7 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     from argonne.ranks.world import build_parallel
     from argonne.training.build import build_model, choose_tp_size, fill_weights
     from argonne.training.data_places import metadata_for
+    from argonne.training.fit import require_memory
     from argonne.training.header import estimated_save, open_metrics, run_facts, warn_ahead
     from argonne.training.keeper import CheckpointKeeper
     from argonne.training.setup import check_room_on_rank_0, open_feed, validation_sets, verify_if_asked
@@ -197,6 +213,7 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     stages = choose_stage(recipe, metadata, step, parallel, report)
     stage, samples = stages.current, stages.current.samples_per_step
     config, training = stage.config, stage.config.training
+    require_memory(config, start.settings, parallel)
     place = metadata_for(config, metadata, new_stage=step == stages.first_step)
     opened, feed = open_feed(config, start.tokenizer, place, step, samples, report, world)
     held_out = validation_sets(config, start.tokenizer, parallel)

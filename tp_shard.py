@@ -19,6 +19,9 @@ from torch.distributed.tensor import DTensor
 from argonne.errors import ConfigError
 from argonne.tp.architectures import plan_for
 from argonne.tp.calls import attach_call_hooks
+from argonne.tp.chunked_loss import attach_head_loss
+from argonne.tp.costs import ModelOutline, SplitCost
+from argonne.tp.costs import tensor_parallel as tensor_parallel_cost
 from argonne.tp.dropout import attach_dropout
 from argonne.tp.entrances import attach_entrances
 from argonne.tp.group import ProcessTPGroup, SimulatedTPGroup, TPGroup, as_tp_group
@@ -32,6 +35,7 @@ from argonne.tp.plan import (
     fitting_degrees,
     summed_parameters,
 )
+from argonne.tp.plan_memory import OUTSIDE_BYTES, Layout, RankMemory, rank_memory
 from argonne.tp.precision import DTYPES
 from argonne.tp.regions import (
     SequenceState,
@@ -44,6 +48,7 @@ from argonne.tp.regions import (
     split_sequence,
 )
 from argonne.tp.saving import guard_saving
+from argonne.tp.shape_only import shape_only
 from argonne.tp.slices import SliceMap
 from argonne.tp.state import (
     TensorParallelState,
@@ -56,16 +61,22 @@ from argonne.tp.swap import rewrite_head_counts, swap_layers
 
 __all__ = [
     "DTYPES",
+    "OUTSIDE_BYTES",
     "ColumnParallelLinear",
+    "Layout",
+    "ModelOutline",
     "ProcessTPGroup",
+    "RankMemory",
     "RowParallelLinear",
     "SimulatedTPGroup",
     "SliceMap",
+    "SplitCost",
     "TPGroup",
     "TensorParallelModel",
     "TensorParallelState",
     "VocabParallelEmbedding",
     "as_tp_group",
+    "build_slice_map",
     "check_degree",
     "copy_to_region",
     "fitting_degrees",
@@ -74,12 +85,15 @@ __all__ = [
     "gather_state_dict",
     "gather_unsharded",
     "initialise_parameters",
+    "rank_memory",
     "reduce_from_region",
     "reduce_scatter_sequence",
     "scatter_to_region",
+    "shape_only",
     "shard_tensor_parallel",
     "split_sequence",
     "take_slice",
+    "tensor_parallel_cost",
     "unsharded_state_dict",
     "vocab_parallel_cross_entropy",
 ]
@@ -90,6 +104,7 @@ def shard_tensor_parallel(
     mesh: DeviceMesh | dist.ProcessGroup | TPGroup | None = None,
     *,
     sequence_parallel: bool = False,
+    loss_chunk_tokens: int | None = 0,
     plan: TensorParallelPlan | None = None,
 ) -> nn.Module:
     """Split ``model`` in place over a tensor-parallel group and return it.
@@ -101,14 +116,15 @@ def shard_tensor_parallel(
     on replicated activations, whatever the ranks' seeds, and different ones on divided heads.
     ``save_pretrained`` refuses to write slices.
 
-    After each backward pass of a step (once, with gradient accumulation) call
-    ``model.tensor_parallel.sum_partial_gradients``, which does nothing unless heads are shared, norms lie
-    on local heads, or ``sequence_parallel`` is on.
+    After the backward passes of a step call ``model.tensor_parallel.sum_partial_gradients``, which does
+    nothing unless heads are shared, norms lie on local heads, or ``sequence_parallel`` is on.
 
     Args:
         model: an ArgonneModel, or transformers' Llama, Mistral, Qwen2, Qwen3 or GPT-2 with a language head.
         mesh: a DeviceMesh with a dimension "tp" (or of one dimension), a process group, or a group object.
         sequence_parallel: keep norms and the residual stream as slices of the sequence.
+        loss_chunk_tokens: with ``shift_labels`` an ArgonneModel takes head and loss together, so many tokens
+            at a time (None: 256 MiB of logits), and returns no logits; 0: all at once.
         plan: replaces the plan of the model's type.
 
     Raises:
@@ -122,13 +138,13 @@ def shard_tensor_parallel(
         raise ConfigError(f"--sequence-parallel does not work with {type(model).__name__}; leave it out")
     slice_map = build_slice_map(model, plan, group.size)
     summed = summed_parameters(model, plan, sequence_parallel=sequence_parallel)
-    sequence = SequenceState(enabled=sequence_parallel and group.size > 1)
-    head_sequence = SequenceState()
-
+    sequence, head_sequence = SequenceState(sequence_parallel and group.size > 1), SequenceState()
     swap_layers(model, plan, slice_map, group, sequence, head_sequence)
     rewrite_head_counts(model, plan, group.size)
     attach_entrances(model, plan, group, sequence)
     attach_loss(model, plan, group)
+    if loss_chunk_tokens != 0 and hasattr(model, "head_loss"):
+        attach_head_loss(model, plan, group, head_sequence, loss_chunk_tokens)
     attach_call_hooks(model, plan, group, sequence, head_sequence)
     attach_dropout(model, plan, group)
     guard_saving(model, slice_map, group.size)

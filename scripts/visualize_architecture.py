@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dp", type=int, default=1, metavar="D", help="replicas (1)")
     add("--batch-size", type=int, default=4, help="sequences of a micro-batch, for the tables (4)")
     add("--seq-len", type=int, help="tokens of a sequence, for the tables (the context length)")
-    add("--vocab-size", type=int, help="vocabulary of a preset (151665)")
+    add("--vocab-size", type=int, help="vocabulary of a preset (its own, else 151665)")
     add(
         "--output",
         action="append",
@@ -114,13 +114,17 @@ def half_lines(layout: Layout, half: Half) -> list[str]:
     entrance, leaving = layout.entrance, layout.exit
     between, _, rest = half.between.partition(":")
     what, _, counts = between.partition(" on ")
+    whole = "whole on every rank" + (", own positions" if _divides_positions(layout) else "")
+    head_norms = [("  ".join(half.head_norms), "whole, on local heads; gradients are summed")]
     steps = [
-        (half.norm, "whole on every rank" + (", own positions" if _divides_positions(layout) else "")),
+        (half.norm, whole),
         ("[ entrance ]", f"forward {entrance[0]}, backward {entrance[1]}"),
         (names(half.columns), f"column: {shapes(half.columns)} each"),
+        *(head_norms if half.head_norms else ()),
         (what, f"{counts or rest.strip() or 'elementwise'}, nothing sent"),
         (names(half.rows), f"row: {shapes(half.rows)} each, partial sums"),
         ("[ exit ]", f"forward {leaving[0]}, backward {leaving[1]}"),
+        *([(half.out_norm, whole)] if half.out_norm is not None else ()),
     ]
     lines = ["  |", "  +---------------."]
     for name, remark in steps:
@@ -221,7 +225,7 @@ def show(options: argparse.Namespace) -> None:
     if options.checkpoint_path is None:
         name = name or REFERENCE
         if name in PRESETS and vocab_size is None:
-            vocab_size = REFERENCE_VOCAB_SIZE
+            vocab_size = PRESETS[name].get("vocab_size", REFERENCE_VOCAB_SIZE)
     source = choose_source(
         name, options.checkpoint_path, tp_size=options.tp, layers=None, vocab_size=vocab_size
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from argonne.errors import DeviceError
 from argonne.ranks.world import Parallel, World, build_parallel
 from argonne.run.report import peak_flops
 from argonne.tp.costs import ModelOutline, tensor_parallel
+from argonne.tp.plan_memory import Layout, rank_memory
 from argonne.training.build import TrainedModel, build_model, flops_per_token
 from model import ArgonneConfig, ArgonneModel, initial_std
 
@@ -89,18 +90,19 @@ def fill(trained: TrainedModel) -> None:
         parameter.fill_(1.0) if std is None else parameter.normal_(0.0, std or 0.02)
 
 
-def expected_bytes(trained: TrainedModel, shape: Shape, *, sequence_parallel: bool) -> int:
-    """Weights, gradients, Adam state, casts of the weights, kept activations, logits and their gradient."""
-    tp_size, tokens = trained.parallel.tp_size, shape.batch * shape.seq_len
+def expected_bytes(trained: TrainedModel, shape: Shape, options: Mapping[str, Any]) -> int:
+    """The plan's peak of a rank (``argonne.tp.plan_memory``)."""
     with torch.device("meta"):
         model = ArgonneModel(ArgonneConfig(**shape.settings()))
-    outline = ModelOutline.of(model)
-    cost = tensor_parallel(
-        outline, model, tp_size, (shape.batch, shape.seq_len), 2, sequence_parallel=sequence_parallel
+    layout = Layout(
+        tp_size=trained.parallel.tp_size,
+        dp_size=trained.parallel.dp_size,
+        sequence_parallel=bool(options.get("sequence_parallel")),
+        recomputation=options.get("activation_checkpointing", "none"),
+        batch_size=shape.batch,
+        block_size=shape.seq_len,
     )
-    casts = 2 * cost.parameters_per_rank
-    logits = 2 * 2 * tokens * trained.model.lm_head.weight.shape[0]
-    return cost.state_bytes + casts + cost.activation_bytes + logits
+    return rank_memory(ModelOutline.of(model), model, layout).total
 
 
 def measure_step(shape: Shape, parallel: Parallel, rounds: int, **options: Any) -> Measured:
@@ -127,9 +129,7 @@ def measure_step(shape: Shape, parallel: Parallel, rounds: int, **options: Any) 
     return Measured(
         seconds=seconds,
         peak_bytes=peak,
-        expected_bytes=expected_bytes(
-            trained, shape, sequence_parallel=bool(options.get("sequence_parallel"))
-        ),
+        expected_bytes=expected_bytes(trained, shape, options),
         flops=flops_per_token(trained, shape.seq_len) * shape.batch * shape.seq_len,
     )
 

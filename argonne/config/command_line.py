@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from argonne.config.derived import schedule_problems
+from argonne.config.devices import device_bytes
 from argonne.config.families import read_folder_config
 from argonne.config.flags import FlagParser, fill, flag_fields, flag_names, parse_given
 from argonne.config.mixture import mixture_problems
@@ -71,7 +72,12 @@ def _combination_problems(config: RunConfig, given: Mapping[str, Any]) -> list[s
     """Contradictions between flags that are each sound alone."""
     training, checkpoint = config.training, config.checkpoint
     problems = []
-    if not config.data.tokenizer_path and "tokenizer_path" not in given:
+    try:
+        device_bytes(config.planning.plan_device)
+    except ConfigError as error:
+        problems.append(str(error))
+    planned = config.planning.plan is not None
+    if not config.data.tokenizer_path and "tokenizer_path" not in given and not planned:
         problems.append("--tokenizer-path is required: give the folder of a Hugging Face tokenizer")
     for field, rules in flag_fields(ModelOptions):
         if rules.refused and field.name in given:

@@ -39,6 +39,8 @@ class Flag:
     below: float | None = None
     default_text: str | None = None
     """what the help says of the default, where the value does not say it"""
+    alone: str | None = None
+    """the value of the flag given without one; a value then follows after ``=``"""
     refused: str | None = None
     """why the flag is known and yet refused"""
 
@@ -177,6 +179,8 @@ def _add_flag(
             keywords["nargs"] = rules.count
         if rules.many:
             keywords |= {"nargs": "+", "action": "extend"}
+        if rules.alone is not None:
+            keywords |= {"nargs": "?", "const": rules.alone}
     group.add_argument(*names, **keywords)
 
 
@@ -227,8 +231,10 @@ def flag_table(parser: argparse.ArgumentParser) -> str:
     for action in parser._actions:
         if "--help" in action.option_strings:
             continue
-        value = " ".join([str(action.metavar)] * (action.nargs if isinstance(action.nargs, int) else 1))
-        value = (" " + value if value else "") + (" ..." if action.nargs == "+" else "")
+        count = action.nargs if isinstance(action.nargs, int) else 1
+        value = " " + " ".join([str(action.metavar)] * count) if count else ""
+        value = f"[={action.metavar}]" if action.nargs == "?" else value
+        value += " ..." if action.nargs == "+" else ""
         names = ", ".join(action.option_strings)
         meaning, _, default = str(action.help).rpartition(" (")
         cells = (f"`{names}{value}`", default.removesuffix(")"), meaning.replace("%%", "%"))

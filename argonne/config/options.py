@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from argonne.config.devices import DEVICE_BYTES
 from argonne.config.flags import duration, flag, named_glob
 from argonne.config.mixture import MIX_FORM, MixedSource, mixed_source
 from argonne.config.presets import PRESETS
@@ -101,6 +102,13 @@ class TrainingOptions:
     )
     global_batch_size: int | None = flag(
         None, "sequences per optimizer step over all replicas; sets the accumulation", kind=int, at_least=1
+    )
+    loss_chunk_tokens: int | None = flag(
+        None,
+        "tokens of a micro-batch whose logits are held at a time; 0: all at once",
+        kind=int,
+        at_least=0,
+        default_text="as many as 256 MiB of logits take",
     )
     learning_rate: float = flag(1e-4, "peak learning rate", kind=float, above=0)
     min_learning_rate: float = flag(1e-5, "learning rate at step 0 and at the end", kind=float, at_least=0)
@@ -286,6 +294,24 @@ class RecipeOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What a run would need and take, without running it."""
+
+    plan: str | None = flag(
+        None,
+        "print memory, collectives, time and the layouts that fit, and end; needs no GPU",
+        choices=("text", "json"),
+        alone="text",
+        default_text="train",
+    )
+    plan_world_size: int = flag(8, "ranks that --plan plans for", kind=int, at_least=1)
+    plan_device: str = flag(
+        "H100", f"device that --plan plans for: {', '.join(DEVICE_BYTES)}, or its bytes of memory"
+    )
+    ignore_plan: bool = flag(False, "train even where the plan does not fit the devices")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a run was asked to do."""
 
@@ -298,4 +324,5 @@ class RunConfig:
     evaluation: EvaluationOptions = dataclasses.field(default_factory=EvaluationOptions)
     output: OutputOptions = dataclasses.field(default_factory=OutputOptions)
     control: ControlOptions = dataclasses.field(default_factory=ControlOptions)
+    planning: PlanOptions = dataclasses.field(default_factory=PlanOptions)
     debug: bool = flag(False, "print the traceback of an error")

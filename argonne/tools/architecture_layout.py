@@ -43,13 +43,18 @@ class Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class Half:
-    """Attention or MLP: a norm, an entrance, column layers, something in between, row layers, an exit."""
+    """Attention or MLP: a norm, an entrance, column layers, something in between, row layers, an exit, and
+    with sandwich norms another norm."""
 
     title: str
     norm: str
     columns: tuple[Weight, ...]
     between: str
     rows: tuple[Weight, ...]
+    head_norms: tuple[str, ...] = ()
+    """Norms on the local heads of queries, keys and values."""
+    out_norm: str | None = None
+    """Norm on what comes out of the exit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,15 +184,19 @@ def _halves(
             and weight.style is style
         )
 
-    def is_norm(name: str) -> bool:
-        rule = plan.rule_for(name.rpartition(".")[0])
-        return rule is not None and rule.style is Style.RESIDUAL and name.endswith("weight")
+    def norms_of(style: Style) -> list[str]:
+        modules = [
+            name.rpartition(".")[0]
+            for name in slice_map.names
+            if name.startswith(prefix) and name.endswith("weight")
+        ]
+        rules = ((module, plan.rule_for(module)) for module in modules)
+        return [
+            module.rpartition(".")[2] for module, rule in rules if rule is not None and rule.style is style
+        ]
 
-    norms = [
-        name.rpartition(".")[0].rpartition(".")[2]
-        for name in slice_map.names
-        if name.startswith(prefix) and is_norm(name)
-    ]
+    norms = norms_of(Style.RESIDUAL)
+    out_norms: list[str | None] = [*norms[2:], None, None]
     gated = len(part(plan.mlp, Style.COLUMN)) == 2
     attention = Half(
         title="attention",
@@ -195,6 +204,8 @@ def _halves(
         columns=part(plan.attention, Style.COLUMN),
         between=f"attention on {counts} heads a rank",
         rows=part(plan.attention, Style.ROW),
+        head_norms=tuple(norms_of(Style.SUMMED)),
+        out_norm=out_norms[0],
     )
     mlp = Half(
         title="MLP",
@@ -202,6 +213,7 @@ def _halves(
         columns=part(plan.mlp, Style.COLUMN),
         between="SwiGLU: silu(gate) * up" if gated else "GELU",
         rows=part(plan.mlp, Style.ROW),
+        out_norm=out_norms[1],
     )
     return attention, mlp
 

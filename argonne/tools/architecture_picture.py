@@ -236,7 +236,10 @@ def _half(canvas: Canvas, layout: Layout, half: Half, x: float, top: float, widt
     canvas.arrow((middle, y - 2.8), (middle, y - 4.6))
     y -= 9.0
     canvas.box(middle - 22, y, 44, 4.4, _LOCAL)
-    canvas.text(middle, y + 2.2, f"{half.between}, no communication", 8.5, width=42)
+    raised = 1.0 if half.head_norms else 0.0
+    if half.head_norms:
+        canvas.text(middle, y + 3.2, f"{', '.join(half.head_norms)} on local heads, then", 8.5, width=42)
+    canvas.text(middle, y + 2.2 - raised, f"{half.between}, no communication", 8.5, width=42)
     canvas.arrow((middle, y), (middle, y - 1.8))
     y -= 19.6
     for weight in half.rows:
@@ -248,6 +251,10 @@ def _half(canvas: Canvas, layout: Layout, half: Half, x: float, top: float, widt
     canvas.line([(left, start), (left, bottom + 1.2)], width=2.2)
     canvas.line([(middle, y), (middle, bottom)])
     canvas.arrow((middle, bottom), (left + 1.4, bottom))
+    if half.out_norm is not None:
+        centre = (left + middle) / 2
+        canvas.box(centre - 7, bottom - 1.4, 14, 2.8, _WHOLE)
+        canvas.text(centre, bottom, half.out_norm, 8.5, width=13.4)
     canvas.text(left, bottom, "+", 12, bold=True)
     canvas.arrow((left, bottom - 1.2), (left, bottom - 3.2))
 

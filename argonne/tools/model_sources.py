@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,21 @@ class ModelSource:
         return (
             f"{config.num_hidden_layers} layers of width {config.hidden_size}, {heads} query and {key_value} "
             f"key/value heads of {head_dim}, MLP {inner}, vocabulary {config.vocab_size:,}, {tied} head"
+            + "".join(_switches(config))
         )
 
     def _config(self) -> Any:
         return self.build_empty().config
+
+
+def _switches(config: Any) -> Iterator[str]:
+    """What an Argonne model has beside that of 2.0."""
+    if cap := getattr(config, "logit_softcap", 0.0):
+        yield f", logits capped at {cap:g}"
+    if weight := getattr(config, "z_loss_weight", 0.0):
+        yield f", z-loss {weight:g}"
+    if getattr(config, "interleaved_local_attention", False):
+        yield f", odd layers attend {config.local_attention_window} tokens back"
 
 
 class _WideNorm(nn.Module):

@@ -63,6 +63,10 @@ class ModelOutline:
     plan: TensorParallelPlan
     slice_map: SliceMap
     """At degree 1: names and shapes."""
+    normed_features: int = 0
+    """Outputs of a block's column layers that norms on heads take: kept for the backward pass as well."""
+    output_norms: int = 0
+    """Norms of a block on what attention and MLP return (sandwich norms)."""
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelOutline:
@@ -105,7 +109,26 @@ class ModelOutline:
             divided=tuple(_divided(modules, plan, slice_map)),
             plan=plan,
             slice_map=slice_map,
+            normed_features=sum(p.out_features for p in projections if _is_normed(p, first, plan)),
+            output_norms=max(0, _residual_norms(first, plan) - 2),
         )
+
+
+def _is_normed(projection: Projection, names: Iterable[str], plan: TensorParallelPlan) -> bool:
+    """Whether a block has a norm on the heads that a projection makes: ``q_norm`` for ``q_proj``."""
+    letter = projection.name.partition("_")[0]
+    modules = (name.rpartition(".")[0] for name in names)
+    rules = ((name.rpartition(".")[2], plan.rule_for(name)) for name in modules)
+    return any(
+        rule is not None and rule.style is Style.SUMMED and leaf.startswith(f"{letter}_norm")
+        for leaf, rule in rules
+    )
+
+
+def _residual_norms(names: Iterable[str], plan: TensorParallelPlan) -> int:
+    """Norms of one block that lie on the residual stream; each has one weight."""
+    rules = (plan.rule_for(name.rpartition(".")[0]) for name in names if name.endswith(".weight"))
+    return sum(rule is not None and rule.style is Style.RESIDUAL for rule in rules)
 
 
 def _divided(
@@ -139,6 +162,8 @@ class SplitCost:
     """What the ranks wait for, in words."""
     source: str
     remark: str = field(default="")
+    completing: Traffic = field(default_factory=dict)
+    """What of ``step`` is done once a step, however many micro-batches it has."""
     sharers: int = 1
     """Ranks that hold copies of the same key/value heads."""
 
@@ -182,17 +207,19 @@ def readable_bytes(count: float) -> str:
 def activation_bytes(outline: ModelOutline, tokens: int, tp_size: int, *, sequence_parallel: bool) -> int:
     """16-bit activations kept for the backward pass (Korthikanti et al. 2022, section 4, for this block).
 
-    Per token and layer, in elements: the inputs of both norms and what the norms give (4 h); then, divided
-    over the ranks, the outputs of all column layers and the inputs of the row layers, but for those that the
-    backward pass computes again (``argonne.tp.fused``). Once for the model: the final norm's input and the
-    head's (2 h). Sequence parallelism divides what is counted in h too.
+    Per token and layer, in elements: the inputs of both norms and what the norms give (4 h), and the inputs
+    of sandwich norms (h each); then, divided over the ranks, the outputs of all column layers, twice where
+    a norm on heads takes them, and the inputs of the row layers, but for those that the backward pass
+    computes again (``argonne.tp.fused``). Once for the model: the final norm's input and the head's (2 h).
+    Sequence parallelism divides what is counted in h too.
     """
     columns = sum(p.out_features for p in outline.projections if p.style is Style.COLUMN)
+    columns += outline.normed_features
     remade = () if outline.plan.gated_exit is None else outline.plan.gated_exit.members
     kept = (p for p in outline.projections if p.style is Style.ROW and p.name not in remade)
     rows = sum(p.in_features for p in kept)
     width = outline.hidden_size / (tp_size if sequence_parallel else 1)
-    per_layer = 4 * width + (columns + rows) / tp_size
+    per_layer = (4 + outline.output_norms) * width + (columns + rows) / tp_size
     return round(2 * tokens * (outline.num_layers * per_layer + 2 * width))
 
 
@@ -213,10 +240,12 @@ def tensor_parallel(
     element_bytes: int,
     *,
     sequence_parallel: bool = False,
+    loss_in_chunks: bool = False,
 ) -> SplitCost:
     """This suite's split: one entrance and one exit per block half (Shoeybi et al. 2019, section 3).
 
     ``tokens`` is (batch, seq_len); a sequence that the ranks do not divide is padded where it is scattered.
+    With ``loss_in_chunks`` (``argonne.tp.chunked_loss``) the head does not gather its input again.
     """
     batch, seq_len = tokens
     layers, width = outline.num_layers, outline.hidden_size * element_bytes
@@ -224,7 +253,9 @@ def tensor_parallel(
     padded = batch * ranks * math.ceil(seq_len / ranks) * width
     loss: Traffic = {"all_reduce": (2, 3 * batch * seq_len * max(_LOSS_BYTES, element_bytes))}
     if sequence_parallel:
-        forward, backward = _sequence_parallel_traffic(outline.plan, layers, plain, padded)
+        forward, backward = _sequence_parallel_traffic(
+            outline.plan, layers, plain, padded, again=not loss_in_chunks
+        )
         name, source = "tensor + sequence parallel", "Korthikanti et al. 2022, section 4"
         waits = "2 a layer each way, re-gathers overlapped"
     else:
@@ -243,6 +274,7 @@ def tensor_parallel(
         ),
         forward=add_traffic(forward, loss),
         step=add_traffic(forward, backward, loss, completing),
+        completing=completing,
         waits=waits,
         source=source,
         sharers=slice_map.sharers,
@@ -265,12 +297,15 @@ def _completing_traffic(slice_map: SliceMap, summed: Iterable[str], gradient_byt
 
 
 def _sequence_parallel_traffic(
-    plan: TensorParallelPlan, layers: int, plain: int, padded: int
+    plan: TensorParallelPlan, layers: int, plain: int, padded: int, *, again: bool
 ) -> tuple[Traffic, Traffic]:
-    """Forward and backward. A gather at each entrance, a reduce-scatter at each exit, mirrored backward."""
+    """Forward and backward. A gather at each entrance, a reduce-scatter at each exit, mirrored backward.
+
+    ``again``: the head, too, gathers its input a second time.
+    """
     if plan.seams:
         # The embedding's sum is scattered; column layers keep their slice of the input and gather it again.
-        gathers, regathers = 2 * layers + 1, 2 * layers + 1
+        gathers, regathers = 2 * layers + 1, 2 * layers + again
         return (
             {"all_gather": (gathers, gathers * padded), "reduce_scatter": (gathers, gathers * padded)},
             {

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,10 +27,6 @@ _CHUNK_ELEMENTS = 1 << 24
 """Most logits held in the loss's own precision at any time."""
 
 
-def _loss_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def _row_chunks(logits: Tensor) -> list[slice]:
     rows = max(1, _CHUNK_ELEMENTS // max(1, logits.shape[1]))
     return [slice(first, first + rows) for first in range(0, logits.shape[0], rows)]
@@ -41,89 +38,176 @@ def _capped(logits: Tensor, dtype: torch.dtype, cap: float) -> Tensor:
     return copy.div_(cap).tanh_().mul_(cap) if cap else copy
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Per-token losses (tokens,) from logits (tokens, local_vocab); gradient entirely local.
+@dataclass(frozen=True, kw_only=True)
+class LossRule:
+    """Which part of the vocabulary a rank holds, and which loss is computed."""
+
+    group: TPGroup
+    vocab_size: int
+    start: int
+    """First id of this rank's slice."""
+    valid: int
+    """Entries of the slice that are not padding."""
+    dtype: torch.dtype
+    """In which the loss is computed."""
+    ignore_index: int = IGNORE_INDEX
+    cap: float = 0.0
+    z_loss_weight: float = 0.0
+
+    @classmethod
+    def on(
+        cls,
+        group: TPGroup,
+        local_vocab_size: int,
+        vocab_size: int,
+        logits_dtype: torch.dtype,
+        *,
+        ignore_index: int = IGNORE_INDEX,
+        logit_softcap: float = 0.0,
+        z_loss_weight: float = 0.0,
+    ) -> LossRule:
+        """For slices of equal size in rank order, the last ones padded."""
+        start = group.rank * local_vocab_size
+        return cls(
+            group=group,
+            vocab_size=vocab_size,
+            start=start,
+            valid=max(0, min(local_vocab_size, vocab_size - start)),
+            dtype=torch.float64 if logits_dtype == torch.float64 else torch.float32,
+            ignore_index=ignore_index,
+            cap=logit_softcap,
+            z_loss_weight=z_loss_weight,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where the targets (rows,) of some tokens lie in this rank's slice."""
+
+    local: Tensor
+    """Index in the slice; 0 where the target is not in it."""
+    mine: Tensor
+    """Whether it is in the slice."""
+    ignored: Tensor
+
+    def of(self, rows: slice) -> Places:
+        """Those of some rows."""
+        return Places(local=self.local[rows], mine=self.mine[rows], ignored=self.ignored[rows])
+
+
+def places_of(targets: Tensor, rule: LossRule) -> Places:
+    """For targets (rows,) in the whole vocabulary."""
+    ignored = targets == rule.ignore_index
+    local = targets - rule.start
+    mine = (local >= 0) & (local < rule.valid) & ~ignored
+    return Places(local=torch.where(mine, local, 0), mine=mine, ignored=ignored)
+
+
+def slice_sums(logits: Tensor, places: Places, rule: LossRule) -> tuple[Tensor, Tensor]:
+    """The largest capped logit (rows,) of this slice, and (2, rows): the sum of exp(logit - largest), and
+    the target's logit where it is in the slice."""
+    rows, held = logits.shape[0], logits[:, : rule.valid]
+    sums = torch.zeros((2, rows), dtype=rule.dtype, device=logits.device)
+    if not rule.valid:
+        return torch.full((rows,), -torch.inf, dtype=rule.dtype, device=logits.device), sums
+    largest = _capped(held.amax(dim=1), rule.dtype, rule.cap)
+    base = largest.clamp_min(torch.finfo(rule.dtype).min)  # a slice may forbid all of its ids: -inf
+    for chunk in _row_chunks(held):
+        part = _capped(held[chunk], rule.dtype, rule.cap)
+        sums[0, chunk] = part.sub_(base[chunk, None]).exp_().sum(dim=1)
+    picked = _capped(held.gather(1, places.local[:, None]).squeeze(1), rule.dtype, rule.cap)
+    sums[1] = torch.where(places.mine, picked, 0.0)
+    return largest, sums
+
+
+def combine(largest: Tensor, sums: Tensor, places: Places, rule: LossRule) -> tuple[Tensor, Tensor]:
+    """Each token's loss and log-normaliser (rows,) from what `slice_sums` gave on every rank.
+
+    One max and one stacked sum over the group. ``sums`` is overwritten.
+    """
+    overall = rule.group.all_reduce(largest, "max")
+    if rule.group.size > 1:
+        sums[0].mul_((largest - overall).exp_())
+    # Beside the overall maximum, so that what is summed is small.
+    sums[1] = torch.where(places.mine, sums[1] - overall, 0.0)
+    sums = rule.group.all_reduce(sums, owned=True)
+    log_sum = sums[0].log()
+    log_normalizer = overall + log_sum
+    loss = log_sum - sums[1]
+    if rule.z_loss_weight:
+        loss = loss + rule.z_loss_weight * log_normalizer.square()
+    return loss.masked_fill(places.ignored, 0.0), log_normalizer
+
+
+def write_gradient(
+    logits: Tensor,
+    into: Tensor,
+    places: Places,
+    log_normalizer: Tensor,
+    weight: Tensor | None,
+    rule: LossRule,
+) -> None:
+    """Write the gradient of the sum of ``weight`` x loss into a tensor like ``logits``, or into them.
 
     With c(x) the capped logits, p their softmax, y the target, z = logsumexp(c) and w the z-loss weight:
-    loss = z - c_y + w z^2, d loss / d x_j = (p_j (1 + 2 w z) - [j = y]) (1 - (c_j / cap)^2).
+    d loss / d x_j = (p_j (1 + 2 w z) - [j = y]) (1 - (c_j / cap)^2).
     """
+    valid, dtype, cap = rule.valid, rule.dtype, rule.cap
+    into[:, valid:] = 0
+    in_place = into.dtype == dtype
+    for chunk in _row_chunks(logits):
+        normalizer, mine = log_normalizer[chunk, None], places.mine[chunk, None]
+        held, ignored = logits[chunk, :valid], places.ignored[chunk]
+        slope = None
+        if cap:
+            capped = _capped(held, dtype, cap)
+            slope = (capped / cap).square_().neg_().add_(1.0)
+            held = capped
+        part = into[chunk, :valid] if in_place else torch.empty(held.shape, dtype=dtype, device=held.device)
+        torch.sub(held, normalizer, out=part).exp_()
+        if rule.z_loss_weight:
+            part.mul_(1.0 + 2.0 * rule.z_loss_weight * normalizer)
+        if valid:
+            part.scatter_add_(1, places.local[chunk, None], -mine.to(part.dtype))
+        if slope is not None:
+            part.mul_(slope)
+        if weight is not None:
+            part.mul_(weight[chunk, None])
+        # An ignored row may hold a non-finite logit that must not reach the gradient as NaN * 0. Asking
+        # whether there is one costs more than the pass on a GPU.
+        if part.device.type != "cpu" or bool(ignored.any()):
+            part.masked_fill_(ignored[:, None], 0.0)
+        if not in_place:
+            into[chunk, :valid] = part.to(into.dtype)
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Per-token losses (tokens,) from logits (tokens, local_vocab); gradient entirely local."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        group: TPGroup,
-        vocab_start: int,
-        valid: int,
-        ignore_index: int,
-        cap: float,
-        z_loss_weight: float,
-    ) -> Tensor:
-        dtype = _loss_dtype(logits)
-        rows = logits.shape[0]
-        held = logits[:, :valid]
-        if valid:
-            largest = _capped(held.amax(dim=1), dtype, cap)
-        else:
-            largest = torch.full((rows,), -torch.inf, dtype=dtype, device=logits.device)
-        largest = group.all_reduce(largest, "max")
-
-        ignored = targets == ignore_index
-        local_target = targets - vocab_start
-        mine = (local_target >= 0) & (local_target < valid) & ~ignored
-        local_target = torch.where(mine, local_target, 0)
-
-        sums = torch.zeros((2, rows), dtype=dtype, device=logits.device)
-        if valid:
-            for chunk in _row_chunks(held):
-                sums[0, chunk] = _capped(held[chunk], dtype, cap).sub_(largest[chunk, None]).exp_().sum(dim=1)
-            picked = _capped(held.gather(1, local_target[:, None]).squeeze(1), dtype, cap) - largest
-            sums[1] = torch.where(mine, picked, 0.0)
-        sums = group.all_reduce(sums, owned=True)
-
-        log_sum = sums[0].log()
-        log_normalizer = largest + log_sum
-        loss = log_sum - sums[1]
-        if z_loss_weight:
-            loss = loss + z_loss_weight * log_normalizer.square()
-        ctx.save_for_backward(logits, log_normalizer, local_target, mine, ignored)
-        ctx.valid, ctx.cap, ctx.z_loss_weight = valid, cap, z_loss_weight
-        return torch.where(ignored, torch.zeros((), dtype=dtype, device=logits.device), loss)
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, rule: LossRule) -> Tensor:
+        places = places_of(targets, rule)
+        losses, log_normalizer = combine(*slice_sums(logits, places, rule), places, rule)
+        ctx.save_for_backward(logits, log_normalizer, places.local, places.mine, places.ignored)
+        ctx.rule = rule
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits, log_normalizer, local_target, mine, ignored = ctx.saved_tensors
-        valid = ctx.valid
+        logits, log_normalizer, local, mine, ignored = ctx.saved_tensors
+        places = Places(local=local, mine=mine, ignored=ignored)
         weight = torch.where(ignored, 0.0, grads[0])
         grad = torch.empty_like(logits)
-        grad[:, valid:] = 0
-        dtype, cap = log_normalizer.dtype, ctx.cap
-        in_place = grad.dtype == dtype
-        for chunk in _row_chunks(logits):
-            normalizer = log_normalizer[chunk, None]
-            part = grad[chunk, :valid] if in_place else logits[chunk, :valid].to(dtype)
-            slope = None
-            if cap:
-                capped = _capped(logits[chunk, :valid], dtype, cap)
-                slope = (capped / cap).square_().neg_().add_(1.0)
-                torch.sub(capped, normalizer, out=part).exp_()
-            else:
-                torch.sub(logits[chunk, :valid], normalizer, out=part).exp_()
-            if ctx.z_loss_weight:
-                part.mul_(1.0 + 2.0 * ctx.z_loss_weight * normalizer)
-            if valid:
-                part.scatter_add_(1, local_target[chunk, None], -mine[chunk, None].to(part.dtype))
-            if slope is not None:
-                part.mul_(slope)
-            part.mul_(weight[chunk, None])
-            # An ignored row may hold a non-finite logit that must not reach the gradient as NaN * 0. Asking
-            # whether there is one costs more than the pass on a GPU.
-            if part.device.type != "cpu" or bool(ignored[chunk].any()):
-                part.masked_fill_(ignored[chunk, None], 0.0)
-            if not in_place:
-                grad[chunk, :valid] = part.to(grad.dtype)
-        return grad, *(None,) * 7
+        write_gradient(logits, grad, places, log_normalizer, weight, ctx.rule)
+        return grad, None, None
+
+
+def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Raise IndexError for a target outside the vocabulary; on the CPU, where it costs no waiting."""
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
+        if bool(outside.any()):
+            raise IndexError(f"a target is outside the vocabulary of {vocab_size}")
 
 
 def _check(logits: Tensor, targets: Tensor, total: int, ignore_index: int, reduction: str) -> None:
@@ -131,10 +215,7 @@ def _check(logits: Tensor, targets: Tensor, total: int, ignore_index: int, reduc
         raise ValueError(f"reduction is {reduction!r}; use 'none', 'sum' or 'mean'")
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not match")
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = ((targets < 0) | (targets >= total)) & (targets != ignore_index)
-        if bool(outside.any()):
-            raise IndexError(f"a target is outside the vocabulary of {total}")
+    check_targets(targets, total, ignore_index)
 
 
 def vocab_parallel_cross_entropy(
@@ -173,11 +254,11 @@ def vocab_parallel_cross_entropy(
     total = local_vocab_size * group.size if vocab_size is None else vocab_size
     _check(logits, targets, total, ignore_index, reduction)
     flat_targets = targets.reshape(-1)
-    vocab_start = group.rank * local_vocab_size
-    valid = max(0, min(local_vocab_size, total - vocab_start))
-    rows = logits.reshape(-1, local_vocab_size)
-    layout = (group, vocab_start, valid, ignore_index)
-    losses = _VocabParallelCrossEntropy.apply(rows, flat_targets, *layout, logit_softcap, z_loss_weight)
+    rule = LossRule.on(
+        group, local_vocab_size, total, logits.dtype,
+        ignore_index=ignore_index, logit_softcap=logit_softcap, z_loss_weight=z_loss_weight,
+    )  # fmt: skip
+    losses = _VocabParallelCrossEntropy.apply(logits.reshape(-1, local_vocab_size), flat_targets, rule)
     if reduction == "none":
         return losses.view(targets.shape)
     if reduction == "sum":

@@ -118,7 +118,12 @@ def build_model(
     dtype = choose_dtype(training.dtype, parallel.device)
     with torch.device("meta"):
         model = ArgonneModel(ArgonneConfig(**settings))
-    shard_tensor_parallel(model, parallel.tp_group, sequence_parallel=options.sequence_parallel)
+    shard_tensor_parallel(
+        model,
+        parallel.tp_group,
+        sequence_parallel=options.sequence_parallel,
+        loss_chunk_tokens=training.loss_chunk_tokens,
+    )
     recompute_blocks(model.blocks, options.activation_checkpointing)
     if options.compile:
         compile_blocks(model.blocks)

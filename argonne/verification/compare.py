@@ -253,10 +253,18 @@ def _unsharded_head(
 ) -> tuple[float, Tensor, Tensor | None]:
     """Final norm, head and loss: the loss, the gradient of ``hidden``, and of the head where it is tied."""
     hidden = hidden.requires_grad_()
-    norm = ArgonneRMSNorm(model.config.hidden_size, model.config.rms_norm_eps)
+    config = model.config
+    norm = ArgonneRMSNorm(config.hidden_size, config.rms_norm_eps)
     norm.weight = nn.Parameter(tally.weight("norm.weight"))
     head = tally.weight("lm_head.weight").requires_grad_()
-    loss = causal_lm_loss(F.linear(norm(hidden), head), None, model.config.vocab_size, shift_labels=targets)
+    loss = causal_lm_loss(
+        F.linear(norm(hidden), head),
+        None,
+        config.vocab_size,
+        shift_labels=targets,
+        logit_softcap=config.logit_softcap,
+        z_loss_weight=config.z_loss_weight,
+    )
     grad, norm_grad, head_grad = torch.autograd.grad(loss, [hidden, norm.weight, head])
     tally.compare("norm.weight", norm_grad)
     if tally.is_tied("lm_head.weight"):

@@ -81,8 +81,10 @@ def measure(model: nn.Module, ids: Tensor) -> Measured:
     if sharers is not None:
         sharers.counters.reset()
     if state is None:
-        scores = model(input_ids=ids, use_cache=False).logits
-        loss = F.cross_entropy(scores[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        scores = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        loss = F.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten())
+        if weight := getattr(model.config, "z_loss_weight", 0.0):
+            loss = loss + weight * scores.logsumexp(-1).square().mean()
     else:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     forward = counters.totals()

@@ -2,9 +2,10 @@
 
 import pytest
 
-from argonne.config.command_line import flag_values, parse_command_line
+from argonne.config.command_line import parse_command_line
 from argonne.config.mixture import MixedSource
 from argonne.config.options import DataOptions
+from argonne.config.recipe import flag_values
 from tests.config.test_command_line import NEEDED, problems
 
 

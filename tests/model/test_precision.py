@@ -140,7 +140,9 @@ def test_compiled_block_equals_eager(autocast: bool, backend: str) -> None:
     config = make_config()
     model = make_pair(config)[0]
     plain = model.blocks[0]
-    tables = model._position_embeddings(make_tokens(config, 2, 16), torch.float32, None, None)
+    tables = model._rotary_tables.of_call(
+        model.rotary_frequencies, make_tokens(config, 2, 16), torch.float32, None, None
+    )
     results = []
     for block in (plain, torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)):
         x = torch.randn(2, 16, 60, generator=torch.Generator().manual_seed(3)).requires_grad_()

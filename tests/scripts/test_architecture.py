@@ -41,6 +41,7 @@ def shown(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         ["--model", "argonne-medium", "--tp", "1", "--dp", "4"],
         ["--model", "gpt2", "--tp", "4"],
         ["--model", "llama", "--tp", "3", "--sp"],
+        ["--model", "argonne-4.0", "--tp", "6", "--sp"],
         ["--checkpoint-path", FIXTURE, "--model", "argonne-tiny", "--tp", "4", "--sp"],
     ],
 )
@@ -61,6 +62,14 @@ def test_the_reference_model_on_eight_ranks(capsys: pytest.CaptureFixture[str]) 
     assert re.search(r"rank 5 +2550:3060 +850:1020 +850:1020 +2550:3060\n", out)
     assert re.search(r"rank 7 +9632:11008 +9632:11008 +9632:11008\n", out)
     assert re.search(r"tensor parallel \(here\) +614,941,680 +9\.8 GB .* 100\n", out)
+
+
+def test_the_family_s_norms_show(capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(capsys, "--model", "argonne-4.0", "--tp", "2")
+    assert "1,038,492,672 parameters" in out and "logits capped at 15" in out
+    flow = [line.split("|")[1].split("whole")[0].strip() for line in out.splitlines() if "  whole" in line]
+    norms = ["input_norm", "q_norm  k_norm  v_norm_layer", "attn_out_norm", "post_norm", "mlp_out_norm"]
+    assert [line for line in flow if line] == norms
 
 
 def test_sequence_parallel_and_replicas_show(capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,6 +165,7 @@ def test_wrong_flags_are_one_line(flags: list[str], capsys: pytest.CaptureFixtur
         ("argonne-2.0", 8, {"sequence_parallel": True, "dp_size": 2}),
         ("argonne-tiny", 8, {"sequence_parallel": True}),
         ("argonne-medium", 1, {"dp_size": 4}),
+        ("argonne-4.0", 2, {"sequence_parallel": True}),
     ],
 )
 def test_pictures_hold_their_text(preset: str, tp_size: int, options: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """The cost formulas, against what is counted and by hand."""
 
 import copy
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -44,9 +46,32 @@ def test_our_split_is_counted_as_by_formula(size: int, sequence_parallel: bool) 
         assert count == 4 * 2 + 2 + 2
 
 
-@pytest.mark.parametrize(("size", "sequence_parallel"), [(1, False), (2, False), (4, False), (4, True)])
-def test_activations_are_what_autograd_keeps(size: int, sequence_parallel: bool) -> None:
+PLAIN: dict[str, Any] = {}
+SWITCHES: tuple[dict[str, Any], ...] = (
+    {"qk_norm": True},
+    {"v_norm": True},
+    {"sandwich_norm": True},
+    {"logit_softcap": 15.0, "z_loss_weight": 0.01},
+    {"interleaved_local_attention": True, "local_attention_window": 64},
+    {"qk_norm": True, "v_norm": True, "sandwich_norm": True, "logit_softcap": 15.0},
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "sequence_parallel", "switches"),
+    [
+        (4, False, PLAIN),
+        (4, True, PLAIN),
+        *itertools.chain.from_iterable(
+            [(1, False, one), (2, False, one), (2, True, one)] for one in (PLAIN, *SWITCHES)
+        ),
+    ],
+)
+def test_activations_are_what_autograd_keeps(
+    size: int, sequence_parallel: bool, switches: dict[str, Any]
+) -> None:
     settings = {**PRESETS["argonne-tiny"], "vocab_size": 64, "hidden_size": 512, "intermediate_size": 1408}
+    settings |= switches
     model = ArgonneModel(ArgonneConfig(**settings))
     model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
     tokens = random_tokens(64, batch=2, length=65)

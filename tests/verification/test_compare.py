@@ -68,7 +68,28 @@ def verified_rank(
     return report
 
 
+ALL_SWITCHES = {
+    "qk_norm": True,
+    "v_norm": True,
+    "sandwich_norm": True,
+    "logit_softcap": 2.0,
+    "z_loss_weight": 0.05,
+    "interleaved_local_attention": True,
+    "local_attention_window": 3,
+}
+SWITCHES: list[dict[str, Any]] = [
+    {"qk_norm": True},
+    {"v_norm": True},
+    {"sandwich_norm": True},
+    {"logit_softcap": 2.0},
+    {"z_loss_weight": 0.05},
+    {"interleaved_local_attention": True, "local_attention_window": 3},
+]
+
 CASES: list[tuple[int, int, str, bool, torch.dtype, dict[str, Any]]] = [
+    *((2, 2, "none", True, torch.float32, switch) for switch in SWITCHES),
+    (2, 2, "none", False, torch.float32, ALL_SWITCHES),
+    (4, 2, "fsdp", True, torch.float32, {**ALL_SWITCHES, "tie_word_embeddings": False}),
     (2, 2, "none", False, torch.float32, {"attention_bias": True, "mlp_bias": True}),
     (2, 2, "none", True, torch.float32, {"tie_word_embeddings": False}),
     (2, 2, "none", False, torch.bfloat16, {}),

@@ -1,0 +1,294 @@
+"""Memory of a rank while it trains: what is held at the moments that can be the fullest.
+
+Weights, gradients and Adam state are float32. Beside them lie, at different moments, what autograd keeps, the
+logits, the 16-bit copies of weights that autocast makes, and what a product or a norm needs while it runs.
+The peak is the fullest of five moments of a step; ``docs/planning.md`` has the formulas and what they were
+checked against.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from argonne.tp.chunked_loss import chunk_tokens
+from argonne.tp.costs import ModelOutline, activation_bytes
+from argonne.tp.plan import Style, build_slice_map
+from argonne.tp.slices import SliceMap
+
+_FLOAT32 = 4
+_LOSS_ELEMENTS = 1 << 24
+"""Logits that the loss holds in float32 at a time (``argonne.tp.loss``)."""
+OUTSIDE_BYTES = 2_500_000_000
+"""On a GPU beside torch's allocator: CUDA's context, NCCL's buffers, cuBLAS's workspace (2 to 3 GB)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a model and its batch lie on the ranks."""
+
+    tp_size: int = 1
+    dp_size: int = 1
+    fsdp: bool = True
+    """Replicas share weights and state (FSDP2); otherwise each holds all of them (DDP)."""
+    sequence_parallel: bool = False
+    recomputation: str = "none"
+    batch_size: int
+    """Sequences of a micro-batch and replica."""
+    block_size: int
+    accumulation: int = 1
+    element_bytes: int = 2
+    """Of the compute dtype: 2, or 4 in float32."""
+    loss_chunk_tokens: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro-batch of one replica."""
+        return self.batch_size * self.block_size
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether replicas share weights."""
+        return self.fsdp and self.dp_size > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes on the fullest rank. Each part is its own largest; not all are there at the peak.
+
+    So ``total`` is less than the sum: without accumulation the gradients come while the activations go.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept for the backward pass."""
+    logits: int
+    """Logits with their gradient, or what a chunk of them takes."""
+    buffers: int
+    """Copies of weights, gathered tensors and what an operation needs while it runs."""
+    total: int
+    """At the fullest moment of a step."""
+
+
+class _Sizes:
+    """Bytes that the moments share."""
+
+    def __init__(self, outline: ModelOutline, model: nn.Module, layout: Layout) -> None:
+        self.outline, self.layout = outline, layout
+        self.slice_map = build_slice_map(model, outline.plan, layout.tp_size)
+        self.config: Any = model.config
+        self.local = _local_numel(self.slice_map, self.slice_map.names)
+        self.held = math.ceil(self.local / layout.dp_size) if layout.is_cut else self.local
+        first = [name for name in self.slice_map.names if name.startswith(f"{outline.plan.first_block}.")]
+        self.block = _local_numel(self.slice_map, first)
+        self.vocabulary = self.slice_map.tp_local_shape(f"{outline.plan.embedding}.weight", 0)[0]
+        self.head = self.vocabulary * outline.hidden_size
+        self.tied = f"{outline.plan.head}.weight" not in self.slice_map.names
+        self.wide = layout.element_bytes >= _FLOAT32
+        width = outline.hidden_size * layout.element_bytes
+        self.whole_stream = layout.tokens * width
+        self.divided = layout.tp_size if layout.sequence_parallel else 1
+        self.stream = math.ceil(self.whole_stream / self.divided)
+
+    @property
+    def cast_bytes(self) -> int:
+        """Of an element of a weight in the compute dtype, where autocast makes a copy: under FSDP the
+        gathered weight is the copy."""
+        return 0 if self.wide or self.layout.is_cut else self.layout.element_bytes
+
+    def statistics(self) -> int:
+        """Float32 numbers of one layer: a norm's one a row, the softmax's one a query head."""
+        outline, tokens, size = self.outline, self.layout.tokens, self.layout.tp_size
+        norms = tokens * (2 + outline.output_norms) / self.divided
+        rows = outline.normed_features / self.config.head_dim
+        heads = (rows + self.config.num_attention_heads) / size
+        return round(_FLOAT32 * (norms + tokens * heads))
+
+    def layer(self) -> int:
+        """All that one layer keeps."""
+        outline, layout = self.outline, self.layout
+        whole = activation_bytes(
+            outline, layout.tokens, layout.tp_size, sequence_parallel=layout.sequence_parallel
+        )
+        ends = 2 * 2 * layout.tokens * outline.hidden_size / self.divided
+        kept = (whole - ends) / outline.num_layers * layout.element_bytes / 2
+        return round(kept) + self.statistics()
+
+    def kept_layer(self) -> int:
+        """What a layer keeps under the layout's recomputation."""
+        outline, layout = self.outline, self.layout
+        if layout.recomputation == "none":
+            return self.layer()
+        if layout.recomputation == "full":
+            return self.stream
+        columns = sum(p.out_features for p in outline.projections if p.style is Style.COLUMN)
+        products = layout.tokens * columns * layout.element_bytes // layout.tp_size
+        # The two exits; with sequence parallelism their products stay whole, and both gathers are kept.
+        exits = 2 * self.stream if self.divided == 1 else 2 * self.stream + 4 * self.whole_stream
+        return self.stream + products + exits
+
+
+def _local_numel(slice_map: SliceMap, names: tuple[str, ...] | list[str]) -> int:
+    return sum(math.prod(slice_map.tp_local_shape(name, 0)) for name in names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Moment:
+    gradients: int = 0
+    activations: int = 0
+    logits: int = 0
+    buffers: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.activations + self.logits + self.buffers
+
+
+def rank_memory(outline: ModelOutline, model: nn.Module, layout: Layout) -> RankMemory:
+    """Memory of the fullest rank of ``model`` (unsharded, meta tensors will do) under ``layout``."""
+    sizes = _Sizes(outline, model, layout)
+    moments = (
+        _loss(sizes),
+        _after_loss(sizes),
+        _block_backward(sizes, last=False),
+        _block_backward(sizes, last=True),
+        _embedding_backward(sizes),
+    )
+    weights, optimizer = _FLOAT32 * sizes.held, 2 * _FLOAT32 * sizes.held
+    return RankMemory(
+        weights=weights,
+        gradients=_FLOAT32 * sizes.held,
+        optimizer=optimizer,
+        activations=max(moment.activations for moment in moments),
+        logits=max(moment.logits for moment in moments),
+        buffers=max(moment.buffers for moment in moments),
+        total=weights + optimizer + max(moment.total for moment in moments),
+    )
+
+
+def _standing_gradients(sizes: _Sizes) -> int:
+    """Gradients that are there when a backward pass begins: of the micro-batch before, or DDP's buckets."""
+    layout = sizes.layout
+    replicas = layout.dp_size > 1 and not layout.fsdp
+    return _FLOAT32 * sizes.held if layout.accumulation > 1 or replicas else 0
+
+
+def _activations(sizes: _Sizes) -> int:
+    """All that is kept when the loss is computed: layers, final norm and rotary tables."""
+    tables = 2 * _FLOAT32 * sizes.layout.block_size * sizes.config.head_dim
+    ends = 2 * sizes.stream + _FLOAT32 * sizes.layout.tokens // sizes.divided
+    return sizes.outline.num_layers * sizes.kept_layer() + ends + tables
+
+
+def _copies(sizes: _Sizes) -> int:
+    """Weights beside the float32 ones while the forward pass ends: autocast's copies, or what is gathered."""
+    blocks = sizes.block * sizes.outline.num_layers
+    if sizes.layout.is_cut:  # the root's parameters stay gathered, and a block or two
+        return sizes.layout.element_bytes * (sizes.local - blocks + 2 * sizes.block)
+    return sizes.cast_bytes * blocks * (sizes.layout.recomputation == "none")
+
+
+def _loss_in_chunks(sizes: _Sizes) -> bool:
+    return sizes.layout.loss_chunk_tokens != 0
+
+
+def _loss(sizes: _Sizes) -> _Moment:
+    """The gradient of the logits is being made."""
+    layout = sizes.layout
+    element, head = layout.element_bytes, sizes.head
+    row = sizes.vocabulary * element
+    gathered = sizes.whole_stream if sizes.divided > 1 else 0
+    if not _loss_in_chunks(sizes):
+        return _Moment(
+            gradients=_standing_gradients(sizes),
+            activations=_activations(sizes),
+            logits=2 * layout.tokens * row,
+            buffers=_copies(sizes) + sizes.cast_bytes * head + gathered + _loss_work(sizes, layout.tokens),
+        )
+    chunk = min(layout.tokens, chunk_tokens(layout.loss_chunk_tokens, sizes.vocabulary, element))
+    product = element * head if not sizes.wide or chunk < layout.tokens else 0
+    made = sizes.whole_stream + _FLOAT32 * head + product
+    return _Moment(
+        gradients=_standing_gradients(sizes),
+        activations=_activations(sizes),
+        logits=chunk * row + max(_loss_work(sizes, chunk, sums=True), made),
+        buffers=_copies(sizes) + sizes.cast_bytes * head + gathered,
+    )
+
+
+def _loss_work(sizes: _Sizes, tokens: int, *, sums: bool = False) -> int:
+    """Float32 copies that the loss makes of some rows at a time: the wider logits and, with a soft cap, the
+    capped ones and their slope; ``sums``: the copy that is exponentiated and summed counts as well."""
+    wide = min(tokens * sizes.vocabulary, _LOSS_ELEMENTS) * _FLOAT32
+    capped = 2 * wide if getattr(sizes.config, "logit_softcap", 0.0) else 0
+    if not sizes.wide:  # and the part that is written back, rounded
+        return capped + wide + wide * sizes.layout.element_bytes // _FLOAT32
+    return max(capped, wide * sums)
+
+
+def _after_loss(sizes: _Sizes) -> _Moment:
+    """The head's weight has its gradient: in the compute dtype, then in float32."""
+    layout, head = sizes.layout, sizes.head
+    if _loss_in_chunks(sizes):
+        return _Moment(
+            gradients=_standing_gradients(sizes) + _FLOAT32 * head,
+            activations=_activations(sizes),
+            buffers=_copies(sizes) + sizes.stream + sizes.whole_stream,
+        )
+    narrow = 0 if sizes.wide else layout.element_bytes * head
+    return _Moment(
+        gradients=_standing_gradients(sizes) + _FLOAT32 * head + narrow,
+        activations=_activations(sizes),
+        logits=layout.tokens * sizes.vocabulary * layout.element_bytes,
+        buffers=_copies(sizes) + sizes.cast_bytes * head + sizes.whole_stream,
+    )
+
+
+def _block_backward(sizes: _Sizes, *, last: bool) -> _Moment:
+    """In the backward pass of the first block that it reaches, or of the last."""
+    layout, element = sizes.layout, sizes.layout.element_bytes
+    layers = 1 if last else sizes.outline.num_layers
+    remade = 0 if layout.recomputation == "none" else sizes.layer() + sizes.cast_bytes * sizes.block
+    held = (
+        _FLOAT32 * sizes.held
+        if last
+        else max(_standing_gradients(sizes), _FLOAT32 * sizes.head // _cut(sizes))
+    )
+    columns = max(p.out_features for p in sizes.outline.projections if p.style is Style.COLUMN)
+    inner = layout.tokens * columns * element // layout.tp_size
+    work = 3 * inner + 2 * sizes.whole_stream
+    copies = (
+        element * (sizes.local - sizes.block * sizes.outline.num_layers + 2 * sizes.block)
+        + (element + _FLOAT32) * sizes.block
+        if layout.is_cut
+        else sizes.cast_bytes * sizes.block * layers * (layout.recomputation == "none")
+    )
+    return _Moment(
+        gradients=held,
+        activations=layers * sizes.kept_layer() + remade,
+        buffers=work + copies,
+    )
+
+
+def _cut(sizes: _Sizes) -> int:
+    return sizes.layout.dp_size if sizes.layout.is_cut else 1
+
+
+def _embedding_backward(sizes: _Sizes) -> _Moment:
+    """The last gradient: rows of the embedding, in float32, beside those that are there."""
+    layout, outline = sizes.layout, sizes.outline
+    rows = layout.tokens * outline.hidden_size * _FLOAT32
+    again = sizes.tied or layout.accumulation > 1 or layout.is_cut
+    copies = 0
+    if layout.is_cut:
+        blocks = sizes.block * outline.num_layers
+        copies = (layout.element_bytes + _FLOAT32) * (sizes.local - blocks)
+    return _Moment(
+        gradients=_FLOAT32 * sizes.held,
+        buffers=2 * rows + again * _FLOAT32 * sizes.head + copies,
+    )

@@ -1,0 +1,61 @@
+"""Before a run allocates: does it fit its devices, or the host where it runs on a CPU?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from argonne.config.options import RunConfig
+from argonne.errors import DeviceError
+from argonne.ranks.agree import on_rank_0
+from argonne.ranks.world import Parallel
+from argonne.training.plan import chosen_layout, misfit, subject
+
+_RUNTIME_BYTES = 400_000_000
+"""Of a process on a CPU beside its tensors: Python, torch, transformers."""
+
+
+def require_memory(config: RunConfig, settings: Mapping[str, Any], parallel: Parallel) -> None:
+    """DeviceError on all ranks where the run's plan is larger than rank 0's device, or its share of the host.
+
+    ``--ignore-plan`` leaves the check out, and so does a system that does not say what is free.
+    """
+    if config.planning.ignore_plan:
+        return
+
+    def check() -> None:
+        memory = memory_of_a_rank(parallel)
+        if memory is None:
+            return
+        on_cpu = parallel.device.type == "cpu"
+        what = subject(
+            config, settings, world_size=parallel.world_size, device_memory=memory, on_cpu=on_cpu,
+            node_size=parallel.local_world_size,
+        )  # fmt: skip
+        if problem := misfit(what, chosen_layout(what)):
+            raise DeviceError(problem)
+
+    on_rank_0(check, parallel)
+
+
+def memory_of_a_rank(parallel: Parallel) -> int | None:
+    """Bytes that a rank may take: its GPU's, or an even share of what this host has free."""
+    if parallel.device.type == "cuda":
+        return int(torch.cuda.get_device_properties(parallel.device).total_memory)
+    free = available_bytes()
+    if free is None:
+        return None
+    return max(0, free // parallel.local_world_size - _RUNTIME_BYTES)
+
+
+def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Memory of this host that is free or can be freed; None where the system does not say."""
+    if not meminfo.exists():
+        return None
+    for line in meminfo.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
