@@ -10,9 +10,10 @@ import numpy as np
 
 from argonne.data.documents import Document, DocumentReader
 from argonne.data.encoder_pool import EncoderPool
+from argonne.data.holdout import Holdout
 from argonne.data.mixture import naming
 from argonne.data.position import DataPosition
-from argonne.data.shards import Shard, open_corpus
+from argonne.data.shards import Shard, find_shards, open_corpus
 from argonne.data.source import SourceOptions
 from argonne.data.stream import encoded_documents
 from argonne.data.tokenizer import EncoderRecipe, text_pieces
@@ -35,11 +36,15 @@ def read_held_out(
 ) -> HeldOutSet:
     """The first ``samples`` of the packed stream of ``data_glob``; a small set is repeated, as in training.
 
-    Column, block size, workers and bad shards are those of ``options``. Raises DataError naming the set.
+    Column, block size, workers and bad shards are those of ``options``, the training data's. With
+    ``--holdout`` a set of shards that are trained on is their held-out documents. Raises DataError naming
+    the set.
     """
+    trained = [part.glob for part in options.mix] or [options.data_glob]
     options = replace(options, data_glob=data_glob)
     try:
-        return _read(name, options, tokenizer, samples)
+        shards = _shards(data_glob, options)
+        return _read(name, shards, _part(shards, trained, options), options, tokenizer, samples)
     except DataError as error:
         raise _of_set(name, error) from error
 
@@ -72,11 +77,33 @@ def _of_set(name: str, error: DataError) -> DataError:
     return DataError(f"--eval-data {name}: {str(error).replace('--data-glob', '--eval-data')}")
 
 
-def _read(name: str, options: SourceOptions, tokenizer: Any, samples: int) -> HeldOutSet:
-    shards = _shards(options.data_glob, options)
+def _part(shards: list[Shard], trained: list[str], options: SourceOptions) -> Holdout | None:
+    """The held-out part where the shards are trained on; DataError where only some are."""
+    if options.holdout is None:
+        return None
+    known = {path.resolve() for data_glob in trained for path in find_shards(data_glob)}
+    shared = sum(shard.path.resolve() in known for shard in shards)
+    if not shared:
+        return None
+    if shared < len(shards):
+        raise DataError(
+            f"{shared} of {len(shards)} shards are trained on, and --holdout leaves only their held-out "
+            "documents: name the shards of training, or others, not both (--data-glob)"
+        )
+    return Holdout(every=options.holdout, held_out=True)
+
+
+def _read(
+    name: str,
+    shards: list[Shard],
+    part: Holdout | None,
+    options: SourceOptions,
+    tokenizer: Any,
+    samples: int,
+) -> HeldOutSet:
     start = DataPosition(file_name=shards[0].name, block_size=options.block_size)
     sizes: dict[tuple[int, int, int], int] = {}
-    documents = DocumentReader(shards, options.text_column, start, options.skip_bad_shards)
+    documents = DocumentReader(shards, options.text_column, start, options.skip_bad_shards, holdout=part)
     pool = EncoderPool(
         EncoderRecipe(tokenizer=tokenizer, trust_remote_code=options.trust_remote_code), options.num_proc
     )

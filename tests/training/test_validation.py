@@ -1,6 +1,8 @@
 """Validation: the first samples of a set, the same loss in every layout, training left as it is."""
 
 import math
+from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,28 @@ def test_the_first_samples_are_those_of_the_packed_stream(tmp_path: Path) -> Non
     expected = [stream[i * BLOCK : (i + 1) * BLOCK + 1] for i in range(5)]
     assert held.tokens.tolist() == expected
     assert held.text_bytes == touched < sum(len(text.encode()) for text in texts)
+
+
+def test_with_holdout_a_set_of_training_shards_is_their_held_out_documents(tmp_path: Path) -> None:
+    glob, folder, texts = small_corpus(tmp_path, documents=40, length=200)
+    tokenizer = load_tokenizer(str(folder))
+    options = replace(options_for(glob), holdout=4)
+    kept = [
+        text
+        for text in texts
+        if int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") % 4 == 0
+    ]
+    assert 0 < len(kept) < len(texts)
+    held = read_held_out("web", glob, options, tokenizer, samples=3)
+    stream = [
+        token
+        for text in kept * 20
+        for token in (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    ]
+    assert held.tokens[:, :-1].reshape(-1).tolist() == stream[: 3 * BLOCK]
+    (tmp_path / "other").mkdir()
+    others = replace(options, data_glob=small_corpus(tmp_path / "other", documents=5, length=200)[0])
+    assert read_held_out("web", glob, others, tokenizer, samples=3).tokens.tolist() != held.tokens.tolist()
 
 
 def test_bytes_are_those_of_utf_8_and_a_small_set_is_repeated(tmp_path: Path) -> None:
