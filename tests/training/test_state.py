@@ -77,8 +77,10 @@ def result_of(loss: float = 2.5, *, skipped: bool = False, too_many: bool = Fals
     return StepResult(totals=totals, votes=Votes(), lr=1e-3, skipped=skipped, too_many_skipped=too_many)
 
 
-def advance(run: Run, row: int, result: StepResult, skipped: tuple[Any, ...] = ()) -> None:
-    batch: Any = SimpleNamespace(progress=progress_at(row, skipped), wait_seconds=0.25)
+def advance(
+    run: Run, row: int, result: StepResult, skipped: tuple[Any, ...] = (), sources: Any = None
+) -> None:
+    batch: Any = SimpleNamespace(progress=progress_at(row, skipped), wait_seconds=0.25, sources=sources)
     run.complete(batch, result, 1.5)
 
 
