@@ -58,6 +58,13 @@ def test_prune_keeps_the_newest_and_the_multiples(tmp_path: Path) -> None:
     assert prune(tmp_path, newest_verified=checkpoint_path(tmp_path, 8), keep=0) == []
 
 
+def test_prune_keeps_the_ends_of_stages(tmp_path: Path) -> None:
+    for step in range(1, 9):
+        save_sample(tmp_path, step)
+    prune(tmp_path, newest_verified=checkpoint_path(tmp_path, 8), keep=1, keep_steps=(2, 5, 8, 11))
+    assert _steps(tmp_path) == [2, 5, 8]
+
+
 def test_prune_counts_no_spoiled_file_among_those_kept(tmp_path: Path) -> None:
     for step in range(1, 7):
         save_sample(tmp_path, step)

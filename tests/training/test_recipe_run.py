@@ -80,9 +80,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> tuple[Path,
     output = tmp_path_factory.mktemp("whole")
     finished = launch(1, "--config", recipe, "--output-dir", output)
     assert finished.code == 0, finished.stderr
-    told = [line for line in finished.stderr.splitlines() if "warning" in line]
-    assert not finished.errors() and all("postponed" in line for line in told)  # a slow disk
+    warnings = [line for line in finished.stderr.splitlines() if line.startswith("warning: ")]
+    # A slow disk may still be verifying a checkpoint when the next one falls due.
+    assert not finished.errors() and all("postponed" in line or "times" in line for line in warnings)
     return output, finished.stdout
+
+
+def one_of(output: Path, steps: tuple[int, ...]) -> int:
+    """The first of these steps that has a checkpoint; ends of stages always have one."""
+    for step in steps:
+        if checkpoint(output, step).exists():
+            return step
+    pytest.skip(f"no checkpoint after steps {steps} (postponed on a slow disk)")
 
 
 def test_stages_run_one_after_another(whole: tuple[Path, str], corpus: Path) -> None:
@@ -107,7 +116,7 @@ def test_every_stage_ends_with_a_validation_and_a_lasting_checkpoint(whole: tupl
     output, _ = whole
     lines = [json.loads(line) for line in OutputFolder(output).eval_metrics.read_text().splitlines()]
     assert [(line["step"], line["stage"]) for line in lines] == [(5, "pretrain"), (9, "anneal"), (12, "long")]
-    for step, stage, finished in ((5, "pretrain", 1), (8, "anneal", 1), (9, "anneal", 2), (12, "long", 3)):
+    for step, stage, finished in ((2, "pretrain", 0), (5, "pretrain", 1), (9, "anneal", 2), (12, "long", 3)):
         content = torch.load(checkpoint(output, step), weights_only=True)
         assert content["stage"] == stage and content["global_step"] == step
         assert [record["finished"] for record in content["stages"]].count(True) == finished
@@ -143,11 +152,12 @@ def test_the_optimizer_goes_on_or_begins_anew(whole: tuple[Path, str]) -> None:
     assert {step: int(value) for step, value in steps.items()} == {5: 5, 9: 9, 12: 3}
 
 
-@pytest.mark.parametrize("step", [4, 5, 8, 9, 10])
+@pytest.mark.parametrize("steps", [(4, 3, 2), (5,), (8, 7, 6), (9,), (10, 11)])
 def test_started_again_it_goes_on_bit_for_bit(
-    tmp_path: Path, whole: tuple[Path, str], recipe: Path, step: int
+    tmp_path: Path, whole: tuple[Path, str], recipe: Path, steps: tuple[int, ...]
 ) -> None:
     output, _ = whole
+    step = one_of(output, steps)
     for name in ("pretrained", "stats"):
         (tmp_path / name).mkdir()
     shutil.copy(checkpoint(output, step), tmp_path / "pretrained")
@@ -177,7 +187,7 @@ def test_a_finished_stage_that_was_edited_is_refused(
     tmp_path: Path, whole: tuple[Path, str], recipe: Path
 ) -> None:
     (tmp_path / "pretrained").mkdir()
-    shutil.copy(checkpoint(whole[0], 8), tmp_path / "pretrained")
+    shutil.copy(checkpoint(whole[0], 9), tmp_path / "pretrained")
     edited = tmp_path / "edited.toml"
     edited.write_text(recipe.read_text().replace("total-steps = 5", "total-steps = 6"))
     finished = launch(2, "--config", edited, "--output-dir", tmp_path)
