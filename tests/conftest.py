@@ -27,7 +27,7 @@ LIBRARY_TESTS = frozenset(
     for name in (
         "checkpoint/test_export_hf", "checkpoint/test_load", "data/test_formats", "data/test_tokenizer",
         "model/test_family", "model/test_generation", "model/test_model", "scripts/test_generate",
-        "scripts/test_plot_metrics", "test_end_to_end", "tp/test_architectures",
+        "scripts/test_plot_training", "test_end_to_end", "tp/test_architectures",
     )
 )  # fmt: skip
 """Training, saving, resuming, export, generation, tokenizers, parquet: marked ``libraries`` as a whole."""

@@ -101,7 +101,12 @@ def nan(fault: Fault) -> None:
                 handles.pop(0).remove()
             return
         accumulate = type(one_step)._accumulate
-        one_step._accumulate = lambda batch: accumulate(one_step, batch) * (float("nan") if spoils else 1.0)
+
+        def spoiled(batch: Any) -> Any:
+            loss, by_source = accumulate(one_step, batch)
+            return loss * (float("nan") if spoils else 1.0), by_source
+
+        one_step._accumulate = spoiled
 
     handles: list[Any] = []
     in_steps(spoil)

@@ -116,7 +116,12 @@ class Run:
 
     def finished_before(self) -> str:
         """What to print where no step is left to train."""
-        training = self.config.training
+        training, stage = self.config.training, self.stages.current.name
+        if stage:
+            return (
+                f"This recipe has already finished: {self.resumed_from} is at step {self.step}, the end of its "
+                f"last stage {stage}; add a stage, or give that one more steps, to train on"
+            )
         flag, asked = "--total-steps", f"--total-steps {training.total_steps}"
         if training.total_tokens is not None:
             flag = "--total-tokens"

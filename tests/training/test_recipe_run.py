@@ -179,7 +179,7 @@ def test_a_finished_recipe_repeats_nothing(tmp_path: Path, whole: tuple[Path, st
     output = tmp_path / "run"
     shutil.copytree(whole[0], output)
     finished = launch(1, "--config", recipe, "--output-dir", output)
-    assert finished.code == 0 and "Nothing to train: step 12" in finished.stdout
+    assert finished.code == 0 and "This recipe has already finished: " in finished.stdout
     assert metrics(output) == metrics(whole[0])
 
 
