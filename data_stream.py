@@ -42,6 +42,7 @@ MAY_CHANGE = {
     "samples_per_step": "the global batch (sequences a step)",
     "block_size": "--block-size",
     "packing": "packing (--no-packing turns it off)",
+    "document_attention": "--document-attention",
 }
 
 
@@ -133,6 +134,7 @@ def source_identity(options: SourceOptions, tokenizer: Any) -> dict[str, Any]:
         "block_size": options.block_size,
         "samples_per_step": options.samples_per_step,
         "seed": options.seed,
+        "document_attention": options.document_attention,
     }
 
 
@@ -167,9 +169,9 @@ def check_state(
             "restore it, or --allow-data-change to go on all the same"
         )
     survived = [
-        f"{what} was {saved[key]} in the checkpoint, is {identity[key]}"
+        f"{what} was {saved.get(key, False)} in the checkpoint, is {identity[key]}"
         for key, what in MAY_CHANGE.items()
-        if saved[key] != identity[key] and key not in refused
+        if saved.get(key, False) != identity[key] and key not in refused  # a key that is newer was off
     ]
     return [f"the data is not the checkpoint's: {difference}" for difference in differences] + survived
 

@@ -56,6 +56,7 @@ class DataOptions:
         "cut each document on its own, dropping short documents and tails, instead of packing",
         names=("--no-packing",),
     )
+    document_attention: bool = flag(False, "let a token attend within its own document only")
     num_proc: int = flag(8, "tokenizing processes, at most one per CPU core", kind=int, at_least=1)
     data_cache_dir: str | None = flag(
         None, "cache of the tokenized corpus", metavar="DIR", default_text="<output-dir>/cache"

@@ -2,6 +2,7 @@
 
 Per optimizer step one broadcast of one int32 tensor over a gloo group of its own: a header, then the step's
 tokens, or the reader's error message, or the word that the feed ends. Each rank keeps QUEUE_DEPTH steps.
+For document attention a token that begins a document travels as its complement, which is negative.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +28,19 @@ FEED_TIMEOUT = timedelta(days=30)
 CLOSE_SECONDS = 10.0
 POLL_SECONDS = 0.2
 
-TOKENS, ERROR, END = 0, 1, 2
+TOKENS, ERROR, END, MARKED_TOKENS = 0, 1, 2, 3
 HASH_INTS = 4
 HEADER_INTS = 2 + HASH_INTS
 MESSAGE_BYTES = 8192
+
+
+class _StepTokens(NamedTuple):
+    """One step on a rank."""
+
+    tokens: torch.Tensor
+    document_ids: torch.Tensor | None
+    stream_hash: str
+    progress: DataProgress | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +54,9 @@ class StepBatch:
     """Where the stream stands after this step (rank 0 only)."""
     wait_seconds: float
     """Time the caller waited for this batch."""
+    document_ids: torch.Tensor | None = None
+    """(samples_per_step, block_size) int32: equal where two input tokens of a sample share a document; None
+    without document attention."""
 
     @property
     def position(self) -> DataPosition | None:
@@ -55,6 +69,15 @@ class StepBatch:
         start = (micro_step * dp_size + dp_rank) * batch_size
         samples = self.tokens[start : start + batch_size].to(device, non_blocking=True).long()
         return samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+
+    def micro_documents(
+        self, micro_step: int, *, batch_size: int, dp_rank: int, dp_size: int, device: torch.device | str
+    ) -> torch.Tensor | None:
+        """The ``document_ids`` of the same samples, (batch_size, block_size) int32 on ``device``."""
+        if self.document_ids is None:
+            return None
+        start = (micro_step * dp_size + dp_rank) * batch_size
+        return self.document_ids[start : start + batch_size].to(device, non_blocking=True)
 
 
 class StepFeed:
@@ -77,9 +100,7 @@ class StepFeed:
         self._shape = (samples_per_step, block_size + 1)
         self._group = group
         self._pin_memory = pin_memory
-        self._queue: queue.Queue[tuple[torch.Tensor, str, DataProgress | None] | RunError] = queue.Queue(
-            QUEUE_DEPTH
-        )
+        self._queue: queue.Queue[_StepTokens | RunError] = queue.Queue(QUEUE_DEPTH)
         self._stop = threading.Event()
         self._begun = threading.Event()
         self._failure: RunError | None = None
@@ -101,11 +122,9 @@ class StepFeed:
         if isinstance(item, RunError):
             self._failure = item
             raise item
-        tokens, stream_hash, progress = item
-        wait = time.monotonic() - start
-        return StepBatch(tokens=tokens, stream_hash=stream_hash, progress=progress, wait_seconds=wait)
+        return StepBatch(**item._asdict(), wait_seconds=time.monotonic() - start)
 
-    def _get(self) -> tuple[torch.Tensor, str, DataProgress | None] | RunError:
+    def _get(self) -> _StepTokens | RunError:
         while True:
             alive = self._thread.is_alive()  # asked first: what a thread put before it ended is still there
             try:
@@ -128,7 +147,7 @@ class StepFeed:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _put(self, item: tuple[torch.Tensor, str, DataProgress | None] | RunError) -> None:
+    def _put(self, item: _StepTokens | RunError) -> None:
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=POLL_SECONDS)
@@ -150,9 +169,17 @@ class StepFeed:
             reason = " ".join(str(error).split())[:300]
             raise PeerError(f"another rank is gone (the hand-out of tokens failed: {reason})") from error
 
-    def _tokens_of(self, message: torch.Tensor) -> torch.Tensor:
+    def _tokens_of(self, message: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The step's tokens, and of marked ones which belong to one document."""
         tokens = message[HEADER_INTS : HEADER_INTS + self._shape[0] * self._shape[1]].view(self._shape)
-        return tokens.pin_memory() if self._pin_memory else tokens
+        documents = None
+        if message[0] == MARKED_TOKENS:
+            begins = tokens < 0
+            documents = begins[:, :-1].cumsum(1, dtype=torch.int32)
+            tokens = torch.where(begins, ~tokens, tokens)
+        if self._pin_memory:
+            tokens, documents = tokens.pin_memory(), None if documents is None else documents.pin_memory()
+        return tokens, documents
 
     def _run(self) -> None:
         if self._device is not None:  # a new thread begins on GPU 0, where pinning would open a context
@@ -188,13 +215,17 @@ class StepFeed:
             self._fail(failure)
             return
         message = self._message()
-        message[0] = TOKENS
+        message[0] = TOKENS if step.starts is None else MARKED_TOKENS
         message[2:HEADER_INTS] = torch.from_numpy(
             np.frombuffer(bytes.fromhex(step.progress.stream_hash), "<i4").copy()
         )
-        message[HEADER_INTS : HEADER_INTS + step.tokens.size] = torch.from_numpy(step.tokens).flatten()
+        tokens = step.tokens
+        if step.starts is not None:
+            tokens = tokens.copy()
+            tokens[:, :-1][step.starts] ^= -1
+        message[HEADER_INTS : HEADER_INTS + tokens.size] = torch.from_numpy(tokens).flatten()
         self._broadcast(message)
-        self._put((self._tokens_of(message), step.progress.stream_hash, step.progress))
+        self._put(_StepTokens(*self._tokens_of(message), step.progress.stream_hash, step.progress))
 
     def _fail(self, error: DataError) -> None:
         if self._stop.is_set():  # closing: the source was taken away
@@ -219,9 +250,9 @@ class StepFeed:
                 message = self._message()
                 self._broadcast(message)
                 kind, size = int(message[0]), int(message[1])
-                if kind == TOKENS:
+                if kind in (TOKENS, MARKED_TOKENS):
                     digest = message.numpy()[2:HEADER_INTS].astype("<i4").tobytes().hex()
-                    self._put((self._tokens_of(message), digest, None))
+                    self._put(_StepTokens(*self._tokens_of(message), digest, None))
                     continue
                 if kind == ERROR:
                     text = message.numpy()[HEADER_INTS:].tobytes()[:size].decode(errors="ignore")

@@ -21,6 +21,8 @@ class Samples(NamedTuple):
     document: Document
     """The document of the next sample's first input token (its text left out)."""
     token_offset: int
+    starts: np.ndarray
+    """(count, block_size) bool: the input tokens that begin a document."""
 
 
 class Sampler(Protocol):
@@ -37,7 +39,7 @@ def _without_used(batches: Iterator[EncodedBatch], start: DataPosition) -> Itera
     """
     first: Mark | None = None
     used = dropped = 0
-    for ids, marks in batches:
+    for ids, marks, _ in batches:
         if first is None:
             first = marks[0][1]
             at_start = first[:3] == (start.epoch, start.file_index, start.row)
@@ -63,13 +65,15 @@ class PackedSampler:
         self._available = 0
         self._marks: deque[tuple[int, Mark]] = deque()
         """(stream index of the document's first id, its mark); index 0 is the first token not used."""
+        self._starts: deque[int] = deque()
+        """Stream indices at which documents begin."""
         self._filled = 0
         self._taken = 0
 
     def take(self, count: int) -> Samples:
         size = count * self._block_size
         while self._available <= size:
-            self._append(*next(self._batches))
+            self._append(next(self._batches))
         tokens = self._chunks[0] if len(self._chunks) == 1 else np.concatenate(self._chunks)
         self._chunks = deque([tokens[size:]])
         self._available -= size
@@ -80,10 +84,21 @@ class PackedSampler:
         samples[:, :-1] = tokens[:size].reshape(count, self._block_size)
         samples[:, 1:] = tokens[1 : size + 1].reshape(count, self._block_size)
         start, mark = self._marks[0]
-        return Samples(samples, Document.from_mark(mark), self._taken - start)
+        return Samples(samples, Document.from_mark(mark), self._taken - start, self._take_starts(count))
 
-    def _append(self, ids: np.ndarray, marks: list[tuple[int, Mark]]) -> None:
+    def _take_starts(self, count: int) -> np.ndarray:
+        """Those among the samples just taken."""
+        size = count * self._block_size
+        flags = np.zeros(size, dtype=bool)
+        while self._starts and self._starts[0] < self._taken:
+            flags[self._starts.popleft() - (self._taken - size)] = True
+        return flags.reshape(count, self._block_size)
+
+    def _append(self, batch: EncodedBatch) -> None:
+        ids, marks, starts = batch
         self._marks.extend([(self._filled + offset, mark) for offset, mark in marks])
+        offsets = [offset for offset, _ in marks if offset >= 0] if starts is None else starts.tolist()
+        self._starts.extend([self._filled + offset for offset in offsets])
         self._chunks.append(ids)
         self._available += len(ids)
         self._filled += len(ids)
@@ -108,10 +123,12 @@ class WindowSampler:
 
     def take(self, count: int) -> Samples:
         while len(self._windows) <= count:  # one more, to know where the next sample begins
-            self._append(*next(self._batches))
+            batch = next(self._batches)
+            self._append(batch.ids, batch.marks)
         samples = np.stack([self._windows.popleft()[0] for _ in range(count)])
         _, mark, token_offset = self._windows[0]
-        return Samples(samples, Document.from_mark(mark), token_offset)
+        one_document = np.zeros((count, self._block_size), dtype=bool)
+        return Samples(samples, Document.from_mark(mark), token_offset, one_document)
 
     def _append(self, ids: np.ndarray, marks: list[tuple[int, Mark]]) -> None:
         ends = [offset for offset, _ in marks] + [len(ids)]

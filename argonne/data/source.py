@@ -38,6 +38,8 @@ class SourceOptions:
     trust_remote_code: bool = False
     skip_bad_shards: bool = False
     allow_data_change: bool = False
+    document_attention: bool = False
+    """Tell where documents begin, too."""
     cache_dir: Path | None = None
     """Where the shard index and the non-streaming token cache lie."""
 
@@ -77,6 +79,8 @@ class SourceStep:
 
     tokens: np.ndarray
     progress: DataProgress
+    starts: np.ndarray | None = None
+    """(samples_per_step, block_size) bool: the input tokens that begin a document (document attention)."""
 
 
 class TokenSource(Protocol):
@@ -118,7 +122,7 @@ class StreamingSource:
 
     def next_step(self) -> SourceStep:
         count = self._options.samples_per_step
-        tokens, document, token_offset = self._sampler.take(count)
+        tokens, document, token_offset, starts = self._sampler.take(count)
         self._progress = DataProgress(
             position=self._position(document, token_offset),
             stream_hash=chain_hash(self._progress.stream_hash, tokens),
@@ -126,7 +130,8 @@ class StreamingSource:
             counts=document.counts,
             skipped=tuple(self._skipped[: document.skips]),
         )
-        return SourceStep(tokens=tokens, progress=self._progress)
+        starts_if_asked = starts if self._options.document_attention else None
+        return SourceStep(tokens=tokens, progress=self._progress, starts=starts_if_asked)
 
     def _position(self, document: Document, token_offset: int) -> DataPosition:
         return DataPosition(

@@ -247,6 +247,8 @@ class EncodedBatch(NamedTuple):
 
     ids: np.ndarray
     marks: list[tuple[int, Mark]]
+    starts: np.ndarray | None = None
+    """Offsets at which documents begin, where the marks do not tell (rows that are blocks of tokens)."""
 
 
 def encoded_documents(documents: Iterator[Document], pool: EncoderPool) -> Iterator[EncodedBatch]:

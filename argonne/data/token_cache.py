@@ -206,7 +206,7 @@ class _Build:
             rows_before.append(rows_before[-1] + shard.rows)
         done = rows_before[self._place["file_index"]] + self._place["row"]
         with tqdm(total=rows_before[-1], initial=done, unit="rows", desc="Tokenizing", disable=None) as bar:
-            for ids, marks in batches:
+            for ids, marks, _ in batches:
                 ids.tofile(tokens)
                 np.array([total + offset for offset, _ in marks], dtype=np.int64).tofile(starts)
                 if marks:
@@ -285,9 +285,12 @@ class CachedSource:
         epoch, sample = self._progress.position.epoch, self._progress.position.sample or 0
         epoch, sample = epoch + sample // len(self._starts), sample % len(self._starts)
         tokens = np.empty((count, size + 1), dtype=np.int32)
+        begins = np.zeros((count, size), dtype=bool)
         for index in range(count):
             start = self._starts[self._epoch_order(epoch)[sample]]
             tokens[index] = cache.tokens[start : start + size + 1]
+            first, last = np.searchsorted(cache.starts, [start, start + size])
+            begins[index, cache.starts[first:last] - start] = True
             sample += 1
             if sample == len(self._starts):
                 epoch, sample = epoch + 1, 0
@@ -298,7 +301,8 @@ class CachedSource:
             counts=cache.counts,
             skipped=cache.skipped,
         )
-        return SourceStep(tokens=tokens, progress=self._progress)
+        starts = begins if self._options.document_attention else None
+        return SourceStep(tokens=tokens, progress=self._progress, starts=starts)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:

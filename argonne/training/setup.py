@@ -116,6 +116,7 @@ def source_options(config: RunConfig, samples_per_step: int) -> SourceOptions:
         trust_remote_code=data.trust_remote_code,
         skip_bad_shards=data.skip_bad_shards,
         allow_data_change=data.allow_data_change,
+        document_attention=data.document_attention,
         cache_dir=Path(cache),
     )
 
@@ -183,8 +184,18 @@ def verify_if_asked(config: RunConfig, trained: TrainedModel, control: RunContro
     length = training.block_size if compiled else min(training.block_size, VERIFIED_TOKENS)
     generator = torch.Generator().manual_seed(training.seed)
     tokens = torch.randint(trained.model.config.vocab_size, (batch, length + 1), generator=generator)
+    documents = None
+    if config.data.document_attention:
+        documents = torch.randint(4, (batch, length), generator=generator).sort(dim=1).values
     with control.phase("verify"):
-        result = compare_with_unsharded(trained.model, trained.wrapped, parallel, tokens, dtype=trained.dtype)
+        result = compare_with_unsharded(
+            trained.model,
+            trained.wrapped,
+            parallel,
+            tokens,
+            dtype=trained.dtype,
+            document_ids=documents,
+        )
     report.info(f"Verified the split: {result.summary()}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 
@@ -115,17 +116,20 @@ class TrainingStep:
         trained, parallel = self._trained, self._trained.parallel
         total = torch.zeros((), device=parallel.device)
         for micro_step in range(self._accumulation):
-            inputs, targets = batch.micro_batch(
-                micro_step,
-                batch_size=self._options.batch_size,
-                dp_rank=parallel.dp_rank,
-                dp_size=parallel.dp_size,
-                device=parallel.device,
-            )
+            place: dict[str, Any] = {
+                "batch_size": self._options.batch_size,
+                "dp_rank": parallel.dp_rank,
+                "dp_size": parallel.dp_size,
+                "device": parallel.device,
+            }
+            inputs, targets = batch.micro_batch(micro_step, **place)
+            documents = batch.micro_documents(micro_step, **place)
+            within = {} if documents is None else {"document_ids": documents}
             last = micro_step == self._accumulation - 1
             with gradient_sync(trained.model, trained.wrapped, last=last):
                 with self._context():
-                    loss = trained.wrapped(input_ids=inputs, shift_labels=targets).loss / self._accumulation
+                    output = trained.wrapped(input_ids=inputs, shift_labels=targets, **within)
+                    loss = output.loss / self._accumulation
                 (loss * self.scaler.scale).backward()
             total += loss.detach()
         return total
