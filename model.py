@@ -562,13 +562,13 @@ def document_block_mask(starts: Tensor, window: int | None = None) -> BlockMask:
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (key >= first[batch, query])
 
-    counts_and_indices = []
-    for chosen in (partly, full):
-        counts_and_indices.append(chosen.sum(-1, dtype=torch.int32)[:, None])
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
         order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-        counts_and_indices.append(order.to(torch.int32)[:, None].contiguous())
+        return chosen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None].contiguous()
+
+    lengths = (seq_len, seq_len)
     return BlockMask.from_kv_blocks(
-        *counts_and_indices, BLOCK_SIZE=_FLEX_BLOCK, mask_mod=sees, seq_lengths=(seq_len, seq_len)
+        *listed(partly), *listed(full), BLOCK_SIZE=_FLEX_BLOCK, mask_mod=sees, seq_lengths=lengths
     )
 
 
@@ -582,7 +582,7 @@ def _flex_attention(
 ) -> Tensor:
     """Uncompiled it would make all scores: only the code of a compiled block, and tests, call it so."""
     plain = torch.compiler.is_compiling() or query.device.type == "cpu"
-    attend: Callable[..., Any] = flex_attention if plain else _compiled_flex_attention()
+    attend: Any = flex_attention if plain else _compiled_flex_attention()
     output: Tensor = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=groups > 1)
     return output
 
@@ -823,7 +823,8 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         )
         if document_ids is not None:
             _check_document_ids(document_ids, tokens, attention_mask, past_key_values, use_cache)
-            use_cache, masks = False, (None, None)
+            use_cache = False
+            masks: tuple[Tensor | None, Tensor | None] = (None, None)
         else:
             masks = self._masks(tokens, hidden_states.dtype, attention_mask, position_ids, past_key_values)
         documents = self._documents(document_ids, hidden_states)

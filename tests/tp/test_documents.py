@@ -47,10 +47,13 @@ def test_every_degree_gives_each_document_alone(switches: dict[str, Any]) -> Non
     expected, gradients = alone(small_model(torch.float32, **switches), tokens, spans)
     for tp_size, sequence_parallel in ((1, False), (2, False), (2, True), (4, True)):
         models = [small_model(torch.float32, **switches) for _ in range(tp_size)]
-        ranks = simulate(
-            SimulatedTPGroup.create(tp_size),
-            lambda group, models=models, sp=sequence_parallel: split_gradients(models[group.rank], group, sp),
-        )
+
+        def work(
+            group: SimulatedTPGroup, models: list[ArgonneModel] = models, split: bool = sequence_parallel
+        ) -> tuple[float, Any]:
+            return split_gradients(models[group.rank], group, split)
+
+        ranks = simulate(SimulatedTPGroup.create(tp_size), work)
         for loss, actual in ranks:
             assert abs(loss - expected) <= TOLERANCE * expected
             assert_alike(actual, gradients)
