@@ -13,6 +13,8 @@ from argonne.data.shards import Shard, manifest, manifest_difference, natural_ke
 from argonne.data.source import DataProgress, SourceOptions, StreamingSource, TokenSource
 from argonne.data.stream import Counts
 from argonne.data.token_cache import CachedSource
+from argonne.data.token_rows import describe_column
+from argonne.data.token_stream import for_tokens
 from argonne.data.tokenizer import EncoderRecipe, load_tokenizer, tokenizer_fingerprint
 from argonne.errors import DataError
 
@@ -29,7 +31,7 @@ __all__ = [
 
 MUST_MATCH = {
     "tokenizer": "the tokenizer (--tokenizer-path)",
-    "text_column": "--text-column",
+    "text_column": "the column (--text-column, --token-column)",
     "streaming": "streaming (--no-streaming turns it off)",
 }
 MUST_MATCH_SHUFFLED = {
@@ -91,12 +93,16 @@ def open_stream(
     ``saved_position`` is a checkpoint's ``data_position`` (ours or a pipeline script's), ``saved_state`` its
     ``data_state`` (None in a pipeline checkpoint). Raises DataError before anything is tokenized.
     """
+    if options.vocab_size is None:
+        ids = tokenizer.get_vocab().values()
+        options = replace(options, vocab_size=max(len(tokenizer), 1 + max(ids)))
     shards = open_corpus(
         options.data_glob,
-        options.text_column,
+        options.column,
         skip_bad_shards=options.skip_bad_shards,
         cache_dir=options.cache_dir,
     )
+    options = for_tokens(options, shards)
     notices = [f"skipping the bad shard {shard.path}: {shard.fault}" for shard in shards if shard.fault]
     empty = [shard.name for shard in shards if 0 < shard.rows == shard.null_rows]
     if empty:
@@ -128,7 +134,8 @@ def source_identity(options: SourceOptions, tokenizer: Any) -> dict[str, Any]:
     """What a checkpoint keeps to recognise its data by, beside the file list."""
     return {
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "text_column": options.column,
+        "text_column": describe_column(options.column),
+        "token_column": options.token_column,
         "packing": options.packing,
         "streaming": options.streaming,
         "block_size": options.block_size,

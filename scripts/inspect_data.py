@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer-path", help="needed for token estimates and for a step's text")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
     parser.add_argument("--text-column", help="column of the text (text)")
+    parser.add_argument("--token-column", help="list column of token ids, instead of text")
     parser.add_argument("--step", type=int, help="print the text of this optimizer step, counted from 0")
     parser.add_argument("--at", metavar="FILE:ROW[:TOKEN]", help="print the samples from this position on")
     parser.add_argument(
@@ -115,6 +116,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise ConfigError("the text of a step needs --tokenizer-path: give the run's tokenizer")
     if options.at is not None and (options.step is not None or options.checkpoint_path is not None):
         raise ConfigError("--at excludes --step and --checkpoint-path: give one of them")
+    if options.token_column is not None and options.text_column is not None:
+        raise ConfigError("--token-column contradicts --text-column: leave one out")
     if options.metrics is not None and (options.step is None or options.checkpoint_path is not None):
         raise ConfigError("--metrics goes with --step and without --checkpoint-path")
     if options.at is not None and options.no_streaming:

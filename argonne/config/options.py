@@ -46,6 +46,9 @@ class DataOptions:
     trust_remote_code: bool = flag(False, "let the tokenizer run the code in its folder")
     data_glob: str = flag("../data/CC-MAIN-2025-26/*.parquet", "parquet shards; quote it", metavar="GLOB")
     text_column: str = flag("text", "column that holds the documents", metavar="NAME")
+    token_column: str | None = flag(
+        None, "list column of token ids, instead of text", metavar="NAME", default_text="the data is text"
+    )
     streaming: bool = flag(
         True,
         "tokenize the corpus once into a cache and shuffle each epoch, instead of streaming",

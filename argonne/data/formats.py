@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from argonne.data.shard_reader import ShardReader
+from argonne.data.flat_tokens import FlatReader, is_flat
+from argonne.data.shard_reader import ShardError, ShardReader, TextBatch
+from argonne.data.token_rows import TokenColumn, TokenRow, check_token_column, to_token_rows
 from argonne.errors import one_line
 
 if TYPE_CHECKING:
@@ -30,10 +32,6 @@ DIGEST_BYTES = 1 << 16
 ARROW_FILE_MAGIC = b"ARROW1"
 
 
-class ShardError(Exception):
-    """A shard or a row group that cannot be used; the message is the reason, without the shard's name."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Footer:
     """What the start-up check learns of one shard without reading its rows."""
@@ -44,15 +42,6 @@ class Footer:
     """Rows without a text by the footer's statistics (0 where there are none)."""
     digest: str
     """Hash of the file's last 64 KiB, which hold a parquet file's row-group offsets and statistics."""
-
-
-@dataclass(frozen=True)
-class TextBatch:
-    """Consecutive rows of one row group."""
-
-    texts: list[str | LongText | None]
-    replaced: frozenset[int]
-    """Indices into ``texts`` whose bytes were not UTF-8 (each bad sequence became U+FFFD)."""
 
 
 class LongText:
@@ -80,7 +69,7 @@ class LongText:
 
 def tail_digest(path: Path) -> str:
     """Hash of the file's last DIGEST_BYTES: its footer, or most of it."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - DIGEST_BYTES))
         return hashlib.blake2b(file.read(), digest_size=8).hexdigest()
@@ -120,10 +109,27 @@ def read_footer(path: Path, column: str) -> Footer:
 
 def open_shard(path: Path, column: str) -> ShardReader:
     """A reader for the file's format; raises ShardError, OSError or pyarrow's exceptions."""
-    with open(path, "rb") as file:
+    if is_flat(path):
+        return FlatReader(path, getattr(column, "vocab_size", None))
+    with path.open("rb") as file:
         magic = file.read(8)
     is_arrow = path.suffix == ".arrow" or magic.startswith(ARROW_FILE_MAGIC)
     return ArrowReader(path, column) if is_arrow else ParquetReader(path, column)
+
+
+def check_column(schema: pa.Schema, column: str) -> None:
+    """Raise ShardError unless ``column`` holds what its kind says, texts or token ids."""
+    if isinstance(column, TokenColumn):
+        check_token_column(schema, column)
+    else:
+        check_text_column(schema, column)
+
+
+def to_rows(array: Any, column: str, first_row: int) -> TextBatch:
+    """The rows of an Arrow array as texts or token ids; ``first_row`` is the first one's in its shard."""
+    if isinstance(column, TokenColumn):
+        return to_token_rows(array, column, first_row)
+    return to_texts(array)
 
 
 def rows_per_batch(rows: int, size: int) -> int:
@@ -146,7 +152,7 @@ def to_texts(array: Any) -> TextBatch:
 
 
 def _to_texts_one_by_one(array: Any) -> TextBatch:
-    texts: list[str | LongText | None] = []
+    texts: list[str | LongText | TokenRow | None] = []
     replaced = set()
     for index, buffer in enumerate(_row_buffers(array)):
         if buffer is None:
@@ -210,11 +216,13 @@ class ParquetReader:
         self._file = pq.ParquetFile(
             path, buffer_size=BATCH_BYTES, pre_buffer=False, page_checksum_verification=True
         )
-        check_text_column(self._file.schema_arrow, column)
+        check_column(self._file.schema_arrow, column)
         self._column = column
         self._metadata = self._file.metadata
         paths = [self._metadata.schema.column(index).path for index in range(self._metadata.num_columns)]
-        self._column_index = paths.index(column)
+        self._column_index = next(
+            index for index, path in enumerate(paths) if path == column or path.startswith(f"{column}.")
+        )
         self.group_rows = tuple(
             self._metadata.row_group(g).num_rows for g in range(self._metadata.num_row_groups)
         )
@@ -243,14 +251,21 @@ class ParquetReader:
             self._metadata.row_group(g).column(self._column_index).total_uncompressed_size for g in groups
         )
 
+    def token_count(self) -> int:
+        """Values in a column of lists, by the footer (one for each row that has none)."""
+        groups = range(len(self.group_rows))
+        return sum(self._metadata.row_group(g).column(self._column_index).num_values for g in groups)
+
     def batches(self, group: int) -> Iterator[TextBatch]:
         """The rows of a row group in order. Raises pa.ArrowException or OSError where they cannot be read."""
         chunk = self._metadata.row_group(group).column(self._column_index)
         batch_rows = rows_per_batch(self.group_rows[group], chunk.total_uncompressed_size)
+        row = sum(self.group_rows[:group])
         for batch in self._file.iter_batches(
-            batch_size=batch_rows, row_groups=[group], columns=[self._column], use_threads=False
+            batch_size=batch_rows, row_groups=[group], columns=[str(self._column)], use_threads=False
         ):
-            yield to_texts(batch.column(0))
+            yield to_rows(batch.column(0), self._column, row)
+            row += batch.num_rows
 
 
 class ArrowReader:
@@ -265,7 +280,7 @@ class ArrowReader:
         self._size = self._source.size()
         self._is_file = self._source.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
         self._restart()
-        check_text_column(self._reader.schema, column)
+        check_column(self._reader.schema, column)
         self.group_rows = tuple(batch.num_rows for batch in self._all_batches())
 
     def __enter__(self) -> ArrowReader:
@@ -302,6 +317,10 @@ class ArrowReader:
         """Size of the text column in memory."""
         return sum(batch.column(self._column).nbytes for batch in self._all_batches())
 
+    def token_count(self) -> int:
+        """Values in a column of lists."""
+        return sum(len(batch.column(self._column).flatten()) for batch in self._all_batches())
+
     def _batch(self, group: int) -> Any:
         if self._is_file:
             return self._reader.get_batch(group)
@@ -316,9 +335,13 @@ class ArrowReader:
     def batches(self, group: int) -> Iterator[TextBatch]:
         """The rows of a record batch in order. Raises ShardError, pa.ArrowException or OSError."""
         array = self._batch(group).column(self._column)
-        check_offsets(array)
+        if isinstance(self._column, TokenColumn):
+            array.validate(full=True)
+        else:
+            check_offsets(array)
+        row = sum(self.group_rows[:group])
         batch_rows = rows_per_batch(len(array), array.nbytes)
         for start in range(0, len(array), batch_rows):
             if self._path.stat().st_size < self._size:  # what is mapped and no longer there kills the process
                 raise ShardError("it was cut while it was read")
-            yield to_texts(array.slice(start, batch_rows))
+            yield to_rows(array.slice(start, batch_rows), self._column, row + start)

@@ -56,10 +56,13 @@ def _without_used(batches: Iterator[EncodedBatch], start: DataPosition) -> Itera
 
 
 class PackedSampler:
-    """The packed stream: block_size + 1 tokens every block_size tokens, across documents and epochs."""
+    """The packed stream: block_size + 1 tokens every block_size tokens, across documents and epochs.
 
-    def __init__(self, batches: Iterator[EncodedBatch], block_size: int, start: DataPosition) -> None:
-        self._batches = _without_used(batches, start)
+    ``start`` None: the batches begin with the first token not used.
+    """
+
+    def __init__(self, batches: Iterator[EncodedBatch], block_size: int, start: DataPosition | None) -> None:
+        self._batches = batches if start is None else _without_used(batches, start)
         self._block_size = block_size
         self._chunks: deque[np.ndarray] = deque()
         self._available = 0
@@ -110,8 +113,8 @@ class WindowSampler:
     Short documents and tails are dropped.
     """
 
-    def __init__(self, batches: Iterator[EncodedBatch], block_size: int, start: DataPosition) -> None:
-        self._batches = _without_used(batches, start)
+    def __init__(self, batches: Iterator[EncodedBatch], block_size: int, start: DataPosition | None) -> None:
+        self._batches = batches if start is None else _without_used(batches, start)
         self._block_size = block_size
         self._windows: deque[tuple[np.ndarray, Mark, int]] = deque()
         self._rest = np.empty(0, dtype=np.int32)

@@ -16,13 +16,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from argonne.data.flat_tokens import FLAT_SUFFIX
 from argonne.data.formats import Footer, ShardError, read_footer, tail_digest
+from argonne.data.token_rows import TokenColumn, describe_column
 from argonne.errors import DataError
 
 DEFAULT_TEXT_COLUMN = "text"
 FOOTER_THREADS = 16
 INDEX_VERSION = 2
-SHARD_SUFFIXES = (".parquet", ".arrow")
+SHARD_SUFFIXES = (".parquet", ".arrow", FLAT_SUFFIX)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,7 @@ def open_corpus(
     that names every bad shard at once; with ``skip_bad_shards`` they stay in the list without rows, with
     their ``fault``.
     """
-    column = text_column or DEFAULT_TEXT_COLUMN
+    column = DEFAULT_TEXT_COLUMN if text_column is None else text_column
     paths = find_shards(data_glob)
     index = _FooterIndex(cache_dir / "shard_index.json" if cache_dir else None, column)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
@@ -142,10 +144,10 @@ def _refuse_bad_shards(shards: Sequence[Shard], column: str, skip_bad_shards: bo
     if bad and (len(bad) == len(shards) or not skip_bad_shards):
         reasons = "; ".join(f"{shard.path}: {shard.fault}" for shard in bad)
         remedy = "repair or remove them, or --skip-bad-shards"
-        if all(repr(column) in shard.fault for shard in bad):
-            remedy = "name the column of the text with --text-column" + (
-                "" if len(bad) == len(shards) else f", {remedy}"
-            )
+        if all(repr(str(column)) in shard.fault for shard in bad):
+            is_tokens = isinstance(column, TokenColumn)
+            wanted = "token ids with --token-column" if is_tokens else "text with --text-column"
+            remedy = f"name the column of the {wanted}" + ("" if len(bad) == len(shards) else f", {remedy}")
         elif len(bad) == len(shards):
             remedy = "repair them or give another --data-glob"
         raise DataError(f"{len(bad)} of {len(shards)} shards cannot be used: {reasons}: {remedy}")
@@ -182,7 +184,7 @@ class _FooterIndex:
             if (
                 isinstance(content, dict)
                 and content.get("version") == INDEX_VERSION
-                and content.get("column") == column
+                and content.get("column") == describe_column(column)
             ):
                 self._known = _index_entries(content.get("shards"))
 
@@ -212,7 +214,7 @@ class _FooterIndex:
             return
         content = {
             "version": INDEX_VERSION,
-            "column": self._column,
+            "column": describe_column(self._column),
             "shards": {**self._known, **self._entries},
         }
         temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")

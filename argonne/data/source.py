@@ -10,10 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from argonne.data.encoder_pool import EncoderPool
+from argonne.data.flat_tokens import block_position, file_position
 from argonne.data.position import DataPosition
 from argonne.data.samplers import PackedSampler, Sampler, WindowSampler
 from argonne.data.shards import DEFAULT_TEXT_COLUMN, Shard
 from argonne.data.stream import Counts, Document, DocumentReader, encoded_documents
+from argonne.data.token_rows import TokenColumn
+from argonne.data.token_stream import token_batches
 from argonne.data.tokenizer import EncoderRecipe
 
 NO_HASH = "0" * 32
@@ -29,6 +32,10 @@ class SourceOptions:
     samples_per_step: int
     """G: sequences of one optimizer step over all data-parallel ranks."""
     text_column: str | None = None
+    token_column: str | None = None
+    """Column of token ids, "" for flat files; None: the source is text."""
+    vocab_size: int | None = None
+    """Ids that exist (None: not checked)."""
     streaming: bool = True
     packing: bool = True
     seed: int = 0
@@ -45,6 +52,8 @@ class SourceOptions:
 
     @property
     def column(self) -> str:
+        if self.token_column is not None:
+            return TokenColumn(self.token_column, self.vocab_size)
         return self.text_column or DEFAULT_TEXT_COLUMN
 
 
@@ -111,14 +120,19 @@ class StreamingSource:
         self._options = options
         self._progress = progress
         self._skipped = list(progress.skipped)
-        position = progress.position
+        position = block_position(progress.position)
         reader = DocumentReader(
             shards, options.column, position, options.skip_bad_shards, progress.counts, self._skipped
         )
-        self._pool = EncoderPool(recipe, options.num_proc)
-        batches = encoded_documents(iter(reader), self._pool)
+        self._pool: EncoderPool | None = None
         sampler = PackedSampler if options.packing else WindowSampler
-        self._sampler: Sampler = sampler(batches, options.block_size, position)
+        if options.token_column is not None:
+            batches = token_batches(iter(reader), position, int(recipe.tokenizer.eos_token_id))
+            self._sampler: Sampler = sampler(batches, options.block_size, None)
+        else:
+            self._pool = EncoderPool(recipe, options.num_proc)
+            batches = encoded_documents(iter(reader), self._pool)
+            self._sampler = sampler(batches, options.block_size, position)
 
     def next_step(self) -> SourceStep:
         count = self._options.samples_per_step
@@ -134,7 +148,7 @@ class StreamingSource:
         return SourceStep(tokens=tokens, progress=self._progress, starts=starts_if_asked)
 
     def _position(self, document: Document, token_offset: int) -> DataPosition:
-        return DataPosition(
+        position = DataPosition(
             epoch=document.epoch,
             file_index=document.file_index,
             file_name=self._shards[document.file_index].name,
@@ -142,6 +156,8 @@ class StreamingSource:
             token_offset=token_offset,
             block_size=self._options.block_size,
         )
+        return file_position(position)
 
     def close(self) -> None:
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()

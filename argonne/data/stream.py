@@ -25,6 +25,7 @@ from argonne.data.formats import (
 from argonne.data.position import DataPosition
 from argonne.data.shard_reader import ShardReader
 from argonne.data.shards import Shard, is_unchanged
+from argonne.data.token_rows import TokenRow
 from argonne.data.tokenizer import text_pieces
 from argonne.errors import DataError, one_line
 
@@ -57,7 +58,7 @@ class Document(NamedTuple):
     epoch: int
     file_index: int
     row: int
-    text: str | LongText
+    text: str | LongText | TokenRow
     counts: Counts
     skips: int
     """Number of recorded skips before it."""
@@ -286,6 +287,7 @@ def text_batches(
     for document in documents:
         marks.append((len(texts), document.mark()))
         size += DOCUMENT_COST
+        assert not isinstance(document.text, TokenRow)
         for piece, ends in text_pieces(document.text):
             texts.append(piece)
             last.append(ends)

@@ -61,6 +61,7 @@ def source_options(options: argparse.Namespace, state: dict[str, Any] | None) ->
         block_size=options.block_size,
         samples_per_step=options.global_batch_size or replicas,
         text_column=options.text_column,
+        token_column=options.token_column,
         streaming=not options.no_streaming,
         packing=not options.no_packing,
         seed=options.seed,
@@ -71,8 +72,10 @@ def source_options(options: argparse.Namespace, state: dict[str, Any] | None) ->
         cache_dir=options.cache_dir,
     )
     if state is not None:
-        known = ("block_size", "samples_per_step", "text_column", "streaming", "packing", "seed")
-        built = replace(built, **{key: state[key] for key in known})
+        known = ("block_size", "samples_per_step", "streaming", "packing", "seed")
+        built = replace(built, token_column=state.get("token_column"), **{key: state[key] for key in known})
+        if built.token_column is None:
+            built = replace(built, text_column=state["text_column"])
     if not built.streaming and built.cache_dir is None:
         raise ConfigError("the shuffled order needs --cache-dir: give the run's cache folder")
     return built

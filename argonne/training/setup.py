@@ -100,7 +100,7 @@ def choose_start(config: RunConfig, control: RunControl, report: RunReport, worl
     return Start(tokenizer=tokenizer, view=view, reason=reason, settings=settings)
 
 
-def source_options(config: RunConfig, samples_per_step: int) -> SourceOptions:
+def source_options(config: RunConfig, samples_per_step: int, vocab_size: int | None = None) -> SourceOptions:
     """What decides the tokens of each step."""
     data, training = config.data, config.training
     cache = data.data_cache_dir or str(OutputFolder(Path(config.output.output_dir)).cache)
@@ -109,6 +109,8 @@ def source_options(config: RunConfig, samples_per_step: int) -> SourceOptions:
         block_size=training.block_size,
         samples_per_step=samples_per_step,
         text_column=data.text_column,
+        token_column=data.token_column,
+        vocab_size=vocab_size,
         streaming=data.streaming,
         packing=data.packing,
         seed=training.seed,
@@ -122,14 +124,15 @@ def source_options(config: RunConfig, samples_per_step: int) -> SourceOptions:
 
 
 def data_on_rank_0(
-    config: RunConfig, tokenizer: Any, view: CheckpointView | None, samples_per_step: int, world: World
+    config: RunConfig, start: Start, samples_per_step: int, world: World
 ) -> OpenedStream | None:
     """Rank 0's source (None elsewhere), at the checkpoint's place; DataError on all ranks."""
+    view = start.view
     metadata = view.metadata if view is not None else {}
     return only_on_rank_0(
         lambda: open_stream(
-            source_options(config, samples_per_step),
-            tokenizer,
+            source_options(config, samples_per_step, start.settings["vocab_size"]),
+            start.tokenizer,
             saved_position=metadata.get("data_position"),
             saved_state=metadata.get("data_state"),
             global_step=view.step if view is not None else 0,
@@ -142,7 +145,7 @@ def open_feed(
     config: RunConfig, start: Start, samples_per_step: int, report: RunReport, world: World
 ) -> tuple[OpenedStream | None, StepFeed]:
     """Rank 0's source and every rank's feed, which tokenizes the first texts while the model is built."""
-    opened = data_on_rank_0(config, start.tokenizer, start.view, samples_per_step, world)
+    opened = data_on_rank_0(config, start, samples_per_step, world)
     for notice in opened.notices if opened is not None else ():
         report.warn(notice)
     feed = StepFeed(
