@@ -827,7 +827,7 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
             masks: tuple[Tensor | None, Tensor | None] = (None, None)
         else:
             masks = self._masks(tokens, hidden_states.dtype, attention_mask, position_ids, past_key_values)
-        documents = self._documents(document_ids, hidden_states)
+        documents = _documents_of_layers(self.config, document_ids, hidden_states)
         # Only now: transformers looks for packed sequences in position_ids only where there is no cache.
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -869,25 +869,6 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
     def _checkpoints(self) -> bool:
         """Whether transformers' gradient checkpointing is on (this suite recomputes blocks by itself)."""
         return self.gradient_checkpointing and self.training
-
-    def _documents(
-        self, document_ids: Tensor | None, hidden_states: Tensor
-    ) -> tuple[Tensor | BlockMask | None, Tensor | BlockMask | None]:
-        """What attention takes as ``documents`` in global and in local layers."""
-        if document_ids is None:
-            return None, None
-        starts = document_starts(document_ids)
-        fused = (
-            hidden_states.device.type == "cuda"
-            and hidden_states.dtype != torch.float64
-            and self.config._attn_implementation != "eager"
-            and find_spec("triton") is not None
-        )
-        if not fused:
-            return starts, starts
-        window = self.config.local_window(1)
-        everywhere = document_block_mask(starts)
-        return everywhere, everywhere if window is None else document_block_mask(starts, window)
 
     def _masks(
         self,
@@ -967,6 +948,26 @@ def _check_document_ids(
         raise ValueError(
             f"document_ids {tuple(document_ids.shape)} must have the tokens' shape {tuple(tokens.shape)}"
         )
+
+
+def _documents_of_layers(
+    config: ArgonneConfig, document_ids: Tensor | None, hidden_states: Tensor
+) -> tuple[Tensor | BlockMask | None, Tensor | BlockMask | None]:
+    """What attention takes as ``documents`` in global and in local layers."""
+    if document_ids is None:
+        return None, None
+    starts = document_starts(document_ids)
+    fused = (
+        hidden_states.device.type == "cuda"
+        and hidden_states.dtype != torch.float64
+        and config._attn_implementation != "eager"
+        and find_spec("triton") is not None
+    )
+    if not fused:
+        return starts, starts
+    window = config.local_window(1)
+    everywhere = document_block_mask(starts)
+    return everywhere, everywhere if window is None else document_block_mask(starts, window)
 
 
 def _to_autocast_dtype(hidden_states: Tensor) -> Tensor:

@@ -115,7 +115,13 @@ def open_corpus(
     their ``fault``.
     """
     column = DEFAULT_TEXT_COLUMN if text_column is None else text_column
-    paths = find_shards(data_glob)
+    return check_shards(find_shards(data_glob), column, skip_bad_shards=skip_bad_shards, cache_dir=cache_dir)
+
+
+def check_shards(
+    paths: Sequence[Path], column: str, *, skip_bad_shards: bool = False, cache_dir: Path | None = None
+) -> list[Shard]:
+    """The shards at ``paths``, in that order, checked as `open_corpus` does."""
     index = _FooterIndex(cache_dir / "shard_index.json" if cache_dir else None, column)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         checked = list(pool.map(index.footer, paths))
