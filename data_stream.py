@@ -101,6 +101,7 @@ def open_stream(
         options.column,
         skip_bad_shards=options.skip_bad_shards,
         cache_dir=options.cache_dir,
+        remote_cache=options.remote_cache,
     )
     options = for_tokens(options, shards)
     notices = [f"skipping the bad shard {shard.path}: {shard.fault}" for shard in shards if shard.fault]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from argonne.data.position import DataPosition
+from argonne.data.remote import ShardPath
 from argonne.data.shard_reader import ShardError, TextBatch
 from argonne.data.token_rows import TokenRow, beyond_vocabulary, checked_ids
 
@@ -25,7 +26,7 @@ HEADER_BYTES = 4 * HEADER_INTS
 BLOCK_TOKENS = 1 << 16
 
 
-def is_flat(name: str | Path) -> bool:
+def is_flat(name: str | ShardPath) -> bool:
     """Whether a shard is a flat file, by its name."""
     return str(name).endswith(FLAT_SUFFIX)
 
@@ -59,7 +60,7 @@ def read_header(content: bytes, size: int) -> tuple[np.dtype[Any], int]:
 class FlatReader:
     """The blocks of one flat file, each a row and a row group of its own."""
 
-    def __init__(self, path: Any, vocab_size: int | None = None) -> None:
+    def __init__(self, path: ShardPath, vocab_size: int | None = None) -> None:
         self._path = path
         self._vocab_size = vocab_size
         self._size = path.stat().st_size
@@ -68,7 +69,7 @@ class FlatReader:
         self.group_rows = (1,) * -(-self.tokens // BLOCK_TOKENS)
         self._map: np.ndarray | None = None
         if isinstance(path, Path) and self.tokens:
-            self._map = np.memmap(self._file, self._dtype, "r", HEADER_BYTES, (self.tokens,))
+            self._map = np.memmap(path, self._dtype, "r", HEADER_BYTES, (self.tokens,))
 
     def __enter__(self) -> FlatReader:
         return self

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from argonne.data.flat_tokens import FlatReader, is_flat
+from argonne.data.remote import ShardPath
 from argonne.data.shard_reader import ShardError, ShardReader, TextBatch
 from argonne.data.token_rows import TokenColumn, TokenRow, check_token_column, to_token_rows
 from argonne.errors import one_line
@@ -67,7 +68,7 @@ class LongText:
         return True
 
 
-def tail_digest(path: Path) -> str:
+def tail_digest(path: ShardPath) -> str:
     """Hash of the file's last DIGEST_BYTES: its footer, or most of it."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
@@ -93,7 +94,7 @@ def check_text_column(schema: pa.Schema, column: str) -> None:
         raise ShardError(f"column {column!r} is {value_type}, not text (columns: {described})")
 
 
-def read_footer(path: Path, column: str) -> Footer:
+def read_footer(path: ShardPath, column: str) -> Footer:
     """Check one shard by its footer; raises ShardError with the reason it cannot be used."""
     import pyarrow as pa
 
@@ -107,7 +108,7 @@ def read_footer(path: Path, column: str) -> Footer:
         raise ShardError(one_line(error)) from error
 
 
-def open_shard(path: Path, column: str) -> ShardReader:
+def open_shard(path: ShardPath, column: str) -> ShardReader:
     """A reader for the file's format; raises ShardError, OSError or pyarrow's exceptions."""
     if is_flat(path):
         return FlatReader(path, getattr(column, "vocab_size", None))
@@ -209,12 +210,15 @@ def check_offsets(array: Any) -> None:
 class ParquetReader:
     """Rows of a parquet file, a row group at a time, page checksums verified where the file has them."""
 
-    def __init__(self, path: Path, column: str) -> None:
+    def __init__(self, path: ShardPath, column: str) -> None:
         import pyarrow.parquet as pq
 
         # Buffered and unmapped, a column chunk is read page by page: memory does not grow with the row group.
         self._file = pq.ParquetFile(
-            path, buffer_size=BATCH_BYTES, pre_buffer=False, page_checksum_verification=True
+            path if isinstance(path, Path) else path.open(),
+            buffer_size=BATCH_BYTES,
+            pre_buffer=False,
+            page_checksum_verification=True,
         )
         check_column(self._file.schema_arrow, column)
         self._column = column
@@ -271,12 +275,13 @@ class ParquetReader:
 class ArrowReader:
     """Rows of an Arrow IPC file or stream (as `datasets` saves them), memory-mapped, a batch at a time."""
 
-    def __init__(self, path: Path, column: str) -> None:
+    def __init__(self, path: ShardPath, column: str) -> None:
         import pyarrow as pa
 
         self._path = path
         self._column = column
-        self._source = pa.memory_map(str(path), "r")
+        is_local = isinstance(path, Path)
+        self._source = pa.memory_map(str(path), "r") if is_local else pa.PythonFile(path.open("rb"), "r")
         self._size = self._source.size()
         self._is_file = self._source.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
         self._restart()
@@ -342,6 +347,7 @@ class ArrowReader:
         row = sum(self.group_rows[:group])
         batch_rows = rows_per_batch(len(array), array.nbytes)
         for start in range(0, len(array), batch_rows):
-            if self._path.stat().st_size < self._size:  # what is mapped and no longer there kills the process
+            # What is mapped and no longer there kills the process.
+            if isinstance(self._path, Path) and self._path.stat().st_size < self._size:
                 raise ShardError("it was cut while it was read")
             yield to_rows(array.slice(start, batch_rows), self._column, row + start)

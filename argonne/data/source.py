@@ -47,6 +47,8 @@ class SourceOptions:
     allow_data_change: bool = False
     document_attention: bool = False
     """Tell where documents begin, too."""
+    remote_cache: Path | None = None
+    """Where what is read of remote shards is kept (None: nowhere)."""
     cache_dir: Path | None = None
     """Where the shard index and the non-streaming token cache lie."""
 

@@ -120,6 +120,7 @@ def source_options(config: RunConfig, samples_per_step: int, vocab_size: int | N
         allow_data_change=data.allow_data_change,
         document_attention=data.document_attention,
         cache_dir=Path(cache),
+        remote_cache=Path(cache) if data.data_cache_dir else None,
     )
 
 
