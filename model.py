@@ -879,7 +879,7 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The masks of global and of local layers, (batch, 1, seq_len, key_len) or None each."""
-        mask = self._causal_mask(tokens, dtype, attention_mask, position_ids, past_key_values)
+        mask = _causal_mask(self.config, tokens, dtype, attention_mask, position_ids, past_key_values)
         window = self.config.local_window(1)
         if window is None:
             return mask, None
@@ -896,31 +896,6 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         if mask.dtype == torch.bool:
             return mask, mask & visible
         return mask, mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
-
-    def _causal_mask(
-        self,
-        tokens: Tensor,
-        dtype: torch.dtype,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-    ) -> Any:
-        """The mask (batch, 1, seq_len, key_len), or None where causal attention needs none.
-
-        ``position_ids`` are passed on only where the caller gave them: transformers then looks for packed
-        sequences in them, which costs a synchronisation with the device.
-        """
-        plain = attention_mask is None and position_ids is None and past_key_values is None
-        if plain and self.config._attn_implementation != "eager":
-            return None
-        shape_only = torch.empty((*tokens.shape, 0), dtype=dtype, device=tokens.device)
-        return create_causal_mask(
-            config=self.config,
-            inputs_embeds=shape_only,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
 
     def _position_embeddings(
         self,
@@ -948,6 +923,32 @@ def _check_document_ids(
         raise ValueError(
             f"document_ids {tuple(document_ids.shape)} must have the tokens' shape {tuple(tokens.shape)}"
         )
+
+
+def _causal_mask(
+    config: ArgonneConfig,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+) -> Any:
+    """The mask (batch, 1, seq_len, key_len), or None where causal attention needs none.
+
+    ``position_ids`` are passed on only where the caller gave them: transformers then looks for packed
+    sequences in them, which costs a synchronisation with the device.
+    """
+    plain = attention_mask is None and position_ids is None and past_key_values is None
+    if plain and config._attn_implementation != "eager":
+        return None
+    shape_only = torch.empty((*tokens.shape, 0), dtype=dtype, device=tokens.device)
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=shape_only,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+    )
 
 
 def _documents_of_layers(

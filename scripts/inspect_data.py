@@ -52,9 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint-path", type=Path, help="begin where this checkpoint stands (of a folder, its newest)"
     )
-    parser.add_argument(
-        "--metrics", type=Path, help="stats/training_metrics.jsonl of the run that did the --step"
-    )
+    parser.add_argument("--metrics", type=Path, help="training_metrics.jsonl of the run that did the --step")
     parser.add_argument("--samples", type=int, help="print at most so many samples of the step")
     parser.add_argument(
         "--characters", type=int, default=2000, help="of each sample at most; 0: all (%(default)s)"

@@ -1,7 +1,7 @@
-"""Bytes to texts: the footer and the rows of one shard, parquet or Arrow IPC (file and stream).
+"""Bytes to rows: the footer and the rows of one shard, parquet or Arrow IPC (file and stream).
 
 A row group (an Arrow record batch counts as one) is the smallest unit that is read, checked and skipped.
-Nothing here holds more than a few rows of text at a time, whatever the size of the row group.
+Nothing here holds more than a few rows at a time, whatever the size of the row group.
 """
 
 from __future__ import annotations
@@ -128,9 +128,8 @@ def check_column(schema: pa.Schema, column: str) -> None:
 
 def to_rows(array: Any, column: str, first_row: int) -> TextBatch:
     """The rows of an Arrow array as texts or token ids; ``first_row`` is the first one's in its shard."""
-    if isinstance(column, TokenColumn):
-        return to_token_rows(array, column, first_row)
-    return to_texts(array)
+    is_tokens = isinstance(column, TokenColumn)
+    return to_token_rows(array, column, first_row) if is_tokens else to_texts(array)
 
 
 def rows_per_batch(rows: int, size: int) -> int:
@@ -204,7 +203,9 @@ def check_offsets(array: Any) -> None:
         pa.large_string(): pa.large_binary(),
         pa.string_view(): pa.binary_view(),
     }
-    array.view(as_bytes[array.type]).validate(full=True)  # as bytes: bad UTF-8 is replaced later
+    if array.type in as_bytes:
+        array = array.view(as_bytes[array.type])  # as bytes: bad UTF-8 is replaced later
+    array.validate(full=True)
 
 
 class ParquetReader:
@@ -257,8 +258,8 @@ class ParquetReader:
 
     def token_count(self) -> int:
         """Values in a column of lists, by the footer (one for each row that has none)."""
-        groups = range(len(self.group_rows))
-        return sum(self._metadata.row_group(g).column(self._column_index).num_values for g in groups)
+        chunks = (self._metadata.row_group(g).column(self._column_index) for g in range(len(self.group_rows)))
+        return sum(chunk.num_values for chunk in chunks)
 
     def batches(self, group: int) -> Iterator[TextBatch]:
         """The rows of a row group in order. Raises pa.ArrowException or OSError where they cannot be read."""
@@ -278,8 +279,7 @@ class ArrowReader:
     def __init__(self, path: ShardPath, column: str) -> None:
         import pyarrow as pa
 
-        self._path = path
-        self._column = column
+        self._path, self._column = path, column
         is_local = isinstance(path, Path)
         self._source = pa.memory_map(str(path), "r") if is_local else pa.PythonFile(path.open("rb"), "r")
         self._size = self._source.size()
@@ -340,10 +340,7 @@ class ArrowReader:
     def batches(self, group: int) -> Iterator[TextBatch]:
         """The rows of a record batch in order. Raises ShardError, pa.ArrowException or OSError."""
         array = self._batch(group).column(self._column)
-        if isinstance(self._column, TokenColumn):
-            array.validate(full=True)
-        else:
-            check_offsets(array)
+        check_offsets(array)
         row = sum(self.group_rows[:group])
         batch_rows = rows_per_batch(len(array), array.nbytes)
         for start in range(0, len(array), batch_rows):

@@ -17,6 +17,8 @@ LIBRARY_ERRORS = (
     ("botocore.exceptions", "BotoCoreError"),
     ("gcsfs.retry", "HttpError"),
     ("httpx", "HTTPError"),
+    ("httpx2", "HTTPError"),
+    ("huggingface_hub.errors", "HfHubHTTPError"),
     ("requests", "RequestException"),
 )
 """Errors of network libraries that are no OSError."""

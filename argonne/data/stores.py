@@ -9,7 +9,7 @@ from argonne.data.http_store import HTTPStore
 from argonne.errors import DataError, one_line
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
-VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
+VERSION_KEYS = tuple("ETag etag md5Hash blob_id mtime LastModified last_modified updated created".split())
 """Where stores keep what changes with a file's content."""
 
 

@@ -123,8 +123,8 @@ def compare_with_unsharded(
 
     The unsharded model exists one block at a time: its weights are gathered over the ranks, the forward pass
     keeps the blocks' inputs, and the backward pass gathers each block again. The largest thing held is the
-    embedding, twice, and its gradient. Gradients of ``model`` are cleared at the end. Collective over all
-    ranks; call it before ``torch.compile``, or with tokens of the training shape.
+    embedding, twice, and its gradient. Gradients of ``model`` are cleared at the end. Collective; call it
+    before ``torch.compile``, or with tokens of the training shape.
 
     Args:
         model: a sharded ArgonneModel, under FSDP or not, blocks recomputed or not.
@@ -159,6 +159,10 @@ def compare_with_unsharded(
         gradients=tally.differences(parallel),
         tolerance=TOLERANCES[dtype],
     )
+    return _agreeing(report)
+
+
+def _agreeing(report: ShardingReport) -> ShardingReport:
     if not report.agrees:
         raise SplitMismatchError(
             f"the split model is not the unsharded model (--verify-sharding): {report.summary()}; "
