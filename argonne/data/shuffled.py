@@ -6,21 +6,22 @@ from dataclasses import dataclass
 
 from argonne.data.formats import LongText, ShardError
 from argonne.data.shard_reader import ShardReader
+from argonne.data.token_rows import TokenRow
 
 
 @dataclass(frozen=True)
 class WholeGroup:
     """All rows of a row group."""
 
-    texts: list[bytes | LongText | None]
-    """As UTF-8."""
+    texts: list[bytes | LongText | TokenRow | None]
+    """Texts as UTF-8, ids as they are."""
     replaced: frozenset[int]
     """Indices into ``texts`` whose bytes were not UTF-8."""
 
 
 def read_group(reader: ShardReader, group: int) -> WholeGroup:
     """All rows of a row group. Raises ShardError, pa.ArrowException or OSError."""
-    texts: list[bytes | LongText | None] = []
+    texts: list[bytes | LongText | TokenRow | None] = []
     replaced: set[int] = set()
     for batch in reader.batches(group):
         replaced.update(len(texts) + offset for offset in batch.replaced)
@@ -44,7 +45,7 @@ class KeptGroups:
         if self._groups is None or (index, group) in self._groups:
             return
         for text in batch.texts:
-            size = len(text) if isinstance(text, bytes) else 0
+            size = _size(text)
             self._left -= self._left + 1 if isinstance(text, LongText) else size + self._row_cost
         if self._left < 0:
             self._groups = None
@@ -58,3 +59,10 @@ class KeptGroups:
     def holds(self, index: int, groups: int) -> bool:
         """Whether all of the shard's row groups are kept."""
         return all(self.get(index, group) is not None for group in range(groups))
+
+
+def _size(text: bytes | LongText | TokenRow | None) -> int:
+    """Bytes of a row in memory."""
+    if isinstance(text, TokenRow):
+        return text.ids.nbytes
+    return len(text) if isinstance(text, bytes) else 0
