@@ -28,7 +28,7 @@ from argonne.data.source import (
 )
 from argonne.data.stream import BATCHES_PER_WORKER
 from argonne.data.token_cache import CachedSource
-from argonne.data.token_stream import for_tokens, with_vocabulary
+from argonne.data.token_stream import for_tokens, source_by_columns, with_vocabulary
 from argonne.data.tokenizer import EncoderRecipe, load_tokenizer
 
 __all__ = [
@@ -133,7 +133,7 @@ def held_out_options(options: SourceOptions) -> dict[str, SourceOptions]:
     part = replace(options, held_out=True, shuffle=False, streaming=True, packing=True, mix=())
     if not options.mix:
         return {"": part}
-    return {source.name: replace(part, data_glob=source.glob) for source in options.mix}
+    return {source.name: source_by_columns(part, source.glob) for source in options.mix}
 
 
 def _check_corpus(options: SourceOptions) -> tuple[SourceOptions, list[Shard], list[str]]:
@@ -185,11 +185,10 @@ def _open_mixture(
     saved_state: Mapping[str, Any] | None,
     global_step: int,
 ) -> OpenedStream:
-    corpora, notices = {}, []
-    own = {part.name: replace(options, data_glob=part.glob, mix=()) for part in options.mix}
-    for name, its_options in list(own.items()):
+    own, corpora, notices = {}, {}, []
+    for name, _, data_glob in options.mix:
         with naming(name):
-            own[name], corpora[name], remarks = _check_corpus(its_options)
+            own[name], corpora[name], remarks = _check_corpus(source_by_columns(options, data_glob))
         notices += [f"source {name!r}: {remark}" for remark in remarks]
     identity = source_identity(options, tokenizer)
     if saved_state is not None:

@@ -132,7 +132,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise ConfigError("--at excludes --step and --checkpoint-path: give one of them")
     if options.at is not None and options.data_mix is not None:
         raise ConfigError("--at names a place in one source: give its --data-glob instead of --data-mix")
-    if options.token_column is not None and options.text_column is not None:
+    both = options.token_column is not None and options.text_column is not None
+    if both and options.data_mix is None:
         raise ConfigError("--token-column contradicts --text-column: leave one out")
     if options.metrics is not None and (options.step is None or options.checkpoint_path is not None):
         raise ConfigError("--metrics goes with --step and without --checkpoint-path")

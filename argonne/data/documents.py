@@ -96,7 +96,12 @@ class _KeptEpoch:
         """Keep one more document; False where the corpus is too large to be kept."""
         if isinstance(document.text, LongText):
             return False
-        self.cost += len(document.text) + DOCUMENT_COST
+        text = document.text
+        if isinstance(text, TokenRow):
+            document = document._replace(text=text.copy())
+            self.cost += text.ids.nbytes + DOCUMENT_COST
+        else:
+            self.cost += len(text) + DOCUMENT_COST
         self.documents.append(document._replace(counts=_difference(document.counts, self.before)))
         return self.cost <= KEPT_COST
 

@@ -16,7 +16,7 @@ from argonne.data.shards import Shard, open_corpus
 from argonne.data.source import SourceOptions
 from argonne.data.stream import EncodedBatch, encoded_documents
 from argonne.data.token_rows import TokenRow
-from argonne.data.token_stream import for_tokens, token_batches, with_vocabulary
+from argonne.data.token_stream import for_tokens, source_by_columns, token_batches, with_vocabulary
 from argonne.data.tokenizer import EncoderRecipe, text_pieces
 from argonne.errors import DataError
 
@@ -40,8 +40,8 @@ def read_held_out(
 
     Column, block size, workers and bad shards are those of ``options``. Raises DataError naming the set.
     """
-    options = replace(options, data_glob=data_glob)
     try:
+        options = source_by_columns(options, data_glob)
         return _read(name, options, tokenizer, samples)
     except DataError as error:
         raise _of_set(name, error) from error
@@ -51,21 +51,21 @@ def check_data(options: SourceOptions, held_out: tuple[str, str] | None = None) 
     """DataError unless the shards of the options, or of the set (name, glob) ``held_out``, can be opened."""
     if held_out is not None:
         try:
-            _shards(held_out[1], _whole(options))
+            _shards(_whole(source_by_columns(options, held_out[1])))
         except DataError as error:
             raise _of_set(held_out[0], error) from error
         return
     for part in options.mix:
         with naming(part.name):
-            _shards(part.glob, options)
+            _shards(source_by_columns(options, part.glob))
     if not options.mix:
-        _shards(options.data_glob, options)
+        _shards(options)
 
 
-def _shards(data_glob: str, options: SourceOptions) -> tuple[SourceOptions, list[Shard]]:
+def _shards(options: SourceOptions) -> tuple[SourceOptions, list[Shard]]:
     """The options by what the shards hold, and the shards."""
     shards = open_corpus(
-        data_glob,
+        options.data_glob,
         options.column,
         skip_bad_shards=options.skip_bad_shards,
         cache_dir=options.cache_dir,
@@ -85,7 +85,7 @@ def _of_set(name: str, error: DataError) -> DataError:
 
 def _read(name: str, options: SourceOptions, tokenizer: Any, samples: int) -> HeldOutSet:
     options = _whole(with_vocabulary(options, tokenizer))
-    options, shards = _shards(options.data_glob, options)
+    options, shards = _shards(options)
     start = DataPosition(file_name=shards[0].name, block_size=options.block_size)
     documents = DocumentReader(shards, options.column, start, options.skip_bad_shards)
     wanted = samples * options.block_size + 1

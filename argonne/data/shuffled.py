@@ -25,10 +25,16 @@ def read_group(reader: ShardReader, group: int) -> WholeGroup:
     replaced: set[int] = set()
     for batch in reader.batches(group):
         replaced.update(len(texts) + offset for offset in batch.replaced)
-        texts += [text.encode() if isinstance(text, str) else text for text in batch.texts]
+        texts += [_own(text) for text in batch.texts]
     if len(texts) != reader.group_rows[group]:
         raise ShardError("fewer rows than its footer says")
     return WholeGroup(texts, frozenset(replaced))
+
+
+def _own(text: str | LongText | TokenRow | None) -> bytes | LongText | TokenRow | None:
+    if isinstance(text, str):
+        return text.encode()
+    return text.copy() if isinstance(text, TokenRow) else text
 
 
 class KeptGroups:

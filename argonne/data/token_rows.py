@@ -44,6 +44,10 @@ class TokenRow:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def copy(self) -> TokenRow:
+        """The row for keeps: its ids lie in what was read, a whole row group or a mapped file."""
+        return TokenRow(self.ids.copy(), self.is_block)
+
 
 def checked_ids(ids: np.ndarray, vocab_size: int | None) -> tuple[np.ndarray, int]:
     """The ids as int32, and the place of the first that is none of the vocabulary's (-1: all are)."""

@@ -7,11 +7,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from argonne.data.documents import Document, Mark
 from argonne.data.flat_tokens import is_flat
+from argonne.data.formats import open_shard
 from argonne.data.position import DataPosition
-from argonne.data.shards import Shard
+from argonne.data.remote import ShardPath
+from argonne.data.shard_reader import ShardError
+from argonne.data.shards import Shard, find_shards
 from argonne.data.stream import Beginning, EncodedBatch
 from argonne.data.token_rows import TokenRow
 from argonne.errors import DataError
@@ -44,6 +48,28 @@ def for_tokens(options: SourceOptions, shards: Sequence[Shard]) -> SourceOptions
             f"--holdout takes documents out, and a flat token file ({flat[0]}) has no rows: leave it out"
         )
     return options
+
+
+def source_by_columns(options: SourceOptions, data_glob: str) -> SourceOptions:
+    """The options of one source of a mixture, or of a validation set, beside others of another kind.
+
+    With ``--token-column`` it is text where its first shard lacks that column and has the text column. Raises
+    DataError where there is no shard.
+    """
+    options = replace(options, data_glob=data_glob, mix=())
+    if options.token_column is not None:
+        first = find_shards(data_glob, options.remote_cache)[0]
+        if not _opens(first, options.column) and _opens(first, options.text_column):
+            return replace(options, token_column=None)
+    return options
+
+
+def _opens(path: ShardPath, column: str) -> bool:
+    try:
+        with open_shard(path, column):
+            return True
+    except (ShardError, pa.ArrowException, OSError):
+        return False
 
 
 def with_vocabulary(options: SourceOptions, tokenizer: Any) -> SourceOptions:
