@@ -25,6 +25,7 @@ from argonne.tp.loss import (
     Places,
     check_targets,
     combine,
+    keep_sample_losses,
     places_of,
     slice_sums,
     write_gradient,
@@ -216,7 +217,8 @@ def attach_head_loss(
             group, weight.shape[0], vocab_size, hidden_states.dtype,
             logit_softcap=logit_softcap, z_loss_weight=z_loss_weight,
         )  # fmt: skip
-        total, _ = head_loss(hidden_states, weight, targets, rule, chunk=chunk)
+        total, losses = head_loss(hidden_states, weight, targets, rule, chunk=chunk)
+        keep_sample_losses(model, losses)
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORE_INDEX).sum()
         return total / num_items_in_batch

@@ -9,13 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch.distributed as dist
 
 import argonne.data.flat_tokens as flat_tokens
+from argonne.data.feed import FEED_TIMEOUT, StepFeed
 from argonne.data.held_out import read_held_out
 from argonne.data.source import MixPart, SourceOptions
 from argonne.data.tokenizer import load_tokenizer
 from argonne.errors import DataError
 from argonne.testing.corpus import build_tokenizer, short_texts, write_shards
+from argonne.testing.distributed import run_ranks
 from data_stream import held_out_options, open_stream
 from tests.data.shard_samples import options_for, resume
 from tests.data.token_samples import documents_of, write_flat, write_lists
@@ -75,6 +78,26 @@ def test_a_mixture_of_all_kinds_carries_their_marks(globs: dict[str, str], token
         its_tokens, its_starts = alone(globs, name, tokenizer, int(mine.sum()))
         assert (tokens[mine] == its_tokens).all(), name
         assert (starts[mine] == its_starts).all() and its_starts.any(), name
+
+
+def handed_out(rank: int, world_size: int, globs: dict[str, str], tokenizer_path: str) -> list[Any]:
+    group = dist.new_group(backend="gloo", timeout=FEED_TIMEOUT)
+    options = mixed(globs, samples_per_step=6)
+    source = open_stream(options, load_tokenizer(tokenizer_path)).source if rank == 0 else None
+    with StepFeed(source, samples_per_step=6, block_size=8, group=group) as feed:
+        batches: list[Any] = [feed.next() for _ in range(4)]
+        dist.barrier(group=dist.group.WORLD)
+    return [(batch.tokens.numpy(), batch.sources.numpy(), batch.document_ids.numpy()) for batch in batches]
+
+
+def test_every_rank_gets_sources_and_marks(globs: dict[str, str], tokenizer: Any) -> None:
+    source = open_stream(mixed(globs, samples_per_step=6), tokenizer).source
+    steps: list[Any] = [source.next_step() for _ in range(4)]
+    source.close()
+    for batches in run_ranks(handed_out, 2, globs, tokenizer.name_or_path):
+        for step, (tokens, sources, documents) in zip(steps, batches, strict=True):
+            assert (tokens == step.tokens).all() and (sources == step.sources).all()
+            assert (np.diff(documents, axis=1) == step.starts[:, 1:]).all()
 
 
 def test_a_mixture_is_not_marked_unasked(globs: dict[str, str], tokenizer: Any) -> None:

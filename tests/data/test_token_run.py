@@ -57,3 +57,22 @@ def test_tokens_over_http_train_like_their_text(corpus_in: Path, monkeypatch: py
         tokens = run(1, corpus_in, "tokens", *flags)
     assert [line["stream_hash"] for line in tokens] == [line["stream_hash"] for line in text]
     assert list((corpus_in / "cache" / "remote").glob("*/data"))
+
+
+def test_a_mixture_of_text_and_tokens_is_masked_in_every_layout(corpus_in: Path) -> None:
+    """By sources, with the loss in chunks and whole, and resumed half way."""
+    arguments = [str(corpus_in / "data"), "--tokenize", str(corpus_in / "tokenizer")]
+    assert prepare([*arguments, "--token-format", "bin", "--output-dir", str(corpus_in / "bin")]) == 0
+    sources = [f"web=0.6:{corpus_in}/data/*", f"books=0.4:{corpus_in}/bin/*.bin"]
+    data = ["--data-mix", *sources, "--global-batch-size", 4]
+    masked = [*data, "--document-attention"]
+    one = run(1, corpus_in, "one", *masked, "--loss-chunk-tokens", 0)
+    plain = run(1, corpus_in, "plain", *data)
+    assert one[0]["stream_hash"] == plain[0]["stream_hash"]
+    assert abs(one[0]["loss"] - plain[0]["loss"]) > 1e-5
+    chunked = [*masked, "--loss-chunk-tokens", 8]
+    run(2, corpus_in, "split", *chunked, "--sequence-parallel", "--checkpoint-interval", 2, steps=2)
+    split = run(2, corpus_in, "split", *chunked, "--sequence-parallel")
+    assert_same_losses(split, one)
+    for line, wanted in zip(split, one, strict=True):
+        assert line["loss_by_source"] == pytest.approx(wanted["loss_by_source"], rel=3e-5)
