@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -28,6 +28,7 @@ from argonne.data.source import (
 )
 from argonne.data.stream import BATCHES_PER_WORKER
 from argonne.data.token_cache import CachedSource
+from argonne.data.token_stream import for_tokens, source_by_columns, with_vocabulary
 from argonne.data.tokenizer import EncoderRecipe, load_tokenizer
 
 __all__ = [
@@ -97,9 +98,10 @@ def open_stream(
     ``saved_position`` is a checkpoint's ``data_position`` (ours or a pipeline script's), ``saved_state`` its
     ``data_state`` (None in a pipeline checkpoint). Raises DataError before anything is tokenized.
     """
+    options = with_vocabulary(options, tokenizer)
     if options.mix:
         return _open_mixture(options, tokenizer, saved_position, saved_state, global_step)
-    shards, notices = _check_corpus(options)
+    options, shards, notices = _check_corpus(options)
     if saved_position is not None and "mixture" in saved_position:
         saved_position, saved_state, remarks = one_of_mixture(
             saved_position, saved_state, shards, options.allow_data_change
@@ -110,7 +112,7 @@ def open_stream(
         notices += check_identity(saved_state, identity, options.allow_data_change)
     progress, remarks = resume(options, shards, saved_position, saved_state, global_step)
     recipe = EncoderRecipe(tokenizer=tokenizer, trust_remote_code=options.trust_remote_code)
-    pool = EncoderPool(recipe, options.num_proc) if options.streaming else None
+    pool = _pool(recipe, [options])
     return OpenedStream(
         source=SingleSource(
             _build_source(shards, recipe, pool, identity, options, progress), options.samples_per_step
@@ -131,22 +133,31 @@ def held_out_options(options: SourceOptions) -> dict[str, SourceOptions]:
     part = replace(options, held_out=True, shuffle=False, streaming=True, packing=True, mix=())
     if not options.mix:
         return {"": part}
-    return {source.name: replace(part, data_glob=source.glob) for source in options.mix}
+    return {source.name: source_by_columns(part, source.glob) for source in options.mix}
 
 
-def _check_corpus(options: SourceOptions) -> tuple[list[Shard], list[str]]:
-    """The shards, checked by their footers, and what the console should say of them."""
+def _check_corpus(options: SourceOptions) -> tuple[SourceOptions, list[Shard], list[str]]:
+    """The options of the source by what its shards hold, the shards, checked by their footers, and what the
+    console should say of them."""
     shards = open_corpus(
         options.data_glob,
-        options.text_column,
+        options.column,
         skip_bad_shards=options.skip_bad_shards,
         cache_dir=options.cache_dir,
+        remote_cache=options.remote_cache,
     )
+    options = for_tokens(options, shards)
     notices = [f"skipping the bad shard {shard.path}: {shard.fault}" for shard in shards if shard.fault]
     empty = [shard.name for shard in shards if 0 < shard.rows == shard.null_rows]
     if empty:
-        notices.append(f"without any text in {options.text_column!r} (--text-column): {', '.join(empty)}")
-    return shards, notices
+        notices.append(f"without any text in {str(options.column)!r} (--text-column): {', '.join(empty)}")
+    return options, shards, notices
+
+
+def _pool(recipe: EncoderRecipe, sources: Iterable[SourceOptions]) -> EncoderPool | None:
+    """The tokenizing workers, where one of the sources streams text."""
+    texts = [options for options in sources if options.streaming and options.token_column is None]
+    return EncoderPool(recipe, texts[0].num_proc) if texts else None
 
 
 def _build_source(
@@ -159,8 +170,10 @@ def _build_source(
     share: Fraction = Fraction(1),
 ) -> SampleSource:
     """One source at its place; ``share``: of the pool's work that is its own."""
-    if pool is None:
+    if not options.streaming:
         return CachedSource(shards, recipe, identity["tokenizer"], options, progress)
+    if pool is None or options.token_column is not None:
+        return StreamingSource(shards, None, options, progress, eos=int(recipe.tokenizer.eos_token_id))
     ahead = math.ceil(BATCHES_PER_WORKER * pool.workers * share)
     return StreamingSource(shards, pool, options, progress, ahead if share == 1 else 1 + ahead)
 
@@ -172,11 +185,10 @@ def _open_mixture(
     saved_state: Mapping[str, Any] | None,
     global_step: int,
 ) -> OpenedStream:
-    corpora, notices = {}, []
-    own = {part.name: replace(options, data_glob=part.glob, mix=()) for part in options.mix}
-    for name, its_options in own.items():
+    own, corpora, notices = {}, {}, []
+    for name, _, data_glob in options.mix:
         with naming(name):
-            corpora[name], remarks = _check_corpus(its_options)
+            own[name], corpora[name], remarks = _check_corpus(source_by_columns(options, data_glob))
         notices += [f"source {name!r}: {remark}" for remark in remarks]
     identity = source_identity(options, tokenizer)
     if saved_state is not None:
@@ -192,7 +204,7 @@ def _open_mixture(
     weights = {part.name: part.weight for part in options.mix}
     start = mixture_start(weights, begun, plan, saved_state)
     recipe = EncoderRecipe(tokenizer=tokenizer, trust_remote_code=options.trust_remote_code)
-    pool = EncoderPool(recipe, options.num_proc) if options.streaming else None
+    pool = _pool(recipe, own.values())
     share = shares(weights)
     sources = {
         name: _build_source(corpora[name], recipe, pool, identity, own[name], begun[name], share[name])

@@ -14,13 +14,16 @@ norms, softmax, rotation and cross entropy run in float32, or in float64 in a fl
 
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -490,6 +493,139 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, float], Tensor]
 """sdpa_attention or eager_attention."""
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Attention within documents
+
+
+def document_starts(document_ids: Tensor) -> Tensor:
+    """Where each token's document begins in its sequence, (batch, seq_len) int64.
+
+    A document is a run of equal ``document_ids`` (batch, seq_len).
+    """
+    places = torch.arange(document_ids.shape[1], device=document_ids.device)
+    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    return torch.where(begins, places, 0).cummax(dim=1).values
+
+
+def document_attention(
+    attend: "Attend",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Tensor | BlockMask,
+    window: int | None,
+    groups: int,
+    scaling: float,
+) -> Tensor:
+    """Causal attention in which a token sees its own document only; shapes as in sdpa_attention.
+
+    ``documents`` are ``document_starts``, or on a GPU their block mask. Nothing grows with the square of the
+    length: each document is attended to alone. Compiled code, whose shapes must not depend on the documents,
+    takes queries in runs as local_attention does.
+    """
+    if isinstance(documents, BlockMask):
+        return _flex_attention(query, key, value, documents, groups, scaling)
+    if torch.compiler.is_compiling():
+        return _attention_in_runs(attend, query, key, value, documents, window, groups, scaling)
+    sequences = []
+    for row, bounds in enumerate(_document_bounds(documents)):
+        parts = []
+        for start, end in pairwise(bounds):
+            q, k, v = (x[row : row + 1, :, start:end] for x in (query, key, value))
+            if window is not None:
+                parts.append(local_attention(attend, q, k, v, window, groups, scaling))
+            else:
+                length = end - start
+                mask = None if attend is sdpa_attention else _window_mask(q, length, 0, length)
+                parts.append(attend(q, k, v, mask, groups, scaling))
+        sequences.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
+    return sequences[0] if len(sequences) == 1 else torch.cat(sequences)
+
+
+def _document_bounds(starts: Tensor) -> list[list[int]]:
+    """For each sequence the places where its documents begin, and its length."""
+    seq_len = starts.shape[1]
+    bounds: list[list[int]] = [[] for _ in range(starts.shape[0])]
+    for row, place in (starts == torch.arange(seq_len, device=starts.device)).nonzero().tolist():
+        bounds[row].append(place)
+    return [[*places, seq_len] for places in bounds]
+
+
+def _attention_in_runs(
+    attend: "Attend",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    window: int | None,
+    groups: int,
+    scaling: float,
+) -> Tensor:
+    """Runs of queries on all keys that they might see, with a mask for each run."""
+    seq_len, run = query.shape[2], max(window or 0, 128)
+    places = torch.arange(seq_len, device=query.device)
+    first = starts if window is None else torch.maximum(starts, places - window)
+    outputs = []
+    for begin in range(0, seq_len, run):
+        end = min(begin + run, seq_len)
+        oldest = 0 if window is None else max(0, begin - window)
+        rows, columns = places[begin:end, None], places[oldest:end]
+        hidden = (columns > rows) | (columns < first[:, begin:end, None])
+        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+        mask = mask.masked_fill(hidden, torch.finfo(query.dtype).min)[:, None]
+        keys, values = key[:, :, oldest:end], value[:, :, oldest:end]
+        outputs.append(attend(query[:, :, begin:end], keys, values, mask, groups, scaling))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+_FLEX_BLOCK = 128
+
+
+def document_block_mask(starts: Tensor, window: int | None = None) -> BlockMask:
+    """The block mask of flex attention for ``document_starts`` (batch, seq_len).
+
+    Made from the bounds of the blocks: create_block_mask would make a mask of seq_len x seq_len.
+    """
+    seq_len = starts.shape[1]
+    places = torch.arange(seq_len, device=starts.device)
+    first = starts if window is None else torch.maximum(starts, places - window)
+    blocks = -(-seq_len // _FLEX_BLOCK)
+    whole = torch.cat((first, first[:, -1:].expand(-1, blocks * _FLEX_BLOCK - seq_len)), dim=1)
+    # The first key that a query sees never moves back, so a block's first and last query bound its keys.
+    oldest = whole[:, ::_FLEX_BLOCK, None] // _FLEX_BLOCK
+    all_see = (whole[:, _FLEX_BLOCK - 1 :: _FLEX_BLOCK, None] + _FLEX_BLOCK - 1) // _FLEX_BLOCK
+    index = torch.arange(blocks, device=starts.device)
+    full = (index >= all_see) & (index < index[:, None])
+    partly = (index >= oldest) & (index <= index[:, None]) & ~full
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= first[batch, query])
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return chosen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None].contiguous()
+
+    lengths = (seq_len, seq_len)
+    return BlockMask.from_kv_blocks(
+        *listed(partly), *listed(full), BLOCK_SIZE=_FLEX_BLOCK, mask_mod=sees, seq_lengths=lengths
+    )
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, groups: int, scaling: float
+) -> Tensor:
+    """Uncompiled it would make all scores: only the code of a compiled block, and tests, call it so."""
+    plain = torch.compiler.is_compiling() or query.device.type == "cpu"
+    attend: Any = flex_attention if plain else _compiled_flex_attention()
+    output: Tensor = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=groups > 1)
+    return output
+
+
 class ArgonneAttention(nn.Module):
     """Grouped-query attention. The head counts are attributes, which a split rewrites to its local counts.
 
@@ -541,6 +677,7 @@ class ArgonneAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        documents: Tensor | BlockMask | None = None,
     ) -> Tensor:
         batch, seq_len, query, key, value = self._heads(hidden_states)
         cos, sin = position_embeddings
@@ -551,7 +688,11 @@ class ArgonneAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = eager_attention if self.config._attn_implementation == "eager" else sdpa_attention
         groups = self.num_key_value_groups
-        if self.window is not None and attention_mask is None:
+        if documents is not None:
+            output = document_attention(
+                attend, query, key, value, documents, self.window, groups, self.scaling
+            )
+        elif self.window is not None and attention_mask is None:
             output = local_attention(attend, query, key, value, self.window, groups, self.scaling)
         else:
             output = attend(query, key, value, attention_mask, groups, self.scaling)
@@ -604,9 +745,10 @@ class ArgonneBlock(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        documents: Tensor | BlockMask | None = None,
     ) -> Tensor:
         attended = self.attn(
-            self.input_norm(hidden_states), position_embeddings, attention_mask, past_key_values
+            self.input_norm(hidden_states), position_embeddings, attention_mask, past_key_values, documents
         )
         if self.sandwich_norm:
             attended = self.attn_out_norm(attended)
@@ -687,6 +829,7 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         cache_position: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        document_ids: Tensor | None = None,
         **unknown: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (batch, seq_len, vocab), and the loss where ``labels`` or ``shift_labels`` are given.
@@ -697,6 +840,10 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         ``head_loss`` is set, a call with ``shift_labels`` returns no logits. ``cache`` is
         another name of ``past_key_values``, which later versions of transformers use; ``cache_position``
         follows from the cache and is not needed.
+
+        ``document_ids`` (batch, seq_len): a token sees its own document only, a document being a run of equal
+        ids; positions still count within the sequence, which rotary attention within a document does not
+        notice. Not with ``attention_mask`` or a cache.
 
         Raises TypeError for an argument that the model does not know, ValueError for a contradiction.
         """
@@ -718,7 +865,13 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         position_embeddings = self._rotary_tables.of_call(
             self.rotary_frequencies, tokens, hidden_states.dtype, position_ids, past_key_values
         )
-        masks = self._masks(tokens, hidden_states.dtype, attention_mask, position_ids, past_key_values)
+        if document_ids is not None:
+            _check_document_ids(document_ids, tokens, attention_mask, past_key_values, use_cache)
+            use_cache = False
+            masks: tuple[Tensor | None, Tensor | None] = (None, None)
+        else:
+            masks = self._masks(tokens, hidden_states.dtype, attention_mask, position_ids, past_key_values)
+        documents = _documents_of_layers(self.config, document_ids, hidden_states)
         # Only now: transformers looks for packed sequences in position_ids only where there is no cache.
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -731,9 +884,11 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
 
         collected = [hidden_states] if output_hidden_states else None
         for index, block in enumerate(self.blocks):
-            mask = masks[self.config.local_window(index) is not None]
+            is_local = self.config.local_window(index) is not None
             run = partial(self._gradient_checkpointing_func, block) if self._checkpoints(index) else block
-            hidden_states = run(hidden_states, position_embeddings, mask, past_key_values)
+            hidden_states = run(
+                hidden_states, position_embeddings, masks[is_local], past_key_values, documents[is_local]
+            )
             if collected is not None:
                 collected.append(hidden_states)
         hidden_states = self.norm(hidden_states)
@@ -788,7 +943,7 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The masks of global and of local layers, (batch, 1, seq_len, key_len) or None each."""
-        mask = self._causal_mask(tokens, dtype, attention_mask, position_ids, past_key_values)
+        mask = _causal_mask(self.config, tokens, dtype, attention_mask, position_ids, past_key_values)
         window = self.config.local_window(1)
         if window is None:
             return mask, None
@@ -806,31 +961,67 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
             return mask, mask & visible
         return mask, mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
 
-    def _causal_mask(
-        self,
-        tokens: Tensor,
-        dtype: torch.dtype,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-    ) -> Any:
-        """The mask (batch, 1, seq_len, key_len), or None where causal attention needs none.
 
-        ``position_ids`` are passed on only where the caller gave them: transformers then looks for packed
-        sequences in them, which costs a synchronisation with the device.
-        """
-        plain = attention_mask is None and position_ids is None and past_key_values is None
-        if plain and self.config._attn_implementation != "eager":
-            return None
-        named_cache: Any = {_CACHE_NAME: past_key_values}
-        shape_only = torch.empty((*tokens.shape, 0), dtype=dtype, device=tokens.device)
-        return create_causal_mask(
-            config=self.config,
-            inputs_embeds=shape_only,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **named_cache,
+def _check_document_ids(
+    document_ids: Tensor,
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+    use_cache: bool | None,
+) -> None:
+    if attention_mask is not None or past_key_values is not None or use_cache:
+        raise ValueError("document_ids cannot be used with attention_mask or a key/value cache")
+    if document_ids.shape != tokens.shape:
+        raise ValueError(
+            f"document_ids {tuple(document_ids.shape)} must have the tokens' shape {tuple(tokens.shape)}"
         )
+
+
+def _causal_mask(
+    config: ArgonneConfig,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+) -> Any:
+    """The mask (batch, 1, seq_len, key_len), or None where causal attention needs none.
+
+    ``position_ids`` are passed on only where the caller gave them: transformers then looks for packed
+    sequences in them, which costs a synchronisation with the device.
+    """
+    plain = attention_mask is None and position_ids is None and past_key_values is None
+    if plain and config._attn_implementation != "eager":
+        return None
+    named_cache: Any = {_CACHE_NAME: past_key_values}
+    shape_only = torch.empty((*tokens.shape, 0), dtype=dtype, device=tokens.device)
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=shape_only,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        **named_cache,
+    )
+
+
+def _documents_of_layers(
+    config: ArgonneConfig, document_ids: Tensor | None, hidden_states: Tensor
+) -> tuple[Tensor | BlockMask | None, Tensor | BlockMask | None]:
+    """What attention takes as ``documents`` in global and in local layers."""
+    if document_ids is None:
+        return None, None
+    starts = document_starts(document_ids)
+    fused = (
+        hidden_states.device.type == "cuda"
+        and hidden_states.dtype != torch.float64
+        and config._attn_implementation != "eager"
+        and find_spec("triton") is not None
+    )
+    if not fused:
+        return starts, starts
+    window = config.local_window(1)
+    everywhere = document_block_mask(starts)
+    return everywhere, everywhere if window is None else document_block_mask(starts, window)
 
 
 def _to_autocast_dtype(hidden_states: Tensor) -> Tensor:

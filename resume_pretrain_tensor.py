@@ -215,7 +215,8 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     config, training = stage.config, stage.config.training
     require_memory(config, start.settings, parallel)
     place = metadata_for(config, metadata, new_stage=step == stages.first_step)
-    opened, feed = open_feed(config, start.tokenizer, place, step, samples, report, world)
+    vocab_size = start.settings["vocab_size"]
+    opened, feed = open_feed(config, start.tokenizer, place, step, samples, report, world, vocab_size)
     held_out = validation_sets(config, start.tokenizer, parallel)
 
     trained = build_model(start.settings, config.parallel, training, parallel)

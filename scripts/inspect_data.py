@@ -57,15 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokenizer-path", help="needed for token estimates and for a step's text")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
-    parser.add_argument("--text-column", default=DataOptions.text_column, help="of the text (%(default)s)")
+    parser.add_argument("--text-column", help="column of the text (text)")
+    parser.add_argument("--token-column", help="list column of token ids, instead of text")
     parser.add_argument("--step", type=int, help="print the text of this optimizer step, counted from 0")
     parser.add_argument("--at", metavar="FILE:ROW[:TOKEN]", help="print the samples from this position on")
     parser.add_argument(
         "--checkpoint-path", type=Path, help="begin where this checkpoint stands (of a folder, its newest)"
     )
-    parser.add_argument(
-        "--metrics", type=Path, help="stats/training_metrics.jsonl of the run that did the --step"
-    )
+    parser.add_argument("--metrics", type=Path, help="training_metrics.jsonl of the run that did the --step")
     parser.add_argument("--samples", type=int, help="print at most so many samples of the step")
     parser.add_argument(
         "--characters", type=int, default=2000, help="of each sample at most; 0: all (%(default)s)"
@@ -133,6 +132,9 @@ def check_options(options: argparse.Namespace) -> None:
         raise ConfigError("--at excludes --step and --checkpoint-path: give one of them")
     if options.at is not None and options.data_mix is not None:
         raise ConfigError("--at names a place in one source: give its --data-glob instead of --data-mix")
+    both = options.token_column is not None and options.text_column is not None
+    if both and options.data_mix is None:
+        raise ConfigError("--token-column contradicts --text-column: leave one out")
     if options.metrics is not None and (options.step is None or options.checkpoint_path is not None):
         raise ConfigError("--metrics goes with --step and without --checkpoint-path")
     if options.at is not None and options.no_streaming:

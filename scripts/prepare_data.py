@@ -4,10 +4,12 @@
     scripts/prepare_data.py notes/*.md book.txt.gz --output-dir data/books
     scripts/prepare_data.py crawl/*.jsonl.zst --text-field content --output-dir data/crawl
     scripts/prepare_data.py saved_dataset/ --output-dir data/saved
+    scripts/prepare_data.py data/crawl --tokenize TOKENIZER --output-dir data/tokens
 
 Shards are named 000_00000.parquet and on, hold one `text` column, row groups of a few MiB (what a resume has
 to read again) and a checksum on each page (so that a flipped bit is noticed). The output folder appears only
-when all of it is written.
+when all of it is written. With --tokenize the shards hold token ids, the same stream as tokenizing while
+training; inputs may be shards too, and work that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -60,7 +62,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--skip-bad-lines", action="store_true", help="count JSON lines without text and go on"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    add_tokenizing(parser)
     return parser
+
+
+def add_tokenizing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenize", metavar="TOKENIZER", help="write token ids, EOS after each document")
+    parser.add_argument(
+        "--token-format",
+        choices=["parquet", "bin"],
+        default="parquet",
+        help="a list column (input_ids), or flat files in the layout of llm.c (%(default)s)",
+    )
+    parser.add_argument(
+        "--num-proc", type=int, default=8, help="tokenizing workers, at most one per CPU core (%(default)s)"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             told = prepare(options)
         except KeyboardInterrupt:
-            print("error: interrupted: nothing was written; run it again", file=sys.stderr)
+            kept = "whole shards are kept" if options.tokenize else "nothing was written"
+            print(f"error: interrupted: {kept}; run it again", file=sys.stderr)
             raise
         print(told)
 
@@ -82,6 +100,8 @@ def check_options(options: argparse.Namespace) -> None:
     for flag in ("shard_mib", "row_group_mib"):
         if getattr(options, flag) <= 0:
             raise ConfigError(f"--{flag.replace('_', '-')} {getattr(options, flag)} must be positive")
+    if options.num_proc < 1:
+        raise ConfigError(f"--num-proc {options.num_proc} must be at least 1")
     output = options.output_dir
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file (--output-dir): give a folder")
@@ -94,6 +114,10 @@ def prepare(options: argparse.Namespace) -> str:
     from tqdm import tqdm
 
     kind, files = find_inputs(options)
+    if options.tokenize is not None:
+        from argonne.tools.tokenizing import tokenize
+
+        return tokenize(options, kind, files)
     with new_folder(options.output_dir) as partial:
         writer = ShardWriter(
             partial,

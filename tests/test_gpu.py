@@ -10,9 +10,11 @@ import torch
 
 import argonne.testing.corpus as corpus
 from argonne.config.options import ParallelOptions, TrainingOptions
+from argonne.ranks.recompute import compile_blocks
 from argonne.testing.launch import SHAPE, checkpoint, launch, metrics
 from argonne.testing.models import random_tokens, relative_error, small_model
 from argonne.training.build import build_model, fill_weights
+from tests.model.documents_alone import ids_of, random_spans
 from tp_shard import shard_tensor_parallel
 
 pytestmark = [
@@ -43,6 +45,23 @@ def test_gradients_agree_with_the_cpu(changes: dict[str, Any]) -> None:
         gradients.append({n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None})
     for name, expected in gradients[0].items():
         assert relative_error(gradients[1][name], expected) < 1e-10, name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_documents_agree_with_the_cpu(compiled: bool) -> None:
+    """Flex attention in float32, over several blocks, with a window in one of the layers."""
+    tokens, spans = random_tokens(length=601), random_spans(2, 600)
+    changes = {"head_dim": 64, "interleaved_local_attention": True, "local_attention_window": 150}
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model = shard_tensor_parallel(small_model(torch.float32, **changes)).to(device)
+        if compiled and device == "cuda":
+            compile_blocks(model.blocks)  # type: ignore[arg-type]
+        moved, ids = tokens.to(device), ids_of(spans).to(device)
+        model(input_ids=moved[:, :-1], shift_labels=moved[:, 1:], document_ids=ids).loss.backward()
+        gradients.append({n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None})
+    for name, expected in gradients[0].items():
+        assert relative_error(gradients[1][name], expected) < 1e-3, name
 
 
 def trained_on_gpu(**options: Any) -> tuple[Any, Any]:

@@ -82,6 +82,8 @@ def _combination_problems(config: RunConfig, given: Mapping[str, Any]) -> list[s
     for field, rules in flag_fields(ModelOptions):
         if rules.refused and field.name in given:
             problems.append(f"{flag_names(field, rules)[0]} is refused: {rules.refused}; leave it out")
+    if "token_column" in given and "text_column" in given and "data_mix" not in given:
+        problems.append("--token-column contradicts --text-column: leave one out")
     if training.min_learning_rate > training.learning_rate:
         problems.append(
             f"--min-learning-rate {training.min_learning_rate:g} exceeds --learning-rate "

@@ -51,7 +51,11 @@ class DataOptions:
 
     tokenizer_path: str = flag("", "folder or name of the tokenizer", metavar="PATH", default_text="required")
     trust_remote_code: bool = flag(False, "let the tokenizer run the code in its folder")
-    data_glob: str = flag("../data/CC-MAIN-2025-26/*.parquet", "parquet shards; quote it", metavar="GLOB")
+    data_glob: str = flag(
+        "../data/CC-MAIN-2025-26/*.parquet",
+        "parquet, Arrow or .bin shards, or their URL; quote it",
+        metavar="GLOB",
+    )
     data_mix: tuple[MixedSource, ...] = flag(
         (),
         "sources to mix by weight, in place of --data-glob; quote the globs",
@@ -69,6 +73,9 @@ class DataOptions:
         default_text="none",
     )
     text_column: str = flag("text", "column that holds the documents", metavar="NAME")
+    token_column: str | None = flag(
+        None, "list column of token ids, instead of text", metavar="NAME", default_text="the data is text"
+    )
     streaming: bool = flag(
         True,
         "tokenize the corpus once into a cache and shuffle each epoch, instead of streaming",
@@ -79,9 +86,13 @@ class DataOptions:
         "cut each document on its own, dropping short documents and tails, instead of packing",
         names=("--no-packing",),
     )
+    document_attention: bool = flag(False, "let a token attend within its own document only")
     num_proc: int = flag(8, "tokenizing processes, at most one per CPU core", kind=int, at_least=1)
     data_cache_dir: str | None = flag(
-        None, "cache of the tokenized corpus", metavar="DIR", default_text="<output-dir>/cache"
+        None,
+        "cache of the tokenized corpus; given, also of what is read of remote shards",
+        metavar="DIR",
+        default_text="<output-dir>/cache",
     )
     skip_bad_shards: bool = flag(False, "skip and record unreadable data instead of failing")
     allow_data_change: bool = flag(False, "resume even if shards were removed, renamed or rewritten")

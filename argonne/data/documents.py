@@ -16,6 +16,7 @@ from argonne.data.position import DataPosition
 from argonne.data.shard_reader import ShardReader
 from argonne.data.shards import Shard, is_unchanged
 from argonne.data.shuffled import KeptGroups, WholeGroup, read_group
+from argonne.data.token_rows import TokenRow
 from argonne.errors import DataError, one_line
 
 DOCUMENT_COST = 256
@@ -42,7 +43,7 @@ class Document(NamedTuple):
     epoch: int
     file_index: int
     row: int
-    text: str | LongText
+    text: str | LongText | TokenRow
     counts: Counts
     skips: int
     """Number of recorded skips before it."""
@@ -95,7 +96,12 @@ class _KeptEpoch:
         """Keep one more document; False where the corpus is too large to be kept."""
         if isinstance(document.text, LongText):
             return False
-        self.cost += len(document.text) + DOCUMENT_COST
+        text = document.text
+        if isinstance(text, TokenRow):
+            document = document._replace(text=text.copy())
+            self.cost += text.ids.nbytes + DOCUMENT_COST
+        else:
+            self.cost += len(text) + DOCUMENT_COST
         self.documents.append(document._replace(counts=_difference(document.counts, self.before)))
         return self.cost <= KEPT_COST
 

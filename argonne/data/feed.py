@@ -2,6 +2,7 @@
 
 Per optimizer step one broadcast of one int32 tensor over a gloo group of its own: a header, then the step's
 tokens, or the reader's error message, or the word that the feed ends. Each rank keeps QUEUE_DEPTH steps.
+For document attention a token that begins a document travels as its complement, which is negative.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FEED_TIMEOUT = timedelta(days=30)
 CLOSE_SECONDS = 10.0
 POLL_SECONDS = 0.2
 
-TOKENS, ERROR, END = 0, 1, 2
+TOKENS, ERROR, END, MARKED_TOKENS = 0, 1, 2, 3
 HASH_INTS = 4
 HEADER_INTS = 2 + HASH_INTS
 """Kind, then bytes of the words or 1 where the samples have sources, then the stream hash."""
@@ -47,6 +48,9 @@ class StepBatch:
     """Time the caller waited for this batch."""
     sources: torch.Tensor | None = None
     """Of a mixture: (samples_per_step,) int64 on the CPU, the number of each sample's source."""
+    document_ids: torch.Tensor | None = None
+    """(samples_per_step, block_size) int32: equal where two input tokens of a sample share a document; None
+    without document attention."""
 
     @property
     def position(self) -> DataPosition | None:
@@ -69,12 +73,22 @@ class StepBatch:
         start = (micro_step * dp_size + dp_rank) * batch_size
         return self.sources[start : start + batch_size].to(device)
 
+    def micro_documents(
+        self, micro_step: int, *, batch_size: int, dp_rank: int, dp_size: int, device: torch.device | str
+    ) -> torch.Tensor | None:
+        """The ``document_ids`` of the same samples, (batch_size, block_size) int32 on ``device``."""
+        if self.document_ids is None:
+            return None
+        start = (micro_step * dp_size + dp_rank) * batch_size
+        return self.document_ids[start : start + batch_size].to(device, non_blocking=True)
+
 
 class _StepTokens(NamedTuple):
     """One step on a rank."""
 
     tokens: torch.Tensor
     sources: torch.Tensor | None
+    document_ids: torch.Tensor | None
     stream_hash: str
     progress: DataProgress | None
 
@@ -172,12 +186,15 @@ class StepFeed:
         samples, length = self._shape
         content = message[HEADER_INTS : HEADER_INTS + samples * (length + 1)]
         tokens = content[: samples * length].view(self._shape)
-        return _StepTokens(
-            tokens.pin_memory() if self._pin_memory else tokens,
-            content[samples * length :].long() if message[1] else None,
-            stream_hash,
-            progress,
-        )
+        documents = None
+        if message[0] == MARKED_TOKENS:
+            begins = tokens < 0
+            documents = begins[:, :-1].cumsum(1, dtype=torch.int32)
+            tokens = torch.where(begins, ~tokens, tokens)
+        if self._pin_memory:
+            tokens, documents = tokens.pin_memory(), None if documents is None else documents.pin_memory()
+        sources = content[samples * length :].long() if message[1] else None
+        return _StepTokens(tokens, sources, documents, stream_hash, progress)
 
     def _run(self) -> None:
         if self._device is not None:  # a new thread begins on GPU 0, where pinning would open a context
@@ -213,15 +230,19 @@ class StepFeed:
             self._fail(failure)
             return
         message = self._message()
-        message[0] = TOKENS
+        message[0] = TOKENS if step.starts is None else MARKED_TOKENS
         message[2:HEADER_INTS] = torch.from_numpy(
             np.frombuffer(bytes.fromhex(step.progress.stream_hash), "<i4").copy()
         )
         content = message[HEADER_INTS:]
-        content[: step.tokens.size] = torch.from_numpy(step.tokens).flatten()
+        tokens = step.tokens
+        if step.starts is not None:
+            tokens = tokens.copy()
+            tokens[:, :-1][step.starts] ^= -1
+        content[: tokens.size] = torch.from_numpy(tokens).flatten()
         if step.sources is not None:
             message[1] = 1
-            content[step.tokens.size : step.tokens.size + len(step.sources)] = torch.from_numpy(step.sources)
+            content[tokens.size : tokens.size + len(step.sources)] = torch.from_numpy(step.sources)
         self._broadcast(message)
         self._put(self._step_of(message, step.progress.stream_hash, step.progress))
 
@@ -248,7 +269,7 @@ class StepFeed:
                 message = self._message()
                 self._broadcast(message)
                 kind, size = int(message[0]), int(message[1])
-                if kind == TOKENS:
+                if kind in (TOKENS, MARKED_TOKENS):
                     digest = message.numpy()[2:HEADER_INTS].astype("<i4").tobytes().hex()
                     self._put(self._step_of(message, digest, None))
                     continue

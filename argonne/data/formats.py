@@ -1,7 +1,7 @@
-"""Bytes to texts: the footer and the rows of one shard, parquet or Arrow IPC (file and stream).
+"""Bytes to rows: the footer and the rows of one shard, parquet or Arrow IPC (file and stream).
 
 A row group (an Arrow record batch counts as one) is the smallest unit that is read, checked and skipped.
-Nothing here holds more than a few rows of text at a time, whatever the size of the row group.
+Nothing here holds more than a few rows at a time, whatever the size of the row group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from argonne.data.shard_reader import ShardReader
+from argonne.data.flat_tokens import FlatReader, is_flat
+from argonne.data.remote import ShardPath
+from argonne.data.shard_reader import ShardError, ShardReader, TextBatch
+from argonne.data.token_rows import TokenColumn, TokenRow, check_token_column, to_token_rows
 from argonne.errors import one_line
 
 if TYPE_CHECKING:
@@ -30,10 +33,6 @@ DIGEST_BYTES = 1 << 16
 ARROW_FILE_MAGIC = b"ARROW1"
 
 
-class ShardError(Exception):
-    """A shard or a row group that cannot be used; the message is the reason, without the shard's name."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Footer:
     """What the start-up check learns of one shard without reading its rows."""
@@ -44,15 +43,6 @@ class Footer:
     """Rows without a text by the footer's statistics (0 where there are none)."""
     digest: str
     """Hash of the file's last 64 KiB, which hold a parquet file's row-group offsets and statistics."""
-
-
-@dataclass(frozen=True)
-class TextBatch:
-    """Consecutive rows of one row group."""
-
-    texts: list[str | LongText | None]
-    replaced: frozenset[int]
-    """Indices into ``texts`` whose bytes were not UTF-8 (each bad sequence became U+FFFD)."""
 
 
 class LongText:
@@ -78,9 +68,9 @@ class LongText:
         return True
 
 
-def tail_digest(path: Path) -> str:
+def tail_digest(path: ShardPath) -> str:
     """Hash of the file's last DIGEST_BYTES: its footer, or most of it."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - DIGEST_BYTES))
         return hashlib.blake2b(file.read(), digest_size=8).hexdigest()
@@ -104,7 +94,7 @@ def check_text_column(schema: pa.Schema, column: str) -> None:
         raise ShardError(f"column {column!r} is {value_type}, not text (columns: {described})")
 
 
-def read_footer(path: Path, column: str) -> Footer:
+def read_footer(path: ShardPath, column: str) -> Footer:
     """Check one shard by its footer; raises ShardError with the reason it cannot be used."""
     import pyarrow as pa
 
@@ -118,12 +108,28 @@ def read_footer(path: Path, column: str) -> Footer:
         raise ShardError(one_line(error)) from error
 
 
-def open_shard(path: Path, column: str) -> ShardReader:
+def open_shard(path: ShardPath, column: str) -> ShardReader:
     """A reader for the file's format; raises ShardError, OSError or pyarrow's exceptions."""
-    with open(path, "rb") as file:
+    if is_flat(path):
+        return FlatReader(path, getattr(column, "vocab_size", None))
+    with path.open("rb") as file:
         magic = file.read(8)
     is_arrow = path.suffix == ".arrow" or magic.startswith(ARROW_FILE_MAGIC)
     return ArrowReader(path, column) if is_arrow else ParquetReader(path, column)
+
+
+def check_column(schema: pa.Schema, column: str) -> None:
+    """Raise ShardError unless ``column`` holds what its kind says, texts or token ids."""
+    if isinstance(column, TokenColumn):
+        check_token_column(schema, column)
+    else:
+        check_text_column(schema, column)
+
+
+def to_rows(array: Any, column: str, first_row: int) -> TextBatch:
+    """The rows of an Arrow array as texts or token ids; ``first_row`` is the first one's in its shard."""
+    is_tokens = isinstance(column, TokenColumn)
+    return to_token_rows(array, column, first_row) if is_tokens else to_texts(array)
 
 
 def rows_per_batch(rows: int, size: int) -> int:
@@ -146,7 +152,7 @@ def to_texts(array: Any) -> TextBatch:
 
 
 def _to_texts_one_by_one(array: Any) -> TextBatch:
-    texts: list[str | LongText | None] = []
+    texts: list[str | LongText | TokenRow | None] = []
     replaced = set()
     for index, buffer in enumerate(_row_buffers(array)):
         if buffer is None:
@@ -197,24 +203,31 @@ def check_offsets(array: Any) -> None:
         pa.large_string(): pa.large_binary(),
         pa.string_view(): pa.binary_view(),
     }
-    array.view(as_bytes[array.type]).validate(full=True)  # as bytes: bad UTF-8 is replaced later
+    if array.type in as_bytes:
+        array = array.view(as_bytes[array.type])  # as bytes: bad UTF-8 is replaced later
+    array.validate(full=True)
 
 
 class ParquetReader:
     """Rows of a parquet file, a row group at a time, page checksums verified where the file has them."""
 
-    def __init__(self, path: Path, column: str) -> None:
+    def __init__(self, path: ShardPath, column: str) -> None:
         import pyarrow.parquet as pq
 
         # Buffered and unmapped, a column chunk is read page by page: memory does not grow with the row group.
         self._file = pq.ParquetFile(
-            path, buffer_size=BATCH_BYTES, pre_buffer=False, page_checksum_verification=True
+            path if isinstance(path, Path) else path.open(),
+            buffer_size=BATCH_BYTES,
+            pre_buffer=False,
+            page_checksum_verification=True,
         )
-        check_text_column(self._file.schema_arrow, column)
+        check_column(self._file.schema_arrow, column)
         self._column = column
         self._metadata = self._file.metadata
         paths = [self._metadata.schema.column(index).path for index in range(self._metadata.num_columns)]
-        self._column_index = paths.index(column)
+        self._column_index = next(
+            index for index, path in enumerate(paths) if path == column or path.startswith(f"{column}.")
+        )
         self.group_rows = tuple(
             self._metadata.row_group(g).num_rows for g in range(self._metadata.num_row_groups)
         )
@@ -243,29 +256,36 @@ class ParquetReader:
             self._metadata.row_group(g).column(self._column_index).total_uncompressed_size for g in groups
         )
 
+    def token_count(self) -> int:
+        """Values in a column of lists, by the footer (one for each row that has none)."""
+        chunks = (self._metadata.row_group(g).column(self._column_index) for g in range(len(self.group_rows)))
+        return sum(chunk.num_values for chunk in chunks)
+
     def batches(self, group: int) -> Iterator[TextBatch]:
         """The rows of a row group in order. Raises pa.ArrowException or OSError where they cannot be read."""
         chunk = self._metadata.row_group(group).column(self._column_index)
         batch_rows = rows_per_batch(self.group_rows[group], chunk.total_uncompressed_size)
+        row = sum(self.group_rows[:group])
         for batch in self._file.iter_batches(
-            batch_size=batch_rows, row_groups=[group], columns=[self._column], use_threads=False
+            batch_size=batch_rows, row_groups=[group], columns=[str(self._column)], use_threads=False
         ):
-            yield to_texts(batch.column(0))
+            yield to_rows(batch.column(0), self._column, row)
+            row += batch.num_rows
 
 
 class ArrowReader:
     """Rows of an Arrow IPC file or stream (as `datasets` saves them), memory-mapped, a batch at a time."""
 
-    def __init__(self, path: Path, column: str) -> None:
+    def __init__(self, path: ShardPath, column: str) -> None:
         import pyarrow as pa
 
-        self._path = path
-        self._column = column
-        self._source = pa.memory_map(str(path), "r")
+        self._path, self._column = path, column
+        is_local = isinstance(path, Path)
+        self._source = pa.memory_map(str(path), "r") if is_local else pa.PythonFile(path.open("rb"), "r")
         self._size = self._source.size()
         self._is_file = self._source.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
         self._restart()
-        check_text_column(self._reader.schema, column)
+        check_column(self._reader.schema, column)
         self.group_rows = tuple(batch.num_rows for batch in self._all_batches())
 
     def __enter__(self) -> ArrowReader:
@@ -302,6 +322,10 @@ class ArrowReader:
         """Size of the text column in memory."""
         return sum(batch.column(self._column).nbytes for batch in self._all_batches())
 
+    def token_count(self) -> int:
+        """Values in a column of lists."""
+        return sum(len(batch.column(self._column).flatten()) for batch in self._all_batches())
+
     def _batch(self, group: int) -> Any:
         if self._is_file:
             return self._reader.get_batch(group)
@@ -317,8 +341,10 @@ class ArrowReader:
         """The rows of a record batch in order. Raises ShardError, pa.ArrowException or OSError."""
         array = self._batch(group).column(self._column)
         check_offsets(array)
+        row = sum(self.group_rows[:group])
         batch_rows = rows_per_batch(len(array), array.nbytes)
         for start in range(0, len(array), batch_rows):
-            if self._path.stat().st_size < self._size:  # what is mapped and no longer there kills the process
+            # What is mapped and no longer there kills the process.
+            if isinstance(self._path, Path) and self._path.stat().st_size < self._size:
                 raise ShardError("it was cut while it was read")
-            yield to_texts(array.slice(start, batch_rows))
+            yield to_rows(array.slice(start, batch_rows), self._column, row + start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from argonne.data.mixture import naming
 from argonne.data.position import DataPosition
 from argonne.data.shards import Shard, find_shards, open_corpus
 from argonne.data.source import SourceOptions
-from argonne.data.stream import encoded_documents
+from argonne.data.stream import EncodedBatch, encoded_documents
+from argonne.data.token_rows import TokenRow
+from argonne.data.token_stream import for_tokens, source_by_columns, token_batches, with_vocabulary
 from argonne.data.tokenizer import EncoderRecipe, text_pieces
 from argonne.errors import DataError
 
@@ -28,7 +31,8 @@ class HeldOutSet:
     tokens: np.ndarray
     """(samples, block_size + 1) int32"""
     text_bytes: int
-    """UTF-8 bytes of the documents that the samples touch, each time that they do"""
+    """UTF-8 bytes of the documents that the samples touch, each time that they do; where their ids are
+    given, of the decoded samples"""
 
 
 def read_held_out(
@@ -41,10 +45,9 @@ def read_held_out(
     the set.
     """
     trained = [part.glob for part in options.mix] or [options.data_glob]
-    options = replace(options, data_glob=data_glob)
     try:
-        shards = _shards(data_glob, options)
-        return _read(name, shards, _part(shards, trained, options), options, tokenizer, samples)
+        options = source_by_columns(options, data_glob)
+        return _read(name, options, trained, tokenizer, samples)
     except DataError as error:
         raise _of_set(name, error) from error
 
@@ -53,24 +56,32 @@ def check_data(options: SourceOptions, held_out: tuple[str, str] | None = None) 
     """DataError unless the shards of the options, or of the set (name, glob) ``held_out``, can be opened."""
     if held_out is not None:
         try:
-            _shards(held_out[1], options)
+            _shards(_whole(source_by_columns(options, held_out[1])))
         except DataError as error:
             raise _of_set(held_out[0], error) from error
         return
     for part in options.mix:
         with naming(part.name):
-            _shards(part.glob, options)
+            _shards(source_by_columns(options, part.glob))
     if not options.mix:
-        _shards(options.data_glob, options)
+        _shards(options)
 
 
-def _shards(data_glob: str, options: SourceOptions) -> list[Shard]:
-    return open_corpus(
-        data_glob,
-        options.text_column,
+def _shards(options: SourceOptions) -> tuple[SourceOptions, list[Shard]]:
+    """The options by what the shards hold, and the shards."""
+    shards = open_corpus(
+        options.data_glob,
+        options.column,
         skip_bad_shards=options.skip_bad_shards,
         cache_dir=options.cache_dir,
+        remote_cache=options.remote_cache,
     )
+    return for_tokens(options, shards), shards
+
+
+def _whole(options: SourceOptions) -> SourceOptions:
+    """A validation set is packed and read whole, whatever the training does."""
+    return replace(options, packing=True, holdout=None)
 
 
 def _of_set(name: str, error: DataError) -> DataError:
@@ -81,8 +92,8 @@ def _part(shards: list[Shard], trained: list[str], options: SourceOptions) -> Ho
     """The held-out part where the shards are trained on; DataError where only some are."""
     if options.holdout is None:
         return None
-    known = {path.resolve() for data_glob in trained for path in find_shards(data_glob)}
-    shared = sum(shard.path.resolve() in known for shard in shards)
+    known = {_place(path) for data_glob in trained for path in find_shards(data_glob, options.remote_cache)}
+    shared = sum(_place(shard.path) in known for shard in shards)
     if not shared:
         return None
     if shared < len(shards):
@@ -93,43 +104,66 @@ def _part(shards: list[Shard], trained: list[str], options: SourceOptions) -> Ho
     return Holdout(every=options.holdout, held_out=True)
 
 
-def _read(
-    name: str,
-    shards: list[Shard],
-    part: Holdout | None,
-    options: SourceOptions,
-    tokenizer: Any,
-    samples: int,
-) -> HeldOutSet:
+def _place(path: Any) -> str:
+    return str(path.resolve()) if isinstance(path, Path) else str(path)
+
+
+def _read(name: str, options: SourceOptions, trained: list[str], tokenizer: Any, samples: int) -> HeldOutSet:
+    asked = options
+    options = _whole(with_vocabulary(options, tokenizer))
+    options, shards = _shards(options)
     start = DataPosition(file_name=shards[0].name, block_size=options.block_size)
-    sizes: dict[tuple[int, int, int], int] = {}
-    documents = DocumentReader(shards, options.text_column, start, options.skip_bad_shards, holdout=part)
-    pool = EncoderPool(
-        EncoderRecipe(tokenizer=tokenizer, trust_remote_code=options.trust_remote_code), options.num_proc
-    )
+    part = _part(shards, trained, asked)
+    documents = DocumentReader(shards, options.column, start, options.skip_bad_shards, holdout=part)
     wanted = samples * options.block_size + 1
-    chunks, filled, text_bytes = [], 0, 0
-    try:
-        for batch in encoded_documents(_measured(iter(documents), sizes), pool):
-            for place, _, mark in batch.beginnings:
-                if filled + place < wanted:
-                    text_bytes += sizes[mark[0], mark[1], mark[2]]
-            chunks.append(batch.ids)
-            filled += len(batch.ids)
-            if filled >= wanted:
-                break
-    finally:
-        pool.close()
-    stream = np.concatenate(chunks)
+    if options.token_column is not None:
+        batches = token_batches(iter(documents), start, int(tokenizer.eos_token_id))
+        stream = np.concatenate([batch.ids for batch in _first(batches, wanted)])
+        text = tokenizer.decode(stream[:wanted], skip_special_tokens=True)
+        text_bytes = len(text.encode("utf-8", "replace"))
+    else:
+        stream, text_bytes = _tokenized(documents, options, tokenizer, wanted)
     tokens = np.empty((samples, options.block_size + 1), dtype=np.int32)
     tokens[:, :-1] = stream[: wanted - 1].reshape(samples, options.block_size)
     tokens[:, 1:] = stream[1:wanted].reshape(samples, options.block_size)
     return HeldOutSet(name=name, tokens=tokens, text_bytes=text_bytes)
 
 
+def _tokenized(
+    documents: DocumentReader, options: SourceOptions, tokenizer: Any, wanted: int
+) -> tuple[np.ndarray, int]:
+    """At least the ``wanted`` first ids of a source of text, and the bytes of the documents they touch."""
+    sizes: dict[tuple[int, int, int], int] = {}
+    pool = EncoderPool(
+        EncoderRecipe(tokenizer=tokenizer, trust_remote_code=options.trust_remote_code), options.num_proc
+    )
+    chunks, filled, text_bytes = [], 0, 0
+    try:
+        for batch in _first(encoded_documents(_measured(iter(documents), sizes), pool), wanted):
+            for place, _, mark in batch.beginnings:
+                if filled + place < wanted:
+                    text_bytes += sizes[mark[0], mark[1], mark[2]]
+            chunks.append(batch.ids)
+            filled += len(batch.ids)
+    finally:
+        pool.close()
+    return np.concatenate(chunks), text_bytes
+
+
+def _first(batches: Iterator[EncodedBatch], wanted: int) -> Iterator[EncodedBatch]:
+    """The batches up to the one that has the last of the ``wanted`` first ids."""
+    filled = 0
+    for batch in batches:
+        yield batch
+        filled += len(batch.ids)
+        if filled >= wanted:
+            return
+
+
 def _measured(documents: Iterator[Document], sizes: dict[tuple[int, int, int], int]) -> Iterator[Document]:
     """The documents, with the UTF-8 bytes of each in ``sizes`` by (epoch, file, row)."""
     for document in documents:
+        assert not isinstance(document.text, TokenRow)
         size = sum(len(piece.encode("utf-8", "replace")) for piece, _ in text_pieces(document.text))
         sizes[document.epoch, document.file_index, document.row] = size
         yield document

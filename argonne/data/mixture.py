@@ -156,15 +156,20 @@ class MixtureSource:
         count, length = self._shape
         chosen = np.array([self._rule.choose() for _ in range(count)], dtype=np.int32)
         tokens = np.empty((count, length), dtype=np.int32)
+        starts: np.ndarray | None = None
         for start in range(0, count, self._round):
             places = chosen[start : start + self._round]
             for number, (name, source) in enumerate(self._sources.items()):
                 here = np.flatnonzero(places == number)
                 if len(here):
                     with naming(name):
-                        tokens[start + here] = source.take(len(here)).tokens
+                        taken = source.take(len(here))
+                    tokens[start + here] = taken.tokens
+                    if taken.starts is not None:
+                        starts = np.zeros((count, length - 1), dtype=bool) if starts is None else starts
+                        starts[start + here] = taken.starts
         self._advance(chosen, tokens)
-        return SourceStep(tokens=tokens, progress=self._progress, sources=chosen)
+        return SourceStep(tokens=tokens, progress=self._progress, sources=chosen, starts=starts)
 
     def _advance(self, chosen: np.ndarray, tokens: np.ndarray) -> None:
         before = self._progress

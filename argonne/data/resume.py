@@ -7,15 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 from argonne.data.documents import Counts
+from argonne.data.flat_tokens import file_position
 from argonne.data.position import DataPosition
 from argonne.data.shards import Shard, manifest_difference, natural_key
 from argonne.data.source import DataProgress, SourceOptions
+from argonne.data.token_rows import describe_column
 from argonne.data.tokenizer import tokenizer_fingerprint
 from argonne.errors import DataError
 
 MUST_MATCH = {
     "tokenizer": "the tokenizer (--tokenizer-path)",
-    "text_column": "--text-column",
+    "text_column": "the column (--text-column, --token-column)",
     "streaming": "streaming (--no-streaming turns it off)",
     "shuffle": "--shuffle",
     "holdout": "--holdout",
@@ -31,8 +33,9 @@ MAY_CHANGE = {
     "samples_per_step": "the global batch (sequences a step)",
     "block_size": "--block-size",
     "packing": "packing (--no-packing turns it off)",
+    "document_attention": "--document-attention",
 }
-BEFORE = {"shuffle": False, "holdout": None}
+BEFORE = {"shuffle": False, "holdout": None, "document_attention": False}
 """What checkpoints without these keys were trained with."""
 
 
@@ -40,7 +43,8 @@ def source_identity(options: SourceOptions, tokenizer: Any) -> dict[str, Any]:
     """What a checkpoint keeps to recognise its data by, beside the file list."""
     return {
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "text_column": options.text_column,
+        "text_column": describe_column(options.column),
+        "token_column": options.token_column,
         "packing": options.packing,
         "streaming": options.streaming,
         "block_size": options.block_size,
@@ -48,6 +52,7 @@ def source_identity(options: SourceOptions, tokenizer: Any) -> dict[str, Any]:
         "seed": options.seed,
         "shuffle": options.shuffle,
         "holdout": options.holdout,
+        "document_attention": options.document_attention,
     }
 
 
@@ -56,9 +61,11 @@ def _start(shards: Sequence[Shard], options: SourceOptions, epoch: int = 0) -> D
     if not options.streaming:
         return DataPosition(epoch=epoch, sample=0, block_size=options.block_size)
     index, row = options.order.first(epoch, shards)
-    return DataPosition(
-        epoch=epoch, file_index=index, file_name=shards[index].name, row=row, block_size=options.block_size
+    name = shards[index].name
+    first = DataPosition(
+        epoch=epoch, file_index=index, file_name=name, row=row, block_size=options.block_size
     )
+    return file_position(first)
 
 
 def check_identity(
@@ -79,9 +86,9 @@ def check_identity(
         if _saved(saved, key) != identity[key]
     ]
     survived = [
-        f"{what} was {saved[key]} in the checkpoint, is {identity[key]}"
+        f"{what} was {_saved(saved, key)} in the checkpoint, is {identity[key]}"
         for key, what in MAY_CHANGE.items()
-        if saved[key] != identity[key] and key not in refused
+        if _saved(saved, key) != identity[key] and key not in refused
     ]
     return _survived(differences, allow_data_change) + survived
 

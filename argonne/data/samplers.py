@@ -22,6 +22,8 @@ class Samples(NamedTuple):
     document: Document
     """The document of the next sample's first input token (its text left out)."""
     token_offset: int
+    starts: np.ndarray
+    """(count, block_size) bool: the input tokens that begin a document."""
 
 
 class Sampler(Protocol):
@@ -37,12 +39,12 @@ def _resumed(batches: Iterator[EncodedBatch], start: DataPosition) -> Iterator[E
     that is skipped, a row past the shard's end), the stream begins with the document after it: nothing was
     used of that one.
     """
-    ids, [(_, _, mark), *later] = next(batches)
+    ids, [(_, _, mark), *later], _ = next(batches)
     used = start.token_offset if mark[:3] == (start.epoch, start.file_index, start.row) else 0
     passed = 0
     while not later and passed + len(ids) <= used:
         passed += len(ids)
-        ids, later = next(batches)
+        ids, later, _ = next(batches)
     cut = min(used - passed, later[0][0] if later else len(ids))
     beginnings = [(0, passed + cut, mark), *((place - cut, token, mark) for place, token, mark in later)]
     yield EncodedBatch(ids[cut:], beginnings)
@@ -50,22 +52,27 @@ def _resumed(batches: Iterator[EncodedBatch], start: DataPosition) -> Iterator[E
 
 
 class PackedSampler:
-    """The packed stream: block_size + 1 tokens every block_size tokens, across documents and epochs."""
+    """The packed stream: block_size + 1 tokens every block_size tokens, across documents and epochs.
 
-    def __init__(self, batches: Iterator[EncodedBatch], block_size: int, start: DataPosition) -> None:
-        self._batches = _resumed(batches, start)
+    ``start`` None: the batches begin with the first token not used.
+    """
+
+    def __init__(self, batches: Iterator[EncodedBatch], block_size: int, start: DataPosition | None) -> None:
+        self._batches = batches if start is None else _resumed(batches, start)
         self._block_size = block_size
         self._chunks: deque[np.ndarray] = deque()
         self._available = 0
         self._beginnings: deque[Beginning] = deque()
         """Of the documents, from the one of the next token on; place 0 is the first token of this run."""
+        self._starts: deque[int] = deque()
+        """Places at which documents begin, from the first that was not taken on."""
         self._filled = 0
         self._taken = 0
 
     def take(self, count: int) -> Samples:
         size = count * self._block_size
         while self._available <= size:
-            self._append(*next(self._batches))
+            self._append(next(self._batches))
         tokens = self._chunks[0] if len(self._chunks) == 1 else np.concatenate(self._chunks)
         self._chunks = deque([tokens[size:]])
         self._available -= size
@@ -76,10 +83,24 @@ class PackedSampler:
         samples[:, :-1] = tokens[:size].reshape(count, self._block_size)
         samples[:, 1:] = tokens[1 : size + 1].reshape(count, self._block_size)
         place, token, mark = self._beginnings[0]
-        return Samples(samples, Document.from_mark(mark), token + self._taken - place)
+        token_offset = token + self._taken - place
+        return Samples(samples, Document.from_mark(mark), token_offset, self._take_starts(count))
 
-    def _append(self, ids: np.ndarray, beginnings: list[Beginning]) -> None:
+    def _take_starts(self, count: int) -> np.ndarray:
+        """Those among the samples just taken."""
+        size = count * self._block_size
+        flags = np.zeros(size, dtype=bool)
+        while self._starts and self._starts[0] < self._taken:
+            flags[self._starts.popleft() - (self._taken - size)] = True
+        return flags.reshape(count, self._block_size)
+
+    def _append(self, batch: EncodedBatch) -> None:
+        ids, beginnings, starts = batch
         self._beginnings.extend((self._filled + place, token, mark) for place, token, mark in beginnings)
+        places = (
+            [place for place, token, _ in beginnings if token == 0] if starts is None else starts.tolist()
+        )
+        self._starts.extend(self._filled + place for place in places)
         self._chunks.append(ids)
         self._available += len(ids)
         self._filled += len(ids)
@@ -91,8 +112,8 @@ class WindowSampler:
     Short documents and tails are dropped.
     """
 
-    def __init__(self, batches: Iterator[EncodedBatch], block_size: int, start: DataPosition) -> None:
-        self._batches = _resumed(batches, start)
+    def __init__(self, batches: Iterator[EncodedBatch], block_size: int, start: DataPosition | None) -> None:
+        self._batches = batches if start is None else _resumed(batches, start)
         self._block_size = block_size
         self._windows: deque[tuple[np.ndarray, Mark, int]] = deque()
         self._rest = np.empty(0, dtype=np.int32)
@@ -104,10 +125,12 @@ class WindowSampler:
 
     def take(self, count: int) -> Samples:
         while len(self._windows) <= count:  # one more, to know where the next sample begins
-            self._append(*next(self._batches))
+            batch = next(self._batches)
+            self._append(batch.ids, batch.beginnings)
         samples = np.stack([self._windows.popleft()[0] for _ in range(count)])
         _, mark, token_offset = self._windows[0]
-        return Samples(samples, Document.from_mark(mark), token_offset)
+        one_document = np.zeros((count, self._block_size), dtype=bool)
+        return Samples(samples, Document.from_mark(mark), token_offset, one_document)
 
     def _append(self, ids: np.ndarray, beginnings: list[Beginning]) -> None:
         places = [place for place, _, _ in beginnings] + [len(ids)]

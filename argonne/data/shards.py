@@ -16,19 +16,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from argonne.data.flat_tokens import FLAT_SUFFIX
 from argonne.data.formats import Footer, ShardError, read_footer, tail_digest
+from argonne.data.remote import ShardPath, find_remote, is_url
+from argonne.data.token_rows import TokenColumn, describe_column
 from argonne.errors import DataError
 
 FOOTER_THREADS = 16
 INDEX_VERSION = 2
-SHARD_SUFFIXES = (".parquet", ".arrow")
+SHARD_SUFFIXES = (".parquet", ".arrow", FLAT_SUFFIX)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """One file of the corpus, in its place in the natural order."""
 
-    path: Path
+    path: ShardPath
     name: str
     """Base name; the path below the shards' common folder where base names repeat."""
     size: int
@@ -58,26 +61,35 @@ class Shard:
 def is_unchanged(shard: Shard) -> bool:
     """Whether the file is still the one that was checked; OSError where it cannot be read."""
     status = shard.path.stat()
-    if (status.st_size, status.st_mtime_ns) == (shard.size, shard.mtime_ns):
+    if (status.st_size, status.st_mtime_ns) == (shard.size, shard.mtime_ns) and status.st_mtime_ns:
         return True
     return status.st_size == shard.size and tail_digest(shard.path) == shard.digest  # only touched
 
 
-def natural_key(path: str | Path) -> tuple[Any, ...]:
+def natural_key(path: str | ShardPath) -> tuple[Any, ...]:
     """Sort key: base name with digits as numbers and letters without case, ties by full path."""
     parts = re.split(r"(\d+)", Path(path).name.lower())
     # re.split alternates text and digits, so equal places hold equal types
     return tuple(int(part) if index % 2 else part for index, part in enumerate(parts)), str(path)
 
 
-def find_shards(data_glob: str) -> list[Path]:
-    """The files that ``data_glob`` (pattern, file or folder) names, in natural order; DataError if none."""
+def find_shards(data_glob: str, remote_cache: Path | None = None) -> list[ShardPath]:
+    """The files that ``data_glob`` (pattern, file, folder or URL) names, in natural order; DataError if none.
+
+    ``remote_cache``: folder that keeps what is read of remote shards.
+    """
+    if is_url(data_glob):
+        remote: list[ShardPath] = [*find_remote(data_glob, remote_cache)]
+        if not remote:
+            raise DataError(f"no shard matches {data_glob} (--data-glob): give a URL that matches files")
+        return sorted(remote, key=natural_key)
     pattern = os.path.expanduser(data_glob)
     if os.path.isdir(pattern):
         found = [os.path.join(pattern, name) for name in os.listdir(pattern) if name.endswith(SHARD_SUFFIXES)]
     else:
         found = glob.glob(pattern, recursive=True)
-    paths = sorted((Path(name) for name in found if os.path.isfile(name)), key=natural_key)
+    paths: list[ShardPath] = [Path(name) for name in found if os.path.isfile(name)]
+    paths.sort(key=natural_key)
     if not paths:
         where = os.path.abspath(pattern)
         raise DataError(
@@ -86,7 +98,7 @@ def find_shards(data_glob: str) -> list[Path]:
     return paths
 
 
-def shard_names(paths: Sequence[Path]) -> list[str]:
+def shard_names(paths: Sequence[ShardPath]) -> list[str]:
     """A name for each path that survives moving the folder: the base name where that is unique."""
     counts = Counter(path.name for path in paths)
     if all(count == 1 for count in counts.values()):
@@ -100,10 +112,11 @@ def shard_names(paths: Sequence[Path]) -> list[str]:
 
 def open_corpus(
     data_glob: str,
-    text_column: str,
+    column: str,
     *,
     skip_bad_shards: bool = False,
     cache_dir: Path | None = None,
+    remote_cache: Path | None = None,
 ) -> list[Shard]:
     """Find every shard and check it by its footer.
 
@@ -111,8 +124,15 @@ def open_corpus(
     that names every bad shard at once; with ``skip_bad_shards`` they stay in the list without rows, with
     their ``fault``.
     """
-    paths = find_shards(data_glob)
-    index = _FooterIndex(cache_dir / "shard_index.json" if cache_dir else None, text_column)
+    paths = find_shards(data_glob, remote_cache)
+    return check_shards(paths, column, skip_bad_shards=skip_bad_shards, cache_dir=cache_dir)
+
+
+def check_shards(
+    paths: Sequence[ShardPath], column: str, *, skip_bad_shards: bool = False, cache_dir: Path | None = None
+) -> list[Shard]:
+    """The shards at ``paths``, in that order, checked as `open_corpus` does."""
+    index = _FooterIndex(cache_dir / "shard_index.json" if cache_dir else None, column)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         checked = list(pool.map(index.footer, paths))
     index.save()
@@ -131,7 +151,7 @@ def open_corpus(
             paths, shard_names(paths), checked, strict=True
         )
     ]
-    _refuse_bad_shards(shards, text_column, skip_bad_shards)
+    _refuse_bad_shards(shards, column, skip_bad_shards)
     return shards
 
 
@@ -140,10 +160,10 @@ def _refuse_bad_shards(shards: Sequence[Shard], column: str, skip_bad_shards: bo
     if bad and (len(bad) == len(shards) or not skip_bad_shards):
         reasons = "; ".join(f"{shard.path}: {shard.fault}" for shard in bad)
         remedy = "repair or remove them, or --skip-bad-shards"
-        if all(repr(column) in shard.fault for shard in bad):
-            remedy = "name the column of the text with --text-column" + (
-                "" if len(bad) == len(shards) else f", {remedy}"
-            )
+        if all(repr(str(column)) in shard.fault for shard in bad):
+            is_tokens = isinstance(column, TokenColumn)
+            wanted = "token ids with --token-column" if is_tokens else "text with --text-column"
+            remedy = f"name the column of the {wanted}" + ("" if len(bad) == len(shards) else f", {remedy}")
         elif len(bad) == len(shards):
             remedy = "repair them or give another --data-glob"
         raise DataError(f"{len(bad)} of {len(shards)} shards cannot be used: {reasons}: {remedy}")
@@ -180,11 +200,11 @@ class _FooterIndex:
             if (
                 isinstance(content, dict)
                 and content.get("version") == INDEX_VERSION
-                and content.get("column") == column
+                and content.get("column") == describe_column(column)
             ):
                 self._known = _index_entries(content.get("shards"))
 
-    def footer(self, path: Path) -> tuple[int, int, Footer, str]:
+    def footer(self, path: ShardPath) -> tuple[int, int, Footer, str]:
         """(size, mtime_ns, footer, fault) of one shard."""
         try:
             status = path.stat()
@@ -192,7 +212,7 @@ class _FooterIndex:
             return 0, 0, Footer(group_rows=(), digest=""), str(error.strerror)
         key = str(path.absolute())
         known = self._known.get(key)
-        if known is not None and known[:2] == [status.st_size, status.st_mtime_ns]:
+        if known is not None and known[:2] == [status.st_size, status.st_mtime_ns] and known[1]:
             self._entries[key] = known
             footer = Footer(digest=known[2], group_rows=tuple(known[3]), null_rows=known[4])
             return status.st_size, status.st_mtime_ns, footer, ""
@@ -210,7 +230,7 @@ class _FooterIndex:
             return
         content = {
             "version": INDEX_VERSION,
-            "column": self._column,
+            "column": describe_column(self._column),
             "shards": {**self._known, **self._entries},
         }
         temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")

@@ -6,28 +6,35 @@ from dataclasses import dataclass
 
 from argonne.data.formats import LongText, ShardError
 from argonne.data.shard_reader import ShardReader
+from argonne.data.token_rows import TokenRow
 
 
 @dataclass(frozen=True)
 class WholeGroup:
     """All rows of a row group."""
 
-    texts: list[bytes | LongText | None]
-    """As UTF-8."""
+    texts: list[bytes | LongText | TokenRow | None]
+    """Texts as UTF-8, ids as they are."""
     replaced: frozenset[int]
     """Indices into ``texts`` whose bytes were not UTF-8."""
 
 
 def read_group(reader: ShardReader, group: int) -> WholeGroup:
     """All rows of a row group. Raises ShardError, pa.ArrowException or OSError."""
-    texts: list[bytes | LongText | None] = []
+    texts: list[bytes | LongText | TokenRow | None] = []
     replaced: set[int] = set()
     for batch in reader.batches(group):
         replaced.update(len(texts) + offset for offset in batch.replaced)
-        texts += [text.encode() if isinstance(text, str) else text for text in batch.texts]
+        texts += [_own(text) for text in batch.texts]
     if len(texts) != reader.group_rows[group]:
         raise ShardError("fewer rows than its footer says")
     return WholeGroup(texts, frozenset(replaced))
+
+
+def _own(text: str | LongText | TokenRow | None) -> bytes | LongText | TokenRow | None:
+    if isinstance(text, str):
+        return text.encode()
+    return text.copy() if isinstance(text, TokenRow) else text
 
 
 class KeptGroups:
@@ -44,7 +51,7 @@ class KeptGroups:
         if self._groups is None or (index, group) in self._groups:
             return
         for text in batch.texts:
-            size = len(text) if isinstance(text, bytes) else 0
+            size = _size(text)
             self._left -= self._left + 1 if isinstance(text, LongText) else size + self._row_cost
         if self._left < 0:
             self._groups = None
@@ -58,3 +65,10 @@ class KeptGroups:
     def holds(self, index: int, groups: int) -> bool:
         """Whether all of the shard's row groups are kept."""
         return all(self.get(index, group) is not None for group in range(groups))
+
+
+def _size(text: bytes | LongText | TokenRow | None) -> int:
+    """Bytes of a row in memory."""
+    if isinstance(text, TokenRow):
+        return text.ids.nbytes
+    return len(text) if isinstance(text, bytes) else 0

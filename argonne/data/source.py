@@ -12,12 +12,15 @@ import numpy as np
 
 from argonne.data.documents import Counts, Document, DocumentReader
 from argonne.data.encoder_pool import EncoderPool
+from argonne.data.flat_tokens import block_position, file_position
 from argonne.data.holdout import Holdout
 from argonne.data.order import NaturalOrder, Order, ShuffledOrder
 from argonne.data.position import DataPosition
 from argonne.data.samplers import PackedSampler, Sampler, WindowSampler
 from argonne.data.shards import Shard
 from argonne.data.stream import encoded_documents
+from argonne.data.token_rows import TokenColumn
+from argonne.data.token_stream import token_batches
 
 NO_HASH = "0" * 32
 """The stream hash before the first sample."""
@@ -44,6 +47,10 @@ class SourceOptions:
     samples_per_step: int
     """G: sequences of one optimizer step over all data-parallel ranks."""
     text_column: str
+    token_column: str | None = None
+    """Column of token ids, "" for flat files; None: the source is text."""
+    vocab_size: int | None = None
+    """Ids that exist (None: not checked)."""
     streaming: bool
     packing: bool
     shuffle: bool = False
@@ -59,8 +66,19 @@ class SourceOptions:
     trust_remote_code: bool
     skip_bad_shards: bool
     allow_data_change: bool
+    document_attention: bool = False
+    """Tell where documents begin, too."""
+    remote_cache: Path | None = None
+    """Where what is read of remote shards is kept (None: nowhere)."""
     cache_dir: Path | None
     """Where the shard index and the non-streaming token cache lie."""
+
+    @property
+    def column(self) -> str:
+        """The column to read: a TokenColumn where the source has token ids."""
+        if self.token_column is not None:
+            return TokenColumn(self.token_column, self.vocab_size)
+        return self.text_column
 
     @property
     def order(self) -> Order:
@@ -124,6 +142,8 @@ class SourceStep:
     progress: DataProgress
     sources: np.ndarray | None = None
     """Of a mixture: (samples_per_step,) int32, the number of each sample's source."""
+    starts: np.ndarray | None = None
+    """(samples_per_step, block_size) bool: the input tokens that begin a document (document attention)."""
 
 
 class TokenSource(Protocol):
@@ -149,6 +169,8 @@ class TakenSamples(NamedTuple):
 
     tokens: np.ndarray
     """(count, block_size + 1) int32."""
+    starts: np.ndarray | None = None
+    """(count, block_size) bool: the input tokens that begin a document (document attention)."""
 
 
 class SampleSource(Protocol):
@@ -175,10 +197,10 @@ class SingleSource:
         self._stream_hash = source.progress.stream_hash
 
     def next_step(self) -> SourceStep:
-        tokens = self._source.take(self._samples_per_step).tokens
+        tokens, starts = self._source.take(self._samples_per_step)
         self._stream_hash = chain_hash(self._stream_hash, tokens)
         progress = replace(self._source.progress, stream_hash=self._stream_hash)
-        return SourceStep(tokens=tokens, progress=progress)
+        return SourceStep(tokens=tokens, progress=progress, starts=starts)
 
     def close(self) -> None:
         self._source.close()
@@ -187,26 +209,30 @@ class SingleSource:
 class StreamingSource:
     """Reads, tokenizes and cuts on the fly, from any position on.
 
-    ``pool`` may serve other sources too; ``batches_ahead`` are encoded before they are needed (None: as many
-    as keep the pool busy).
+    A source of token ids needs ``eos``, which ends the documents in its blocks, and no ``pool``. One of text
+    needs the ``pool``, which may serve other sources too; ``batches_ahead`` are encoded before they are
+    needed (None: as many as keep the pool busy).
     """
 
     def __init__(
         self,
         shards: list[Shard],
-        pool: EncoderPool,
+        pool: EncoderPool | None,
         options: SourceOptions,
         progress: DataProgress,
         batches_ahead: int | None = None,
+        *,
+        eos: int | None = None,
     ) -> None:
         self._shards = shards
         self._options = options
         self.progress = progress
         self._skipped = list(progress.skipped)
+        position = block_position(progress.position)
         reader = DocumentReader(
             shards,
-            options.text_column,
-            progress.position,
+            options.column,
+            position,
             options.skip_bad_shards,
             progress.counts,
             self._skipped,
@@ -214,12 +240,18 @@ class StreamingSource:
             holdout=options.part,
         )
         self._pool = pool
-        batches = encoded_documents(iter(reader), pool, batches_ahead)
         sampler = PackedSampler if options.packing else WindowSampler
-        self._sampler: Sampler = sampler(batches, options.block_size, progress.position)
+        if options.token_column is not None:
+            assert eos is not None
+            batches = token_batches(iter(reader), position, eos)
+            self._sampler: Sampler = sampler(batches, options.block_size, None)
+        else:
+            assert pool is not None
+            batches = encoded_documents(iter(reader), pool, batches_ahead)
+            self._sampler = sampler(batches, options.block_size, position)
 
     def take(self, count: int) -> TakenSamples:
-        tokens, document, token_offset = self._sampler.take(count)
+        tokens, document, token_offset, starts = self._sampler.take(count)
         self.progress = replace(
             self.progress,
             position=self._position(document, token_offset),
@@ -227,10 +259,10 @@ class StreamingSource:
             counts=document.counts,
             skipped=tuple(self._skipped[: document.skips]),
         )
-        return TakenSamples(tokens)
+        return TakenSamples(tokens, starts if self._options.document_attention else None)
 
     def _position(self, document: Document, token_offset: int) -> DataPosition:
-        return DataPosition(
+        position = DataPosition(
             epoch=document.epoch,
             file_index=document.file_index,
             file_name=self._shards[document.file_index].name,
@@ -238,7 +270,9 @@ class StreamingSource:
             token_offset=token_offset,
             block_size=self._options.block_size,
         )
+        return file_position(position)
 
     def close(self) -> None:
         """End the pool, which others that share it have closed by then or will."""
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()

@@ -11,6 +11,7 @@ import numpy as np
 
 from argonne.data.documents import DOCUMENT_COST, Document, Mark
 from argonne.data.encoder_pool import EncoderPool
+from argonne.data.token_rows import TokenRow
 from argonne.data.tokenizer import text_pieces
 
 BATCH_CHARACTERS = 1 << 19
@@ -35,6 +36,8 @@ class EncodedBatch(NamedTuple):
 
     ids: np.ndarray
     beginnings: list[Beginning]
+    starts: np.ndarray | None = None
+    """Places at which documents begin, where the beginnings do not tell (rows that are blocks)."""
 
 
 def encoded_documents(
@@ -76,6 +79,7 @@ def text_batches(
     for document in documents:
         marks.append((len(texts), document.mark()))
         size += DOCUMENT_COST
+        assert not isinstance(document.text, TokenRow)
         for piece, ends in text_pieces(document.text):
             texts.append(piece)
             last.append(ends)

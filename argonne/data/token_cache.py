@@ -28,6 +28,8 @@ from argonne.data.position import DataPosition
 from argonne.data.shards import Shard
 from argonne.data.source import DataProgress, SourceOptions, TakenSamples
 from argonne.data.stream import EncodedBatch, encoded_documents
+from argonne.data.token_rows import describe_column
+from argonne.data.token_stream import token_batches
 from argonne.data.tokenizer import PIECE_CHARACTERS, EncoderRecipe
 from argonne.errors import DataError
 
@@ -47,6 +49,8 @@ class TokenCache:
     """(documents,) int64: where each document begins; memory-mapped."""
     counts: Counts
     skipped: tuple[dict[str, Any], ...]
+    blocks: bool = False
+    """Rows are blocks of a stream: EOS ids end its documents."""
 
 
 def cache_key(shards: Sequence[Shard], tokenizer: str, column: str, part: Holdout | None = None) -> str:
@@ -63,7 +67,8 @@ def open_cache(
 ) -> TokenCache:
     """The token cache of a corpus, built first where it is missing or unfinished."""
     assert options.cache_dir is not None
-    folder = options.cache_dir / f"tokens-{cache_key(shards, tokenizer, options.text_column, options.part)}"
+    key = cache_key(shards, tokenizer, describe_column(options.column), options.part)
+    folder = options.cache_dir / f"tokens-{key}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
@@ -110,6 +115,7 @@ def _mapped(folder: Path) -> TokenCache:
         starts=np.memmap(folder / "starts.bin", np.int64, "r"),
         counts=Counts(**meta["counts"]),
         skipped=tuple(meta["skipped"]),
+        blocks=bool(meta.get("blocks")),
     )
 
 
@@ -138,6 +144,7 @@ class _Build:
         self._recipe = recipe
         self._options = options
         self._place = self._vouched()
+        self._blocks = bool(self._place.get("blocks"))
 
     def _vouched(self) -> dict[str, Any]:
         """What the journal says, if the files hold it; otherwise the very beginning."""
@@ -163,7 +170,7 @@ class _Build:
         _refuse_skips(place["skipped"], self._folder, self._options)
         reader = DocumentReader(
             self._shards,
-            self._options.text_column,
+            self._options.column,
             DataPosition(file_index=place["file_index"], row=place["row"]),
             self._options.skip_bad_shards,
             Counts(**place["counts"]),
@@ -171,16 +178,23 @@ class _Build:
             epochs=1,
             holdout=self._options.part,
         )
-        pool = EncoderPool(self._recipe, self._options.num_proc)
+        pool = None
+        if self._options.token_column is not None:
+            start = DataPosition()
+            batches = token_batches(iter(reader), start, int(self._recipe.tokenizer.eos_token_id))
+        else:
+            pool = EncoderPool(self._recipe, self._options.num_proc)
+            batches = encoded_documents(iter(reader), pool)
         try:
             with (
                 self._continued("tokens.bin", place["tokens"] * TOKEN_BYTES) as tokens,
                 self._continued("starts.bin", place["documents"] * START_BYTES) as starts,
             ):
-                total, documents = self._write(encoded_documents(iter(reader), pool), reader, tokens, starts)
+                total, documents = self._write(batches, reader, tokens, starts)
                 _synchronize(tokens, starts)
         finally:
-            pool.close()
+            if pool is not None:
+                pool.close()
         if total == 0:
             raise DataError(no_text(self._shards, reader.counts))
         meta = {
@@ -188,6 +202,7 @@ class _Build:
             "documents": documents,
             "counts": reader.counts._asdict(),
             "skipped": reader.skipped,
+            "blocks": self._blocks,
         }
         _write_json(self._folder / "meta.json", meta)
         (self._folder / "journal.json").unlink(missing_ok=True)
@@ -211,7 +226,8 @@ class _Build:
             rows_before.append(rows_before[-1] + shard.rows)
         done = rows_before[self._place["file_index"]] + self._place["row"]
         with tqdm(total=rows_before[-1], initial=done, unit="rows", desc="Tokenizing", disable=None) as bar:
-            for ids, beginnings in batches:
+            for ids, beginnings, block_starts in batches:
+                self._blocks = self._blocks or block_starts is not None
                 ids.tofile(tokens)
                 np.array([total + place for place, _, _ in beginnings], dtype=np.int64).tofile(starts)
                 if beginnings:
@@ -234,6 +250,7 @@ class _Build:
             "row": document.row,
             "tokens": tokens,
             "documents": documents,
+            "blocks": self._blocks,
         }
         state = {"counts": document.counts._asdict(), "skipped": reader.skipped[: document.skips]}
         _write_json(self._folder / "journal.json", place | state)
@@ -266,6 +283,7 @@ class CachedSource:
     ) -> None:
         self._build = lambda: open_cache(shards, recipe, tokenizer, options)
         self._options = options
+        self._eos = int(recipe.tokenizer.eos_token_id)
         self.progress = progress
         self._cache: TokenCache | None = None
         self._order: tuple[int, np.ndarray] | None = None
@@ -291,9 +309,15 @@ class CachedSource:
         epoch, sample = self.progress.position.epoch, self.progress.position.sample or 0
         epoch, sample = epoch + sample // len(self._starts), sample % len(self._starts)
         tokens = np.empty((count, size + 1), dtype=np.int32)
+        begins = np.zeros((count, size), dtype=bool)
         for index in range(count):
             start = self._starts[self._epoch_order(epoch)[sample]]
             tokens[index] = cache.tokens[start : start + size + 1]
+            if cache.blocks:
+                begins[index, 1:] = tokens[index, : size - 1] == self._eos
+            else:
+                first, last = np.searchsorted(cache.starts, [start, start + size])
+                begins[index, cache.starts[first:last] - start] = True
             sample += 1
             if sample == len(self._starts):
                 epoch, sample = epoch + 1, 0
@@ -304,7 +328,7 @@ class CachedSource:
             counts=cache.counts,
             skipped=cache.skipped,
         )
-        return TakenSamples(tokens)
+        return TakenSamples(tokens, begins if self._options.document_attention else None)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from argonne.errors import DataError
 
@@ -19,15 +19,21 @@ SAMPLED_CHARACTERS = 100_000
 
 def show_corpus(options: argparse.Namespace) -> float | None:
     """Print the shards, their sizes, and estimates of documents and tokens; returns that of the tokens."""
+    from argonne.data.flat_tokens import is_flat
     from argonne.data.shards import open_corpus
+    from argonne.data.token_rows import TokenColumn
+    from argonne.tools.token_overview import show_tokens
 
+    tokens = options.token_column
+    column = TokenColumn(tokens) if tokens is not None else options.text_column or "text"
     shards = open_corpus(
         options.data_glob,
-        options.text_column,
+        column,
         skip_bad_shards=options.skip_bad_shards,
         cache_dir=options.cache_dir,
     )
-    column = options.text_column
+    if tokens is not None or all(is_flat(shard.name) for shard in shards):
+        return float(show_tokens(shards, column, options))
     text_bytes = [shard_text_bytes(shard, column) for shard in shards]
     share, tokens_per_byte = sample_corpus(shards, column, options)
     print(f"{'shard':32} {'rows':>12} {'row groups':>10} {'MiB':>9} {'text MiB':>9} {'tokens (about)':>16}")
@@ -95,7 +101,7 @@ def middle_rows(shard: Shard, column: str) -> list[str | None]:
 
     from argonne.data.formats import LongText, one_line, open_shard
 
-    texts: list[str | None] = []
+    texts: list[Any] = []
     try:
         with open_shard(shard.path, column) as reader:
             for batch in reader.batches(len(shard.group_rows) // 2):

@@ -61,7 +61,8 @@ def source_options(options: argparse.Namespace, state: dict[str, Any] | None) ->
         mix=tuple(MixPart(*source) for source in options.data_mix or ()),
         block_size=options.block_size,
         samples_per_step=samples_a_step(options),
-        text_column=options.text_column,
+        text_column=options.text_column or "text",
+        token_column=options.token_column,
         streaming=not options.no_streaming,
         packing=not options.no_packing,
         shuffle=options.shuffle,
@@ -74,10 +75,16 @@ def source_options(options: argparse.Namespace, state: dict[str, Any] | None) ->
         cache_dir=options.cache_dir,
     )
     if state is not None:
-        known = ("block_size", "samples_per_step", "text_column", "streaming", "packing", "seed")
-        newer = {"shuffle": False, "holdout": None}  # what a checkpoint without these keys was trained with
+        known = ("block_size", "samples_per_step", "streaming", "packing", "seed")
+        newer = {
+            "shuffle": False,
+            "holdout": None,
+            "token_column": None,
+        }  # what a checkpoint without these keys was trained with
         saved: dict[str, Any] = {key: state.get(key, value) for key, value in newer.items()}
         built = replace(built, **{key: state[key] for key in known}, **saved)
+        if built.token_column is None:
+            built = replace(built, text_column=state["text_column"])
     if not built.streaming and built.cache_dir is None:
         raise ConfigError("the shuffled order needs --cache-dir: give the run's cache folder")
     return built

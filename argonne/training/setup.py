@@ -144,7 +144,7 @@ def choose_start(config: RunConfig, control: RunControl, report: RunReport, worl
     return Start(tokenizer=tokenizer, view=view, reason=reason, settings=settings)
 
 
-def source_options(config: RunConfig, samples_per_step: int) -> SourceOptions:
+def source_options(config: RunConfig, samples_per_step: int, vocab_size: int | None = None) -> SourceOptions:
     """What decides the tokens of each step."""
     data, training = config.data, config.training
     cache = data.data_cache_dir or str(OutputFolder(Path(config.output.output_dir)).cache)
@@ -154,6 +154,8 @@ def source_options(config: RunConfig, samples_per_step: int) -> SourceOptions:
         block_size=training.block_size,
         samples_per_step=samples_per_step,
         text_column=data.text_column,
+        token_column=data.token_column,
+        vocab_size=vocab_size,
         streaming=data.streaming,
         packing=data.packing,
         shuffle=data.shuffle,
@@ -163,7 +165,9 @@ def source_options(config: RunConfig, samples_per_step: int) -> SourceOptions:
         trust_remote_code=data.trust_remote_code,
         skip_bad_shards=data.skip_bad_shards,
         allow_data_change=data.allow_data_change,
+        document_attention=data.document_attention,
         cache_dir=Path(cache),
+        remote_cache=Path(cache) if data.data_cache_dir else None,
     )
 
 
@@ -174,11 +178,12 @@ def data_on_rank_0(
     step: int,
     samples_per_step: int,
     world: World,
+    vocab_size: int | None = None,
 ) -> OpenedStream | None:
     """Rank 0's source (None elsewhere), at the place in ``metadata``; DataError on all ranks."""
     return only_on_rank_0(
         lambda: open_stream(
-            source_options(config, samples_per_step),
+            source_options(config, samples_per_step, vocab_size),
             tokenizer,
             saved_position=metadata.get("data_position"),
             saved_state=metadata.get("data_state"),
@@ -196,12 +201,14 @@ def open_feed(
     samples_per_step: int,
     report: RunReport,
     world: World,
+    vocab_size: int | None = None,
 ) -> tuple[OpenedStream | None, StepFeed]:
     """Rank 0's source and every rank's feed, which tokenizes the first texts while the model is built.
 
-    ``metadata``: ``data_position`` and ``data_state`` of a checkpoint after ``step`` steps, or nothing.
+    ``metadata``: ``data_position`` and ``data_state`` of a checkpoint after ``step`` steps, or nothing;
+    ``vocab_size``: the model's.
     """
-    opened = data_on_rank_0(config, tokenizer, metadata, step, samples_per_step, world)
+    opened = data_on_rank_0(config, tokenizer, metadata, step, samples_per_step, world, vocab_size)
     for notice in opened.notices if opened is not None else ():
         report.warn(notice)
     feed = StepFeed(
@@ -286,6 +293,16 @@ def verify_if_asked(config: RunConfig, trained: TrainedModel, control: RunContro
     length = training.block_size if compiled else min(training.block_size, VERIFIED_TOKENS)
     generator = torch.Generator().manual_seed(training.seed)
     tokens = torch.randint(trained.model.config.vocab_size, (batch, length + 1), generator=generator)
+    documents = None
+    if config.data.document_attention:
+        documents = torch.randint(4, (batch, length), generator=generator).sort(dim=1).values
     with control.phase("verify"):
-        result = compare_with_unsharded(trained.model, trained.wrapped, parallel, tokens, dtype=trained.dtype)
+        result = compare_with_unsharded(
+            trained.model,
+            trained.wrapped,
+            parallel,
+            tokens,
+            dtype=trained.dtype,
+            document_ids=documents,
+        )
     report.info(f"Verified the split: {result.summary()}")

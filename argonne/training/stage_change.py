@@ -48,6 +48,7 @@ def enter_next_stage(run: Run) -> bool:
             stage.samples_per_step,
             run.report,
             world,
+            run.settings["vocab_size"],
         )
         run.validation_sets = validation_sets(stage.config, run.tokenizer, world)
     run.progress = run.opened.start if run.opened is not None else None

@@ -119,8 +119,8 @@ class Run:
         training, stage = self.config.training, self.stages.current.name
         if stage:
             return (
-                f"This recipe has already finished: {self.resumed_from} is at step {self.step}, the end of its "
-                f"last stage {stage}; add a stage, or give that one more steps, to train on"
+                f"This recipe has already finished: {self.resumed_from} is at step {self.step}, the end of "
+                f"its last stage {stage}; add a stage, or give that one more steps, to train on"
             )
         flag, asked = "--total-steps", f"--total-steps {training.total_steps}"
         if training.total_tokens is not None:

@@ -133,10 +133,13 @@ class TrainingStep:
             }
             inputs, targets = batch.micro_batch(micro_step, **place)
             sources = batch.micro_sources(micro_step, **place)
+            documents = batch.micro_documents(micro_step, **place)
+            within = {} if documents is None else {"document_ids": documents}
             last = micro_step == self._accumulation - 1
             with gradient_sync(trained.model, trained.wrapped, last=last):
                 with self._context():
-                    loss = trained.wrapped(input_ids=inputs, shift_labels=targets).loss / self._accumulation
+                    output = trained.wrapped(input_ids=inputs, shift_labels=targets, **within)
+                    loss = output.loss / self._accumulation
                 (loss * self.scaler.scale).backward()
             total += loss.detach()
             if by_source is not None and sources is not None:

@@ -19,7 +19,14 @@ from torch.nn import functional as F
 from argonne.errors import RunError
 from argonne.ranks.replicas import forward_context, local_gradients
 from argonne.ranks.world import Parallel
-from model import ArgonneBlock, ArgonneModel, ArgonneRMSNorm, causal_lm_loss, rotary_tables
+from model import (
+    ArgonneBlock,
+    ArgonneModel,
+    ArgonneRMSNorm,
+    causal_lm_loss,
+    document_starts,
+    rotary_tables,
+)
 from tp_shard import TensorParallelState, gather_unsharded
 
 _NEGLIGIBLE = 1e-6
@@ -104,14 +111,20 @@ class ShardingReport:
 
 
 def compare_with_unsharded(
-    model: ArgonneModel, wrapped: nn.Module, parallel: Parallel, tokens: Tensor, *, dtype: torch.dtype
+    model: ArgonneModel,
+    wrapped: nn.Module,
+    parallel: Parallel,
+    tokens: Tensor,
+    *,
+    dtype: torch.dtype,
+    document_ids: Tensor | None = None,
 ) -> ShardingReport:
     """One batch through the model as the run built it and through the unsharded model; compare gradients.
 
     The unsharded model exists one block at a time: its weights are gathered over the ranks, the forward pass
     keeps the blocks' inputs, and the backward pass gathers each block again. The largest thing held is the
-    embedding, twice, and its gradient. Gradients of ``model`` are cleared at the end. Collective over all
-    ranks; call it before ``torch.compile``, or with tokens of the training shape.
+    embedding, twice, and its gradient. Gradients of ``model`` are cleared at the end. Collective; call it
+    before ``torch.compile``, or with tokens of the training shape.
 
     Args:
         model: a sharded ArgonneModel, under FSDP or not, blocks recomputed or not.
@@ -119,6 +132,7 @@ def compare_with_unsharded(
         parallel: the run's degrees and groups.
         tokens: (batch, seq_len + 1) ids, the same on every rank.
         dtype: the run's compute dtype.
+        document_ids: (batch, seq_len), with document attention; the same on every rank.
 
     Raises:
         SplitMismatchError: on all ranks, where the loss or a gradient is off by more than `TOLERANCES`.
@@ -129,13 +143,14 @@ def compare_with_unsharded(
     scale = _FP16_LOSS_SCALE if dtype is torch.float16 else 1.0
     context = forward_context(parallel, dtype, sharded=isinstance(model, FSDPModule))
     wrapped.zero_grad(set_to_none=True)
+    within = {} if document_ids is None else {"document_ids": document_ids.to(parallel.device)}
     with context():
-        loss = wrapped(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:]).loss
+        loss = wrapped(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], **within).loss
     (loss * scale).backward()
     state.sum_partial_gradients(local_gradients(model))
 
     tally = _Tally(model, state, scale)
-    unsharded_loss = _walk_unsharded(model, tokens, tally)
+    unsharded_loss = _walk_unsharded(model, tokens, tally, **within)
     wrapped.zero_grad(set_to_none=True)
     counters.calls, counters.bytes = saved.calls, saved.bytes
     report = ShardingReport(
@@ -144,6 +159,10 @@ def compare_with_unsharded(
         gradients=tally.differences(parallel),
         tolerance=TOLERANCES[dtype],
     )
+    return _agreeing(report)
+
+
+def _agreeing(report: ShardingReport) -> ShardingReport:
     if not report.agrees:
         raise SplitMismatchError(
             f"the split model is not the unsharded model (--verify-sharding): {report.summary()}; "
@@ -210,25 +229,29 @@ class _Tally:
         )
 
 
-def _walk_unsharded(model: ArgonneModel, tokens: Tensor, tally: _Tally) -> float:
+def _walk_unsharded(
+    model: ArgonneModel, tokens: Tensor, tally: _Tally, document_ids: Tensor | None = None
+) -> float:
     """Forward and backward pass of the unsharded model, a block at a time; returns its loss."""
     ids, targets = tokens[:, :-1], tokens[:, 1:]
     with torch.no_grad():
         hidden = F.embedding(ids, tally.weight("embed_tokens.weight"))
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     rotary = rotary_tables(model.rotary_frequencies, positions, hidden.dtype)
+    documents = None if document_ids is None else document_starts(document_ids)
     entered = []
     for index in range(len(model.blocks)):
         entered.append(hidden)
         with torch.no_grad():
-            hidden = _gathered_block(model, index, tally)(hidden, rotary)
+            hidden = _gathered_block(model, index, tally)(hidden, rotary, documents=documents)
 
     loss, grad, head_grad = _unsharded_head(model, hidden, targets, tally)
     for index in reversed(range(len(model.blocks))):
         block = _gathered_block(model, index, tally)
         hidden = entered.pop().requires_grad_()
         names, parameters = zip(*block.named_parameters(), strict=True)
-        grad, *weight_grads = torch.autograd.grad(block(hidden, rotary), [hidden, *parameters], grad)
+        left = block(hidden, rotary, documents=documents)
+        grad, *weight_grads = torch.autograd.grad(left, [hidden, *parameters], grad)
         for name, weight_grad in zip(names, weight_grads, strict=True):
             tally.compare(f"blocks.{index}.{name}", weight_grad)
 

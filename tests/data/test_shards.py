@@ -57,7 +57,7 @@ def test_find_shards_and_names(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = find_shards(f"{tmp_path}/*/*.parquet")
-    assert [str(path.relative_to(tmp_path)) for path in found] == [
+    assert [str(Path(path).relative_to(tmp_path)) for path in found] == [
         "x/s_9.parquet",
         "y/s_9.parquet",
         "x/s_10.parquet",

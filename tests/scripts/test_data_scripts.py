@@ -58,7 +58,7 @@ def test_text_files_become_checked_shards(tmp_path: Path) -> None:
     assert written(out) == [text.replace("\r\n", "\n") for text in texts]  # part2 before part10
     shards = open_corpus(str(out), "text")
     assert len(shards) == 3 and shards[0].name == "000_00000.parquet" and len(shards[0].group_rows) > 1
-    assert flipped_bits_noticed(shards[0].path) > 30
+    assert flipped_bits_noticed(Path(shards[0].path)) > 30
 
 
 def flipped_bits_noticed(path: Path) -> int:

@@ -1,12 +1,15 @@
 """One optimizer step: accumulation, clipping and update are those of plain torch; bad steps; votes."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from argonne.testing.models import relative_error
 from argonne.training.step import TrainingStep, Votes
 from model import ArgonneConfig, ArgonneModel
-from tests.training.small_run import SETTINGS, batch_of, trained_model, training_options
+from tests.model.documents_alone import alone, ids_of, random_spans
+from tests.training.small_run import BLOCK, SETTINGS, batch_of, trained_model, training_options
 
 
 def test_steps_are_plain_torchs() -> None:
@@ -54,6 +57,18 @@ def test_a_step_that_is_not_finite_leaves_weights_and_adam_alone() -> None:
         )
     broken.remove()
     assert not step.run(batch_of(2), 11, votes=Votes()).skipped
+
+
+def test_documents_of_the_batch_reach_the_model() -> None:
+    """Two micro-batches of packed documents: the loss is that of each document alone."""
+    trained = trained_model()
+    spans = random_spans(4, BLOCK, seed=2)
+    batch = dataclasses.replace(batch_of(4), document_ids=ids_of(spans).int())
+    expected, _ = alone(trained.model, batch.tokens.long(), spans)
+    plain, _ = alone(trained.model, batch.tokens.long(), [[0, BLOCK]] * 4)
+    result = TrainingStep(trained, training_options(), accumulation=2).run(batch, 0, votes=Votes())
+    assert result.totals.loss == pytest.approx(expected, rel=1e-5)
+    assert abs(plain - expected) > 1e-3
 
 
 def test_votes_of_one_rank_come_back() -> None:

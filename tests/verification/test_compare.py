@@ -18,6 +18,8 @@ from argonne.verification.compare import (
     relative_error,
 )
 from argonne.verification.simulate import measure
+from tests.model.documents_alone import alone, ids_of, random_spans
+from tests.model.family_reference import SWITCHES
 from tests.verification.layouts import layout, single_process
 from tp_shard import shard_tensor_parallel
 
@@ -77,7 +79,7 @@ ALL_SWITCHES = {
     "interleaved_local_attention": True,
     "local_attention_window": 3,
 }
-SWITCHES: list[dict[str, Any]] = [
+EACH_SWITCH: list[dict[str, Any]] = [
     {"qk_norm": True},
     {"v_norm": True},
     {"sandwich_norm": True},
@@ -87,7 +89,7 @@ SWITCHES: list[dict[str, Any]] = [
 ]
 
 CASES: list[tuple[int, int, str, bool, torch.dtype, dict[str, Any]]] = [
-    *((2, 2, "none", True, torch.float32, switch) for switch in SWITCHES),
+    *((2, 2, "none", True, torch.float32, switch) for switch in EACH_SWITCH),
     (2, 2, "none", False, torch.float32, ALL_SWITCHES),
     (4, 2, "fsdp", True, torch.float32, {**ALL_SWITCHES, "tie_word_embeddings": False}),
     (2, 2, "none", False, torch.float32, {"attention_bias": True, "mlp_bias": True}),
@@ -132,6 +134,19 @@ def test_one_process_can_be_verified_too() -> None:
     )
     assert report.agrees and report.worst.relative < 2e-6
     assert "largest relative error" in report.summary()
+
+
+def test_documents_and_every_switch_are_verified() -> None:
+    """Soft-capped logits, z-loss, windows and documents in the walk over the unsharded blocks."""
+    model = small_model(torch.float32, **SWITCHES)
+    shard_tensor_parallel(model)
+    tokens, spans = random_tokens(length=21), random_spans(2, 20)
+    report = compare_with_unsharded(
+        model, model, single_process(), tokens, dtype=torch.float32, document_ids=ids_of(spans)
+    )
+    assert report.worst.relative < 2e-6
+    expected, _ = alone(small_model(torch.float32, **SWITCHES), tokens, spans)
+    assert report.unsharded_loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_relative_error_of_what_is_zero_in_theory() -> None:
