@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,11 +12,13 @@ import numpy as np
 
 from argonne.data.documents import Counts, Document, DocumentReader
 from argonne.data.encoder_pool import EncoderPool
+from argonne.data.find_shards import shown
 from argonne.data.position import DataPosition
 from argonne.data.samplers import PackedSampler, Sampler, WindowSampler
 from argonne.data.shards import Shard
-from argonne.data.stream import encoded_documents
+from argonne.data.stream import EncodedBatch, encoded_documents
 from argonne.data.tokenizer import EncoderRecipe
+from argonne.errors import DataError
 
 NO_HASH = "0" * 32
 """The stream hash before the first sample."""
@@ -25,7 +28,8 @@ NO_HASH = "0" * 32
 class SourceOptions:
     """Everything that decides the tokens of a step, and how they are made; the flags have the defaults."""
 
-    data_glob: str
+    data_glob: str | Sequence[str]
+    """Pattern, file or folder, or several of them."""
     block_size: int
     samples_per_step: int
     """G: sequences of one optimizer step over all data-parallel ranks."""
@@ -94,6 +98,28 @@ def chain_hash(stream_hash: str, tokens: np.ndarray) -> str:
     return digest.hex()
 
 
+def refuse_unencodable(document: Document, reason: str, shards: Sequence[Shard], skip_bad: bool) -> None:
+    """DataError that names the document, unless it may be skipped."""
+    if not skip_bad:
+        raise DataError(
+            f"the tokenizer cannot encode {shown(shards[document.file_index].path)}, row {document.row}: "
+            f"{reason}: give a tokenizer with an unknown token, or --skip-bad-shards to leave such rows out"
+        )
+
+
+def unencodable_skip(document: Document, reason: str, shards: Sequence[Shard]) -> dict[str, Any]:
+    """An entry of `DataProgress.skipped`."""
+    shard = shards[document.file_index]
+    return {
+        "epoch": document.epoch,
+        "file_name": shard.name,
+        "row_group": shard.group_of(document.row),
+        "row": document.row,
+        "rows": 1,
+        "reason": reason,
+    }
+
+
 class StreamingSource:
     """Reads, tokenizes and cuts on the fly, from any position on."""
 
@@ -109,9 +135,30 @@ class StreamingSource:
             shards, options.text_column, position, options.skip_bad_shards, progress.counts, self._skipped
         )
         self._pool = EncoderPool(recipe, options.num_proc)
-        batches = encoded_documents(iter(reader), self._pool)
+        self._unencodable: list[tuple[Document, str]] = []
+        batches = self._noting(encoded_documents(iter(reader), self._pool))
         sampler = PackedSampler if options.packing else WindowSampler
         self._sampler: Sampler = sampler(batches, options.block_size, position)
+
+    def _noting(self, batches: Iterator[EncodedBatch]) -> Iterator[EncodedBatch]:
+        """The batches; what cannot be encoded in them is an error, or noted with --skip-bad-shards."""
+        for batch in batches:
+            for mark, reason in batch.unencodable:
+                document = Document.from_mark(mark)
+                refuse_unencodable(document, reason, self._shards, self._options.skip_bad_shards)
+                self._unencodable.append((document, reason))
+            yield batch
+
+    def _skips(self, document: Document) -> tuple[dict[str, Any], ...]:
+        """What was passed over before ``document``: by the reader, and for want of token ids."""
+        read = self._skipped[: document.skips]
+        passed = document.counts.documents
+        texts = [
+            unencodable_skip(one, reason, self._shards)
+            for one, reason in self._unencodable
+            if one.counts.documents < passed
+        ]
+        return (*read, *texts)
 
     def next_step(self) -> SourceStep:
         count = self._options.samples_per_step
@@ -121,7 +168,7 @@ class StreamingSource:
             stream_hash=chain_hash(self._progress.stream_hash, tokens),
             samples=self._progress.samples + count,
             counts=document.counts,
-            skipped=tuple(self._skipped[: document.skips]),
+            skipped=self._skips(document),
         )
         return SourceStep(tokens=tokens, progress=self._progress)
 
