@@ -9,8 +9,17 @@ from typing import Any
 
 from argonne.data.documents import Counts
 from argonne.data.feed import StepBatch, StepFeed
+from argonne.data.find_shards import natural_key, shown
 from argonne.data.position import DataPosition
-from argonne.data.shards import Shard, manifest, manifest_difference, natural_key, open_corpus
+from argonne.data.shards import (
+    Shard,
+    current_names,
+    manifest,
+    manifest_difference,
+    open_corpus,
+    renamed,
+    touched,
+)
 from argonne.data.source import DataProgress, SourceOptions, StreamingSource, TokenSource
 from argonne.data.token_cache import CachedSource
 from argonne.data.tokenizer import EncoderRecipe, load_tokenizer, tokenizer_fingerprint
@@ -96,19 +105,29 @@ def open_stream(
         skip_bad_shards=options.skip_bad_shards,
         cache_dir=options.cache_dir,
     )
-    notices = [f"skipping the bad shard {shard.path}: {shard.fault}" for shard in shards if shard.fault]
+    bad = [shard for shard in shards if shard.fault]
+    notices = [f"skipping the bad shard {shown(shard.path)}: {shard.fault}" for shard in bad]
     empty = [shard.name for shard in shards if 0 < shard.rows == shard.null_rows]
     if empty:
         notices.append(f"without any text in {options.text_column!r} (--text-column): {', '.join(empty)}")
     identity = source_identity(options, tokenizer)
     progress = DataProgress(position=_start(shards, options))
+    names: dict[str, str] = {}
     if saved_state is not None:
+        names = current_names(saved_state["manifest"], shards)
+        saved_state = {**saved_state, "manifest": renamed(saved_state["manifest"], shards)}
+        if again := touched(saved_state["manifest"], shards):
+            notices.append(
+                f"{len(again)} shards have another modification time than in the checkpoint, and the same "
+                f"size and sampled content: {', '.join(again[:3])}{', ...' if len(again) > 3 else ''}"
+            )
         notices += check_state(saved_state, identity, shards, options.allow_data_change)
         progress = restored_progress(saved_state, progress.position)
     if saved_position is not None:
         position = DataPosition.from_dict(
             saved_position, block_size=options.block_size, global_step=global_step
         )
+        position = replace(position, file_name=names.get(position.file_name, position.file_name))
         position, remarks = place(position, shards, options, shuffle_known=saved_state is not None)
         progress = replace(progress, position=position)
         notices += remarks

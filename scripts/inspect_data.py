@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from argonne.config.options import DataOptions, TrainingOptions
 from argonne.errors import ConfigError
 from argonne.tools.corpus_overview import show_corpus
-from argonne.tools.script import OneLineParser, run_script
+from argonne.tools.script import OneLineParser, Repeated, run_script
 from argonne.tools.step_text import show_step
 
 AT_LEAST = {
@@ -42,7 +42,12 @@ AT_LEAST = {
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--data-glob", default=DataOptions.data_glob, help="the shards (%(default)s)")
+    parser.add_argument(
+        "--data-glob",
+        action=Repeated,
+        default=DataOptions.data_glob,
+        help=f"the shards; may be repeated ({' '.join(DataOptions.data_glob)})",
+    )
     parser.add_argument("--tokenizer-path", help="needed for token estimates and for a step's text")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
     parser.add_argument("--text-column", default=DataOptions.text_column, help="of the text (%(default)s)")

@@ -29,6 +29,8 @@ class Flag:
     choices: tuple[str, ...] = ()
     count: int = 1
     """values it takes"""
+    repeated: bool = False
+    """may be given several times, each adding a value"""
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
@@ -154,6 +156,8 @@ def _add_flag(
         )
         if rules.count > 1:
             keywords["nargs"] = rules.count
+        if rules.repeated:
+            keywords["action"] = "append"
     group.add_argument(*names, **keywords)
 
 

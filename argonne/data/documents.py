@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
 
-from argonne.data.formats import LongText, ShardError, TextBatch, open_shard
+from argonne.data.formats import open_shard
 from argonne.data.position import DataPosition
 from argonne.data.shard_reader import ShardReader
 from argonne.data.shards import Shard, is_unchanged
+from argonne.data.texts import LongText, ShardError, TextBatch
 from argonne.errors import DataError, one_line
 
 DOCUMENT_COST = 256

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import argonne.data.encoder_pool as encoder_pool
-import argonne.data.formats as data_formats
 import argonne.data.stream as data_stream
+import argonne.data.texts as data_texts
 import argonne.data.tokenizer as data_tokenize
 import argonne.testing.corpus as corpus
 from argonne.data.documents import Counts, Document
@@ -240,8 +240,8 @@ def test_long_texts_are_cut_by_the_rule(
 ) -> None:
     monkeypatch.setattr(data_tokenize, "PIECE_CHARACTERS", 500)
     monkeypatch.setattr(data_stream, "BATCH_CHARACTERS", 700)
-    monkeypatch.setattr(data_formats, "LONG_BYTES", 3000)
-    monkeypatch.setattr(data_formats, "BATCH_BYTES", 900)
+    monkeypatch.setattr(data_texts, "LONG_BYTES", 3000)
+    monkeypatch.setattr(data_texts, "BATCH_BYTES", 900)
     long_text = "".join(corpus.short_texts(12, 400))
     texts = ["short", long_text if newlines else long_text.replace("\n", " "), "x" * 500, "end"]
     corpus.write_shards(tmp_path, texts, shards=1)
