@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -92,7 +93,7 @@ def check_options(options: argparse.Namespace) -> None:
     for flag in ("shard_mib", "row_group_mib"):
         if getattr(options, flag) <= 0:
             raise ConfigError(f"--{flag.replace('_', '-')} {getattr(options, flag)} must be positive")
-    options.output_dir = options.output_dir.expanduser()
+    options.output_dir = Path(os.path.expanduser(options.output_dir))
 
 
 def prepare(options: argparse.Namespace) -> str:

@@ -26,7 +26,7 @@ def find_inputs(options: argparse.Namespace) -> tuple[str, list[Path]]:
 
     files: dict[str, Path] = {}
     for name in options.inputs:
-        path = Path(name) if os.path.lexists(name) else Path(name).expanduser()
+        path = Path(name if os.path.lexists(name) else os.path.expanduser(name))
         if not path.exists():
             raise DataError(f"no file or folder {name!r}: give existing inputs")
         if is_dataset(path) or options.format == "datasets":
