@@ -105,22 +105,14 @@ def open_stream(
         skip_bad_shards=options.skip_bad_shards,
         cache_dir=options.cache_dir,
     )
-    bad = [shard for shard in shards if shard.fault]
-    notices = [f"skipping the bad shard {shown(shard.path)}: {shard.fault}" for shard in bad]
-    empty = [shard.name for shard in shards if 0 < shard.rows == shard.null_rows]
-    if empty:
-        notices.append(f"without any text in {options.text_column!r} (--text-column): {', '.join(empty)}")
+    notices = shard_notices(shards, options)
     identity = source_identity(options, tokenizer)
     progress = DataProgress(position=_start(shards, options))
     names: dict[str, str] = {}
     if saved_state is not None:
         names = current_names(saved_state["manifest"], shards)
         saved_state = {**saved_state, "manifest": renamed(saved_state["manifest"], shards)}
-        if again := touched(saved_state["manifest"], shards):
-            notices.append(
-                f"{len(again)} shards have another modification time than in the checkpoint, and the same "
-                f"size and sampled content: {', '.join(again[:3])}{', ...' if len(again) > 3 else ''}"
-            )
+        notices += touched_notices(saved_state, shards)
         notices += check_state(saved_state, identity, shards, options.allow_data_change)
         progress = restored_progress(saved_state, progress.position)
     if saved_position is not None:
@@ -140,6 +132,28 @@ def open_stream(
     return OpenedStream(
         source=source, shards=shards, identity=identity, notices=tuple(notices), start=progress
     )
+
+
+def shard_notices(shards: Sequence[Shard], options: SourceOptions) -> list[str]:
+    """Warnings of shards that are skipped, or hold no text."""
+    bad = [shard for shard in shards if shard.fault]
+    notices = [f"skipping the bad shard {shown(shard.path)}: {shard.fault}" for shard in bad]
+    empty = [shard.name for shard in shards if 0 < shard.rows == shard.null_rows]
+    if empty:
+        notices.append(f"without any text in {options.text_column!r} (--text-column): {', '.join(empty)}")
+    return notices
+
+
+def touched_notices(saved: Mapping[str, Any], shards: Sequence[Shard]) -> list[str]:
+    """A warning of large shards whose modification time alone differs from the checkpoint's."""
+    names = touched(saved["manifest"], shards)
+    if not names:
+        return []
+    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return [
+        f"{len(names)} shards have another modification time than in the checkpoint, and the same size and "
+        f"sampled content: {listed}"
+    ]
 
 
 def source_identity(options: SourceOptions, tokenizer: Any) -> dict[str, Any]:

@@ -79,6 +79,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--data-parallel-size", type=int, default=1, help="model replicas of the run (%(default)s)"
     )
     parser.add_argument("--global-batch-size", type=int, help="sequences a step; instead of the three above")
+    add_run_flags(parser)
+    return parser
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the run whose steps are looked at."""
     parser.add_argument("--no-packing", action="store_true", help="each document cut alone, as in such a run")
     parser.add_argument("--no-streaming", action="store_true", help="the shuffled order; needs --cache-dir")
     parser.add_argument(
@@ -93,7 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--allow-data-change", action="store_true", help="look even if the data is not the checkpoint's"
     )
     parser.add_argument("--all", action="store_true", help="list every shard")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
