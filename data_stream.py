@@ -11,6 +11,7 @@ from typing import Any
 
 from argonne.data.encoder_pool import EncoderPool
 from argonne.data.feed import StepBatch, StepFeed
+from argonne.data.find_shards import find_shards, shown
 from argonne.data.held_out import HeldOutSet, check_data, read_held_out
 from argonne.data.mixture import MixtureSource, naming, shares
 from argonne.data.mixture_resume import mixture_start, one_of_mixture, plan_mixture, source_state
@@ -40,6 +41,7 @@ __all__ = [
     "StepBatch",
     "StepFeed",
     "check_data",
+    "find_shards",
     "held_out_options",
     "load_tokenizer",
     "open_stream",
@@ -142,7 +144,8 @@ def _check_corpus(options: SourceOptions) -> tuple[list[Shard], list[str]]:
         skip_bad_shards=options.skip_bad_shards,
         cache_dir=options.cache_dir,
     )
-    notices = [f"skipping the bad shard {shard.path}: {shard.fault}" for shard in shards if shard.fault]
+    bad = [shard for shard in shards if shard.fault]
+    notices = [f"skipping the bad shard {shown(shard.path)}: {shard.fault}" for shard in bad]
     empty = [shard.name for shard in shards if 0 < shard.rows == shard.null_rows]
     if empty:
         notices.append(f"without any text in {options.text_column!r} (--text-column): {', '.join(empty)}")

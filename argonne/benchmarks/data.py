@@ -125,7 +125,7 @@ def by_processes(corpus: Corpus, processes: int) -> tuple[float, float]:
         for ready in [pool.submit(["a text"], [True]) for _ in range(4 * processes)]:
             ready.result()
         clock = Clock()
-        tokens = sum(len(ids) for ids, _ in encoded_documents(iter(corpus.reader()), pool))
+        tokens = sum(len(batch.ids) for batch in encoded_documents(iter(corpus.reader()), pool))
         wall, cpu = clock.stop()
     finally:
         pool.close()

@@ -51,7 +51,12 @@ class DataOptions:
 
     tokenizer_path: str = flag("", "folder or name of the tokenizer", metavar="PATH", default_text="required")
     trust_remote_code: bool = flag(False, "let the tokenizer run the code in its folder")
-    data_glob: str = flag("../data/CC-MAIN-2025-26/*.parquet", "parquet shards; quote it", metavar="GLOB")
+    data_glob: tuple[str, ...] = flag(
+        ("../data/CC-MAIN-2025-26/*.parquet",),
+        "shards: pattern (quote it), file or folder; may be repeated",
+        metavar="GLOB",
+        repeated=True,
+    )
     data_mix: tuple[MixedSource, ...] = flag(
         (),
         "sources to mix by weight, in place of --data-glob; quote the globs",

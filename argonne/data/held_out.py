@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +10,12 @@ import numpy as np
 
 from argonne.data.documents import Document, DocumentReader
 from argonne.data.encoder_pool import EncoderPool
+from argonne.data.find_shards import as_globs, find_shards
 from argonne.data.holdout import Holdout
 from argonne.data.mixture import naming
 from argonne.data.position import DataPosition
-from argonne.data.shards import Shard, find_shards, open_corpus
-from argonne.data.source import SourceOptions
+from argonne.data.shards import Shard, open_corpus
+from argonne.data.source import SourceOptions, refuse_unencodable
 from argonne.data.stream import encoded_documents
 from argonne.data.tokenizer import EncoderRecipe, text_pieces
 from argonne.errors import DataError
@@ -40,7 +41,7 @@ def read_held_out(
     ``--holdout`` a set of shards that are trained on is their held-out documents. Raises DataError naming
     the set.
     """
-    trained = [part.glob for part in options.mix] or [options.data_glob]
+    trained = [part.glob for part in options.mix] or as_globs(options.data_glob)
     options = replace(options, data_glob=data_glob)
     try:
         shards = _shards(data_glob, options)
@@ -64,7 +65,7 @@ def check_data(options: SourceOptions, held_out: tuple[str, str] | None = None) 
         _shards(options.data_glob, options)
 
 
-def _shards(data_glob: str, options: SourceOptions) -> list[Shard]:
+def _shards(data_glob: str | Sequence[str], options: SourceOptions) -> list[Shard]:
     return open_corpus(
         data_glob,
         options.text_column,
@@ -77,11 +78,11 @@ def _of_set(name: str, error: DataError) -> DataError:
     return DataError(f"--eval-data {name}: {str(error).replace('--data-glob', '--eval-data')}")
 
 
-def _part(shards: list[Shard], trained: list[str], options: SourceOptions) -> Holdout | None:
+def _part(shards: list[Shard], trained: Sequence[str], options: SourceOptions) -> Holdout | None:
     """The held-out part where the shards are trained on; DataError where only some are."""
     if options.holdout is None:
         return None
-    known = {path.resolve() for data_glob in trained for path in find_shards(data_glob)}
+    known = {found.path.resolve() for found in find_shards(trained)}
     shared = sum(shard.path.resolve() in known for shard in shards)
     if not shared:
         return None
@@ -111,8 +112,11 @@ def _read(
     chunks, filled, text_bytes = [], 0, 0
     try:
         for batch in encoded_documents(_measured(iter(documents), sizes), pool):
+            for mark, reason in batch.unencodable:
+                refuse_unencodable(Document.from_mark(mark), reason, shards, options.skip_bad_shards)
+            without_ids = {mark for mark, _ in batch.unencodable}
             for place, _, mark in batch.beginnings:
-                if filled + place < wanted:
+                if filled + place < wanted and mark not in without_ids:
                     text_bytes += sizes[mark[0], mark[1], mark[2]]
             chunks.append(batch.ids)
             filled += len(batch.ids)

@@ -37,15 +37,15 @@ def _resumed(batches: Iterator[EncodedBatch], start: DataPosition) -> Iterator[E
     that is skipped, a row past the shard's end), the stream begins with the document after it: nothing was
     used of that one.
     """
-    ids, [(_, _, mark), *later] = next(batches)
+    ids, [(_, _, mark), *later], _ = next(batches)
     used = start.token_offset if mark[:3] == (start.epoch, start.file_index, start.row) else 0
     passed = 0
     while not later and passed + len(ids) <= used:
         passed += len(ids)
-        ids, later = next(batches)
+        ids, later, _ = next(batches)
     cut = min(used - passed, later[0][0] if later else len(ids))
     beginnings = [(0, passed + cut, mark), *((place - cut, token, mark) for place, token, mark in later)]
-    yield EncodedBatch(ids[cut:], beginnings)
+    yield EncodedBatch(ids[cut:], beginnings, [])
     yield from batches
 
 
@@ -65,7 +65,7 @@ class PackedSampler:
     def take(self, count: int) -> Samples:
         size = count * self._block_size
         while self._available <= size:
-            self._append(*next(self._batches))
+            self._append(*next(self._batches)[:2])
         tokens = self._chunks[0] if len(self._chunks) == 1 else np.concatenate(self._chunks)
         self._chunks = deque([tokens[size:]])
         self._available -= size
@@ -104,7 +104,7 @@ class WindowSampler:
 
     def take(self, count: int) -> Samples:
         while len(self._windows) <= count:  # one more, to know where the next sample begins
-            self._append(*next(self._batches))
+            self._append(*next(self._batches)[:2])
         samples = np.stack([self._windows.popleft()[0] for _ in range(count)])
         _, mark, token_offset = self._windows[0]
         return Samples(samples, Document.from_mark(mark), token_offset)

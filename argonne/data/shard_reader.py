@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from argonne.data.formats import TextBatch
+    from argonne.data.texts import TextBatch
 
 
 class ShardReader(Protocol):

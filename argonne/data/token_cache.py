@@ -21,12 +21,18 @@ from typing import IO, Any
 import numpy as np
 from tqdm import tqdm
 
-from argonne.data.documents import Counts, Document, DocumentReader, no_text
+from argonne.data.documents import Counts, Document, DocumentReader, Mark, no_text
 from argonne.data.encoder_pool import EncoderPool
 from argonne.data.holdout import Holdout
 from argonne.data.position import DataPosition
 from argonne.data.shards import Shard
-from argonne.data.source import DataProgress, SourceOptions, TakenSamples
+from argonne.data.source import (
+    DataProgress,
+    SourceOptions,
+    TakenSamples,
+    refuse_unencodable,
+    unencodable_skip,
+)
 from argonne.data.stream import EncodedBatch, encoded_documents
 from argonne.data.tokenizer import PIECE_CHARACTERS, EncoderRecipe
 from argonne.errors import DataError
@@ -138,6 +144,8 @@ class _Build:
         self._recipe = recipe
         self._options = options
         self._place = self._vouched()
+        self._unencodable: list[tuple[int, dict[str, Any]]] = []
+        """(documents before it, entry of the skips) of each document without token ids, in this build."""
 
     def _vouched(self) -> dict[str, Any]:
         """What the journal says, if the files hold it; otherwise the very beginning."""
@@ -187,7 +195,7 @@ class _Build:
             "tokens": total,
             "documents": documents,
             "counts": reader.counts._asdict(),
-            "skipped": reader.skipped,
+            "skipped": [*reader.skipped, *(skip for _, skip in self._unencodable)],
         }
         _write_json(self._folder / "meta.json", meta)
         (self._folder / "journal.json").unlink(missing_ok=True)
@@ -211,7 +219,8 @@ class _Build:
             rows_before.append(rows_before[-1] + shard.rows)
         done = rows_before[self._place["file_index"]] + self._place["row"]
         with tqdm(total=rows_before[-1], initial=done, unit="rows", desc="Tokenizing", disable=None) as bar:
-            for ids, beginnings in batches:
+            for ids, beginnings, unencodable in batches:
+                self._note(unencodable)
                 ids.tofile(tokens)
                 np.array([total + place for place, _, _ in beginnings], dtype=np.int64).tofile(starts)
                 if beginnings:
@@ -227,6 +236,13 @@ class _Build:
             bar.update(rows_before[-1] - bar.n)
         return total, documents
 
+    def _note(self, unencodable: Sequence[tuple[Mark, str]]) -> None:
+        for mark, reason in unencodable:
+            document = Document.from_mark(mark)
+            refuse_unencodable(document, reason, self._shards, self._options.skip_bad_shards)
+            skip = unencodable_skip(document, reason, self._shards)
+            self._unencodable.append((document.counts.documents, skip))
+
     def _journal(self, document: Document, tokens: int, documents: int, reader: DocumentReader) -> None:
         """Vouch for everything before ``document``."""
         place = {
@@ -235,7 +251,11 @@ class _Build:
             "tokens": tokens,
             "documents": documents,
         }
-        state = {"counts": document.counts._asdict(), "skipped": reader.skipped[: document.skips]}
+        before = document.counts.documents
+        skipped = reader.skipped[: document.skips] + [
+            skip for count, skip in self._unencodable if count < before
+        ]
+        state = {"counts": document.counts._asdict(), "skipped": skipped}
         _write_json(self._folder / "journal.json", place | state)
 
 

@@ -1,0 +1,102 @@
+"""Rows of a parquet file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from argonne.data.texts import BATCH_BYTES, ShardError, TextBatch, check_text_column, rows_per_batch, to_texts
+
+SIGNATURE_BYTES = 28
+"""Nonce and tag behind the metadata of a readable footer in a file with encrypted columns."""
+
+
+class ParquetReader:
+    """Rows of a parquet file, a row group at a time, page checksums verified where the file has them."""
+
+    def __init__(self, path: Path, column: str) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        # Buffered and unmapped, a column chunk is read page by page: memory does not grow with the row group.
+        self._file = pq.ParquetFile(
+            path, buffer_size=BATCH_BYTES, pre_buffer=False, page_checksum_verification=True
+        )
+        self._metadata = self._file.metadata
+        schema = self._file.schema_arrow
+        field = check_text_column(schema, column)
+        # By number: a column "a.b" and the field b of a struct "a" have the same path in the file.
+        self._column_index = sum(leaves(schema.field(index).type) for index in range(field))
+        self._all_null = pa.types.is_null(schema.field(field).type)
+        if has_encrypted_columns(path, self._metadata) and not is_readable(path, self._column_index):
+            raise ShardError(f"column {column!r} is encrypted: give a decrypted copy")
+        self.group_rows = tuple(
+            self._metadata.row_group(g).num_rows for g in range(self._metadata.num_row_groups)
+        )
+
+    def __enter__(self) -> ParquetReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def null_rows(self) -> int:
+        """Null rows by the footer's statistics (0 where a row group has none)."""
+        if self._all_null:
+            return sum(self.group_rows)
+        total = 0
+        for group in range(len(self.group_rows)):
+            statistics = self._metadata.row_group(group).column(self._column_index).statistics
+            total += statistics.null_count if statistics is not None and statistics.has_null_count else 0
+        return total
+
+    def text_bytes(self) -> int:
+        """Size of the text column before compression."""
+        groups = range(len(self.group_rows))
+        return sum(
+            self._metadata.row_group(g).column(self._column_index).total_uncompressed_size for g in groups
+        )
+
+    def batches(self, group: int) -> Iterator[TextBatch]:
+        """The rows of a row group in order. Raises pa.ArrowException or OSError where they cannot be read."""
+        chunk = self._metadata.row_group(group).column(self._column_index)
+        batch_rows = rows_per_batch(self.group_rows[group], chunk.total_uncompressed_size)
+        for batch in self._file.reader.iter_batches(
+            batch_rows, [group], column_indices=[self._column_index], use_threads=False
+        ):
+            yield to_texts(batch.column(0))
+
+
+def leaves(value_type: Any) -> int:
+    """Columns of a parquet file in which a field of this type is stored."""
+    import pyarrow as pa
+
+    if isinstance(value_type, pa.BaseExtensionType):
+        return leaves(value_type.storage_type)
+    if pa.types.is_nested(value_type) and value_type.num_fields:
+        return sum(leaves(value_type.field(index).type) for index in range(value_type.num_fields))
+    return 1
+
+
+def has_encrypted_columns(path: Path, metadata: Any) -> bool:
+    """Whether columns are encrypted although the footer is not: then a signature follows the metadata."""
+    with open(path, "rb") as file:
+        file.seek(-8, 2)
+        footer_bytes = int.from_bytes(file.read(4), "little")
+    return bool(footer_bytes - metadata.serialized_size == SIGNATURE_BYTES)
+
+
+def is_readable(path: Path, column_index: int) -> bool:
+    """Whether a column's metadata can be read; pyarrow aborts its process where not, so a child tries it."""
+    script = (
+        "import sys, pyarrow.parquet as pq; metadata = pq.ParquetFile(sys.argv[1]).metadata; "
+        "[metadata.row_group(g).column(int(sys.argv[2])).statistics for g in range(metadata.num_row_groups)]"
+    )
+    command = [sys.executable, "-c", script, str(path), str(column_index)]
+    return subprocess.run(command, capture_output=True).returncode == 0
