@@ -11,6 +11,7 @@ from typing import Any
 
 from argonne.data.encoder_pool import EncoderPool
 from argonne.data.feed import StepBatch, StepFeed
+from argonne.data.find_shards import find_shards, shown
 from argonne.data.held_out import HeldOutSet, check_data, read_held_out
 from argonne.data.mixture import MixtureSource, naming, shares
 from argonne.data.mixture_resume import mixture_start, one_of_mixture, plan_mixture, source_state
@@ -41,6 +42,7 @@ __all__ = [
     "StepBatch",
     "StepFeed",
     "check_data",
+    "find_shards",
     "held_out_options",
     "load_tokenizer",
     "open_stream",
@@ -147,7 +149,8 @@ def _check_corpus(options: SourceOptions) -> tuple[SourceOptions, list[Shard], l
         remote_cache=options.remote_cache,
     )
     options = for_tokens(options, shards)
-    notices = [f"skipping the bad shard {shard.path}: {shard.fault}" for shard in shards if shard.fault]
+    bad = [shard for shard in shards if shard.fault]
+    notices = [f"skipping the bad shard {shown(shard.path)}: {shard.fault}" for shard in bad]
     empty = [shard.name for shard in shards if 0 < shard.rows == shard.null_rows]
     if empty:
         notices.append(f"without any text in {str(options.column)!r} (--text-column): {', '.join(empty)}")

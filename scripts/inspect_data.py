@@ -25,7 +25,7 @@ from argonne.config.mixture import MIX_FORM, mixed_source, mixture_problems
 from argonne.config.options import DataOptions, TrainingOptions
 from argonne.errors import ConfigError
 from argonne.tools.mixture_overview import show_data
-from argonne.tools.script import OneLineParser, run_script
+from argonne.tools.script import OneLineParser, Repeated, run_script
 from argonne.tools.step_text import show_step
 
 AT_LEAST = {
@@ -46,7 +46,12 @@ AT_LEAST = {
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--data-glob", default=DataOptions.data_glob, help="the shards (%(default)s)")
+    parser.add_argument(
+        "--data-glob",
+        action=Repeated,
+        default=DataOptions.data_glob,
+        help=f"the shards; may be repeated ({' '.join(DataOptions.data_glob)})",
+    )
     parser.add_argument(
         "--data-mix", nargs="+", action="extend", metavar=MIX_FORM, help="the sources of a mixture, instead"
     )
@@ -85,6 +90,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--data-parallel-size", type=int, default=1, help="model replicas of the run (%(default)s)"
     )
     parser.add_argument("--global-batch-size", type=int, help="sequences a step; instead of the three above")
+    add_run_flags(parser)
+    return parser
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the run whose steps are looked at."""
     parser.add_argument("--no-packing", action="store_true", help="each document cut alone, as in such a run")
     parser.add_argument("--no-streaming", action="store_true", help="the shuffled order; needs --cache-dir")
     parser.add_argument(
@@ -99,7 +110,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--allow-data-change", action="store_true", help="look even if the data is not the checkpoint's"
     )
     parser.add_argument("--all", action="store_true", help="list every shard")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

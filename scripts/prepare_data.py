@@ -7,14 +7,22 @@
     scripts/prepare_data.py data/crawl --tokenize TOKENIZER --output-dir data/tokens
 
 Shards are named 000_00000.parquet and on, hold one `text` column, row groups of a few MiB (what a resume has
-to read again) and a checksum on each page (so that a flipped bit is noticed). The output folder appears only
-when all of it is written. With --tokenize the shards hold token ids, the same stream as tokenizing while
-training; inputs may be shards too, and work that was cut off goes on where it stopped.
+to read again) and a checksum on each page (so that a flipped bit is noticed). They appear only when all are
+written, beside prepare_data.json, which lists them: --overwrite deletes nothing that is not on that list.
+
+Text files: UTF-8, or UTF-16 and UTF-32 with a byte order mark; the mark is taken off; CRLF and CR become LF.
+JSON: one object a line (lines end with LF, CRLF or CR), or one array of objects; texts are kept as they are.
+
+With --tokenize the shards hold token ids, the same stream as tokenizing while training; inputs may be shards
+too, and work that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +30,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from argonne.errors import ConfigError
+from argonne.tools.output_folder import check_output, new_folder
 from argonne.tools.raw_documents import dataset_texts, file_texts, find_inputs
 from argonne.tools.script import OneLineParser, run_script
-from argonne.tools.shard_writer import ShardWriter, new_folder
+from argonne.tools.shard_writer import ShardWriter
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip-bad-lines", action="store_true", help="count JSON lines without text and go on"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what this script wrote there before",
+    )
     add_tokenizing(parser)
     return parser
 
@@ -102,11 +115,7 @@ def check_options(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{flag.replace('_', '-')} {getattr(options, flag)} must be positive")
     if options.num_proc < 1:
         raise ConfigError(f"--num-proc {options.num_proc} must be at least 1")
-    output = options.output_dir
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output} is a file (--output-dir): give a folder")
-    if output.is_dir() and any(output.iterdir()) and not options.overwrite:
-        raise ConfigError(f"{output} is not empty (--output-dir): give another folder, or --overwrite")
+    options.output_dir = Path(os.path.expanduser(options.output_dir))
 
 
 def prepare(options: argparse.Namespace) -> str:
@@ -114,6 +123,7 @@ def prepare(options: argparse.Namespace) -> str:
     from tqdm import tqdm
 
     kind, files = find_inputs(options)
+    check_output(options.output_dir, files, options.overwrite)
     if options.tokenize is not None:
         from argonne.tools.tokenizing import tokenize
 
@@ -142,8 +152,16 @@ def prepare(options: argparse.Namespace) -> str:
     size = f"{writer.total_bytes:,} bytes of text"
     return (
         f"{writer.documents:,} documents, {size} in {writer.shards} shards{counted}\n"
-        f"train on them with --data-glob '{options.output_dir}/*.parquet'"
+        f"train on them with --data-glob {shell_glob(options.output_dir)}"
     )
+
+
+def shell_glob(folder: Path) -> str:
+    """The shards in ``folder`` as a pattern for a shell, whatever characters its name has."""
+    start = "" if folder.is_absolute() else "./"  # a name may begin with - or ~
+    pattern = glob.escape(f"{start}{folder}" if str(folder)[:1] in "-~" else str(folder)) + "/*.parquet"
+    quoted = shlex.quote(pattern)
+    return quoted if quoted.startswith("'") else f"'{pattern}'"
 
 
 if __name__ == "__main__":

@@ -143,9 +143,10 @@ def test_howto_data_format(tmp_path: Path) -> None:
     reader, branch, check = code_blocks("howto_data_format.md", "python")
     path = copy / "argonne" / "data" / "formats.py"
     text = path.read_text()
-    last_of_magic = "        magic = file.read(8)\n"
-    assert text.count(last_of_magic) == 1
-    path.write_text(text.replace(last_of_magic, last_of_magic + branch) + "\n\n" + reader)
+    before = "    is_arrow = "
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, branch + before))
+    (copy / "argonne" / "data" / "orc_reader.py").write_text(reader)
     script = copy / "check.py"
     script.write_text(check)
     finished = run_in(copy, "check.py", str(tmp_path))

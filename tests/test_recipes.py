@@ -63,7 +63,7 @@ def test_argonne_2_is_the_guides_run() -> None:
     assert (training.learning_rate, training.min_learning_rate) == (3e-4, 3e-5)
     assert (training.warmup_steps, training.weight_decay) == (2000, 0.1)
     assert config.data.tokenizer_path == "../Qwen2.5-3B-Instruct"
-    assert config.data.data_glob == "../data/CC-MAIN-2025-26/*.parquet"
+    assert config.data.data_glob == ("../data/CC-MAIN-2025-26/*.parquet",)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -114,10 +114,10 @@ def test_data_that_is_here_is_used(tmp_path: Path) -> None:
     here.touch()
     recipe = recipe_of("argonne-2.0.toml")
     config = recipe.config
-    data = dataclasses.replace(config.data, data_glob=str(here), tokenizer_path=str(tmp_path))
+    data = dataclasses.replace(config.data, data_glob=(str(here),), tokenizer_path=str(tmp_path))
     stage = dataclasses.replace(recipe.stages[0], config=dataclasses.replace(config, data=data))
     scaled = scale(Recipe(stages=(stage,)), tmp_path, processes=1, on_gpus=False)
-    assert scaled.recipe.config.data.data_glob == str(here)
+    assert scaled.recipe.config.data.data_glob == (str(here),)
     assert scaled.recipe.config.data.tokenizer_path == str(tmp_path)
     assert "data-glob" not in "".join(scaled.notes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +39,8 @@ def tokens_encoded(source: Any) -> int:
 def opened_late(corpus: Corpus, options: SourceOptions, share: float) -> float:
     """Seconds from opening a source or mixture at ``share`` of its first epoch to its first step."""
     places = {}
-    parts = {part.name: part.glob for part in options.mix} or {"": options.data_glob}
+    parts: dict[str, str | Sequence[str]] = {part.name: part.glob for part in options.mix}
+    parts = parts or {"": options.data_glob}
     for name, glob in parts.items():
         own = open_stream(replace(options, mix=(), data_glob=glob), corpus.tokenizer)
         own.source.close()

@@ -33,6 +33,8 @@ class Flag:
     """values it takes"""
     many: bool = False
     """takes one value or more, and may be repeated"""
+    repeated: bool = False
+    """may be given several times, each adding a value"""
     at_least: float | None = None
     at_most: float | None = None
     above: float | None = None
@@ -181,6 +183,8 @@ def _add_flag(
             keywords |= {"nargs": "+", "action": "extend"}
         if rules.alone is not None:
             keywords |= {"nargs": "?", "const": rules.alone}
+        if rules.repeated:
+            keywords["action"] = "append"
     group.add_argument(*names, **keywords)
 
 

@@ -51,10 +51,11 @@ class DataOptions:
 
     tokenizer_path: str = flag("", "folder or name of the tokenizer", metavar="PATH", default_text="required")
     trust_remote_code: bool = flag(False, "let the tokenizer run the code in its folder")
-    data_glob: str = flag(
-        "../data/CC-MAIN-2025-26/*.parquet",
-        "parquet, Arrow or .bin shards, or their URL; quote it",
+    data_glob: tuple[str, ...] = flag(
+        ("../data/CC-MAIN-2025-26/*.parquet",),
+        "shards: pattern (quote it), file, folder or URL; may be repeated",
         metavar="GLOB",
+        repeated=True,
     )
     data_mix: tuple[MixedSource, ...] = flag(
         (),

@@ -130,9 +130,12 @@ class _TableReader:
                 return None
         values = value if isinstance(value, list) else [value]
         texts = [_text_of(one, rules) for one in values]
-        several = rules.many or rules.count > 1
+        several = rules.many or rules.repeated or rules.count > 1
         if None in texts or (isinstance(value, list) and not several):
             self._wrong.append(f"{key}: give {'a list of values' if several else 'a text or a number'}")
+            return None
+        if rules.repeated and not texts:
+            self._wrong.append(f"{key}: give at least one value")
             return None
         if rules.count > 1 and len(texts) != rules.count:
             self._wrong.append(f"{key}: give {rules.count} values")
@@ -195,6 +198,8 @@ def _written(config: RunConfig) -> dict[str, Any]:
             value = getattr(options, field.name)
             if isinstance(field.default, bool):
                 value = value != field.default
+            if rules.repeated and len(value) == 1:
+                value = value[0]
             if value is not None and value != () and field.name != "local_rank":
                 values[flag_names(field, rules)[0].removeprefix("--")] = value
     for first, second in ONE_OF:

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from argonne.data.formats import LongText, ShardError, TextBatch, open_shard
+from argonne.data.formats import open_shard
 from argonne.data.holdout import Holdout
 from argonne.data.order import NaturalOrder, Order
 from argonne.data.position import DataPosition
 from argonne.data.shard_reader import ShardReader
 from argonne.data.shards import Shard, is_unchanged
 from argonne.data.shuffled import KeptGroups, WholeGroup, read_group
+from argonne.data.texts import LongText, ShardError, TextBatch
 from argonne.data.token_rows import TokenRow
 from argonne.errors import DataError, one_line
 

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from argonne.data.tokenizer import Encoder, EncoderRecipe, PlainEncoder, restored_encoder
+from argonne.data.tokenizer import Encoder, EncoderRecipe, PlainEncoder, UnencodableError, restored_encoder
 from argonne.errors import DataError, one_line
 
 PROCESSES_FROM = 4
@@ -82,7 +82,7 @@ class EncoderProcess:
         return self._process.pid
 
     def encode(self, texts: Sequence[str], last: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int32, lengths int64); DataError where the process failed or died."""
+        """(ids int32, lengths int64); UnencodableError, or DataError where the process failed or died."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             if self._recipe is not None:
@@ -97,8 +97,10 @@ class EncoderProcess:
             raise DataError(f"a tokenizing process ended (exit status {code}): lower --num-proc") from error
         if isinstance(answer, str):
             raise DataError(f"a tokenizing process failed: {answer}")
-        ids, lengths = answer
-        return np.frombuffer(ids, dtype=np.int32), np.frombuffer(lengths, dtype=np.int64)
+        ids, lengths = (np.frombuffer(answer[0], dtype=np.int32), np.frombuffer(answer[1], dtype=np.int64))
+        if answer[2]:
+            raise UnencodableError(ids, lengths, answer[2])
+        return ids, lengths
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
@@ -175,13 +177,15 @@ def main() -> None:
         while True:
             texts, last = _receive(source)
             try:
-                ids, lengths = encoder.encode(texts, last)
+                (ids, lengths), reasons = encoder.encode(texts, last), {}
+            except UnencodableError as error:
+                ids, lengths, reasons = error.ids, error.lengths, error.reasons
             except Exception as error:  # noqa: BLE001
                 # The process boundary: the tokenizers library raises bare Exception, and a tokenizer that
                 # brings its own code (--trust-remote-code) anything; the trainer makes it a DataError.
                 _send(answers, one_line(error))
                 continue
-            _send(answers, (ids.tobytes(), lengths.tobytes()))
+            _send(answers, (ids.tobytes(), lengths.tobytes(), reasons))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 
 from argonne.data.position import DataPosition
 from argonne.data.remote import ShardPath
-from argonne.data.shard_reader import ShardError, TextBatch
+from argonne.data.texts import ShardError, TextBatch
 from argonne.data.token_rows import TokenRow, beyond_vocabulary, checked_ids
 
 FLAT_SUFFIX = ".bin"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ import numpy as np
 
 from argonne.data.documents import Document, DocumentReader
 from argonne.data.encoder_pool import EncoderPool
+from argonne.data.find_shards import as_globs, find_shards
 from argonne.data.holdout import Holdout
 from argonne.data.mixture import naming
 from argonne.data.position import DataPosition
-from argonne.data.shards import Shard, find_shards, open_corpus
+from argonne.data.shards import Shard, open_corpus
 from argonne.data.source import SourceOptions
 from argonne.data.stream import EncodedBatch, encoded_documents
 from argonne.data.token_rows import TokenRow
@@ -36,7 +37,7 @@ class HeldOutSet:
 
 
 def read_held_out(
-    name: str, data_glob: str, options: SourceOptions, tokenizer: Any, samples: int
+    name: str, data_glob: str | Sequence[str], options: SourceOptions, tokenizer: Any, samples: int
 ) -> HeldOutSet:
     """The first ``samples`` of the packed stream of ``data_glob``; a small set is repeated, as in training.
 
@@ -44,7 +45,7 @@ def read_held_out(
     ``--holdout`` a set of shards that are trained on is their held-out documents. Raises DataError naming
     the set.
     """
-    trained = [part.glob for part in options.mix] or [options.data_glob]
+    trained = [part.glob for part in options.mix] or list(as_globs(options.data_glob))
     try:
         options = source_by_columns(options, data_glob)
         return _read(name, options, trained, tokenizer, samples)
@@ -88,11 +89,11 @@ def _of_set(name: str, error: DataError) -> DataError:
     return DataError(f"--eval-data {name}: {str(error).replace('--data-glob', '--eval-data')}")
 
 
-def _part(shards: list[Shard], trained: list[str], options: SourceOptions) -> Holdout | None:
+def _part(shards: list[Shard], trained: Sequence[str], options: SourceOptions) -> Holdout | None:
     """The held-out part where the shards are trained on; DataError where only some are."""
     if options.holdout is None:
         return None
-    known = {_place(path) for data_glob in trained for path in find_shards(data_glob, options.remote_cache)}
+    known = {_place(found.path) for found in find_shards(trained, options.remote_cache)}
     shared = sum(_place(shard.path) in known for shard in shards)
     if not shared:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from argonne.data.formats import LongText
+from argonne.data.texts import LongText
 from argonne.data.token_rows import TokenRow
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from argonne.data.mixture import MixtureProgress, shares, sum_counts
-from argonne.data.shards import Shard, manifest_difference
+from argonne.data.shards import Shard, manifest_difference, renamed
 from argonne.data.source import NO_HASH, DataProgress, MixPart
 from argonne.errors import DataError
 
@@ -63,6 +63,11 @@ def saved_sources(position: Mapping[str, Any], state: Mapping[str, Any] | None) 
     return {**state.get("past_sources", {}), **here}
 
 
+def _is_of(saved: Saved, shards: Sequence[Shard]) -> bool:
+    """Whether the shards are those of a saved source, whatever the pattern names them by."""
+    return not manifest_difference(renamed(saved["manifest"], shards), shards)
+
+
 def _settle_renamed(
     plan: MixturePlan,
     every: dict[str, Saved],
@@ -73,7 +78,7 @@ def _settle_renamed(
     """A new name with the shards of one that is gone: the same source, which must not begin anew unseen."""
     for old in [name for name in was if name not in corpora and "manifest" in every[name]]:
         for new, shards in corpora.items():
-            if new in every or manifest_difference(every[old]["manifest"], shards):
+            if new in every or not _is_of(every[old], shards):
                 continue
             renamed = f"the source {old!r} is gone, and {new!r} has its shards"
             if not allow_data_change:
@@ -113,7 +118,7 @@ def _from_one_source(
         return
     if "manifest" in state:
         for name, shards in corpora.items():
-            if not manifest_difference(state["manifest"], shards):
+            if _is_of(state, shards):
                 tokens = int(state["samples"]) * int(state["block_size"])
                 keys = ("samples", "counts", "manifest")
                 saved = {"position": position, "tokens": tokens, **{key: state[key] for key in keys}}
@@ -177,7 +182,7 @@ def one_of_mixture(
 ) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None, list[str]]:
     """(position, state, notices) for one source from a checkpoint of a mixture, by its shards."""
     for name, saved in saved_sources(position, state).items():
-        if "manifest" in saved and not manifest_difference(saved["manifest"], shards):
+        if "manifest" in saved and _is_of(saved, shards):
             notice = f"the checkpoint is of a mixture: its source {name!r} goes on alone"
             return saved["position"], {**(state or {}), "manifest": saved["manifest"]}, [notice]
     names = ", ".join(position["sources"])

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from argonne.data.documents import Counts
+from argonne.data.find_shards import natural_key
 from argonne.data.flat_tokens import file_position
 from argonne.data.position import DataPosition
-from argonne.data.shards import Shard, manifest_difference, natural_key
+from argonne.data.shards import Shard, current_names, manifest_difference, renamed, touched
 from argonne.data.source import DataProgress, SourceOptions
 from argonne.data.token_rows import describe_column
 from argonne.data.tokenizer import tokenizer_fingerprint
@@ -117,7 +118,11 @@ def resume(
     """One source at its saved place, or at its start; with remarks for the console."""
     progress, another_order = DataProgress(position=_start(shards, options)), False
     notices: list[str] = []
+    names: dict[str, str] = {}
     if saved_state is not None:
+        names = current_names(saved_state["manifest"], shards)
+        saved_state = {**saved_state, "manifest": renamed(saved_state["manifest"], shards)}
+        notices += touched_notices(saved_state, shards)
         change = manifest_difference(saved_state["manifest"], shards)
         ordered = options.shuffle or not options.streaming
         if ordered and not change and len(shards) != len(saved_state["manifest"]["names"]):
@@ -130,6 +135,7 @@ def resume(
     if saved_position is None:
         return progress, notices
     position = DataPosition.from_dict(saved_position, block_size=options.block_size, global_step=global_step)
+    position = replace(position, file_name=names.get(position.file_name, position.file_name))
     foreign = options.shuffle and position.sample is None and "token_offset" not in saved_position
     if options.streaming and (another_order or foreign):
         epoch = position.epoch + 1
@@ -137,6 +143,18 @@ def resume(
         return replace(progress, position=_start(shards, options, epoch)), notices
     position, remarks = place(position, shards, options, shuffle_known=saved_state is not None)
     return replace(progress, position=position), notices + remarks
+
+
+def touched_notices(saved: Mapping[str, Any], shards: Sequence[Shard]) -> list[str]:
+    """A warning of large shards whose modification time alone differs from the checkpoint's."""
+    names = touched(saved["manifest"], shards)
+    if not names:
+        return []
+    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return [
+        f"{len(names)} shards have another modification time than in the checkpoint, and the same size and "
+        f"sampled content: {listed}"
+    ]
 
 
 def restored_progress(saved: Mapping[str, Any], position: DataPosition) -> DataProgress:

@@ -39,12 +39,14 @@ def _resumed(batches: Iterator[EncodedBatch], start: DataPosition) -> Iterator[E
     that is skipped, a row past the shard's end), the stream begins with the document after it: nothing was
     used of that one.
     """
-    ids, [(_, _, mark), *later], _ = next(batches)
+    first = next(batches)
+    ids, ((_, _, mark), *later) = first.ids, first.beginnings
     used = start.token_offset if mark[:3] == (start.epoch, start.file_index, start.row) else 0
     passed = 0
     while not later and passed + len(ids) <= used:
         passed += len(ids)
-        ids, later, _ = next(batches)
+        following = next(batches)
+        ids, later = following.ids, following.beginnings
     cut = min(used - passed, later[0][0] if later else len(ids))
     beginnings = [(0, passed + cut, mark), *((place - cut, token, mark) for place, token, mark in later)]
     yield EncodedBatch(ids[cut:], beginnings)
@@ -95,7 +97,7 @@ class PackedSampler:
         return flags.reshape(count, self._block_size)
 
     def _append(self, batch: EncodedBatch) -> None:
-        ids, beginnings, starts = batch
+        ids, beginnings, starts = batch.ids, batch.beginnings, batch.starts
         self._beginnings.extend((self._filled + place, token, mark) for place, token, mark in beginnings)
         places = (
             [place for place, token, _ in beginnings if token == 0] if starts is None else starts.tolist()

@@ -3,25 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from argonne.data.formats import LongText
-    from argonne.data.token_rows import TokenRow
-
-
-class ShardError(Exception):
-    """A shard or a row group that cannot be used; the message is the reason, without the shard's name."""
-
-
-@dataclass(frozen=True)
-class TextBatch:
-    """Consecutive rows of one row group."""
-
-    texts: list[str | LongText | TokenRow | None]
-    replaced: frozenset[int]
-    """Indices into ``texts`` whose bytes were not UTF-8 (each bad sequence became U+FFFD)."""
+    from argonne.data.texts import TextBatch
 
 
 class ShardReader(Protocol):

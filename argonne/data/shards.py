@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
 import os
-import re
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,15 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from argonne.data.flat_tokens import FLAT_SUFFIX
-from argonne.data.formats import Footer, ShardError, read_footer, tail_digest
-from argonne.data.remote import ShardPath, find_remote, is_url
+from argonne.data.find_shards import Found, find_shards, shown
+from argonne.data.formats import WHOLE_BYTES, Footer, file_digest, read_footer
+from argonne.data.remote import ShardPath
+from argonne.data.texts import ShardError
 from argonne.data.token_rows import TokenColumn, describe_column
 from argonne.errors import DataError
 
 FOOTER_THREADS = 16
-INDEX_VERSION = 2
-SHARD_SUFFIXES = (".parquet", ".arrow", FLAT_SUFFIX)
+INDEX_VERSION = 3
+MANIFEST_KEYS = ("names", "rows", "sizes", "digests")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,7 @@ class Shard:
 
     path: ShardPath
     name: str
-    """Base name; the path below the shards' common folder where base names repeat."""
+    """Its path below the fixed part of the pattern that found it."""
     size: int
     mtime_ns: int
     digest: str
@@ -63,55 +61,11 @@ def is_unchanged(shard: Shard) -> bool:
     status = shard.path.stat()
     if (status.st_size, status.st_mtime_ns) == (shard.size, shard.mtime_ns) and status.st_mtime_ns:
         return True
-    return status.st_size == shard.size and tail_digest(shard.path) == shard.digest  # only touched
-
-
-def natural_key(path: str | ShardPath) -> tuple[Any, ...]:
-    """Sort key: base name with digits as numbers and letters without case, ties by full path."""
-    parts = re.split(r"(\d+)", Path(path).name.lower())
-    # re.split alternates text and digits, so equal places hold equal types
-    return tuple(int(part) if index % 2 else part for index, part in enumerate(parts)), str(path)
-
-
-def find_shards(data_glob: str, remote_cache: Path | None = None) -> list[ShardPath]:
-    """The files that ``data_glob`` (pattern, file, folder or URL) names, in natural order; DataError if none.
-
-    ``remote_cache``: folder that keeps what is read of remote shards.
-    """
-    if is_url(data_glob):
-        remote: list[ShardPath] = [*find_remote(data_glob, remote_cache)]
-        if not remote:
-            raise DataError(f"no shard matches {data_glob} (--data-glob): give a URL that matches files")
-        return sorted(remote, key=natural_key)
-    pattern = os.path.expanduser(data_glob)
-    if os.path.isdir(pattern):
-        found = [os.path.join(pattern, name) for name in os.listdir(pattern) if name.endswith(SHARD_SUFFIXES)]
-    else:
-        found = glob.glob(pattern, recursive=True)
-    paths: list[ShardPath] = [Path(name) for name in found if os.path.isfile(name)]
-    paths.sort(key=natural_key)
-    if not paths:
-        where = os.path.abspath(pattern)
-        raise DataError(
-            f"no shard matches {where!r} (--data-glob): give a pattern that matches parquet files"
-        )
-    return paths
-
-
-def shard_names(paths: Sequence[ShardPath]) -> list[str]:
-    """A name for each path that survives moving the folder: the base name where that is unique."""
-    counts = Counter(path.name for path in paths)
-    if all(count == 1 for count in counts.values()):
-        return [path.name for path in paths]
-    common = os.path.commonpath([str(path.absolute().parent) for path in paths])
-    return [
-        path.name if counts[path.name] == 1 else Path(os.path.relpath(path.absolute(), common)).as_posix()
-        for path in paths
-    ]
+    return status.st_size == shard.size and file_digest(shard.path) == shard.digest  # only touched
 
 
 def open_corpus(
-    data_glob: str,
+    data_glob: str | Sequence[str],
     column: str,
     *,
     skip_bad_shards: bool = False,
@@ -124,22 +78,22 @@ def open_corpus(
     that names every bad shard at once; with ``skip_bad_shards`` they stay in the list without rows, with
     their ``fault``.
     """
-    paths = find_shards(data_glob, remote_cache)
-    return check_shards(paths, column, skip_bad_shards=skip_bad_shards, cache_dir=cache_dir)
+    found = find_shards(data_glob, remote_cache)
+    return check_shards(found, column, skip_bad_shards=skip_bad_shards, cache_dir=cache_dir)
 
 
 def check_shards(
-    paths: Sequence[ShardPath], column: str, *, skip_bad_shards: bool = False, cache_dir: Path | None = None
+    found: Sequence[Found], column: str, *, skip_bad_shards: bool = False, cache_dir: Path | None = None
 ) -> list[Shard]:
-    """The shards at ``paths``, in that order, checked as `open_corpus` does."""
+    """The shards that were found, in that order, checked as `open_corpus` does."""
     index = _FooterIndex(cache_dir / "shard_index.json" if cache_dir else None, column)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        checked = list(pool.map(index.footer, paths))
+        checked = list(pool.map(index.footer, [file.path for file in found]))
     index.save()
     shards = [
         Shard(
-            path=path,
-            name=name,
+            path=file.path,
+            name=file.name,
             size=size,
             mtime_ns=mtime_ns,
             digest=footer.digest,
@@ -147,9 +101,7 @@ def check_shards(
             null_rows=footer.null_rows,
             fault=fault,
         )
-        for path, name, (size, mtime_ns, footer, fault) in zip(
-            paths, shard_names(paths), checked, strict=True
-        )
+        for file, (size, mtime_ns, footer, fault) in zip(found, checked, strict=True)
     ]
     _refuse_bad_shards(shards, column, skip_bad_shards)
     return shards
@@ -158,9 +110,9 @@ def check_shards(
 def _refuse_bad_shards(shards: Sequence[Shard], column: str, skip_bad_shards: bool) -> None:
     bad = [shard for shard in shards if shard.fault]
     if bad and (len(bad) == len(shards) or not skip_bad_shards):
-        reasons = "; ".join(f"{shard.path}: {shard.fault}" for shard in bad)
+        reasons = "; ".join(f"{shown(shard.path)}: {shard.fault}" for shard in bad)
         remedy = "repair or remove them, or --skip-bad-shards"
-        if all(repr(str(column)) in shard.fault for shard in bad):
+        if all("(columns: " in shard.fault for shard in bad):
             is_tokens = isinstance(column, TokenColumn)
             wanted = "token ids with --token-column" if is_tokens else "text with --text-column"
             remedy = f"name the column of the {wanted}" + ("" if len(bad) == len(shards) else f", {remedy}")
@@ -168,19 +120,19 @@ def _refuse_bad_shards(shards: Sequence[Shard], column: str, skip_bad_shards: bo
             remedy = "repair them or give another --data-glob"
         raise DataError(f"{len(bad)} of {len(shards)} shards cannot be used: {reasons}: {remedy}")
     if sum(shard.rows for shard in shards) == 0:
-        raise DataError(f"the {len(shards)} shards from {shards[0].path} on hold no row (--data-glob)")
+        raise DataError(f"the {len(shards)} shards from {shown(shards[0].path)} on hold no row (--data-glob)")
 
 
 def _index_entries(shards: Any) -> dict[str, Any]:
-    """Entries [size, mtime, digest, rows of each row group, null rows] by path, without all that are none."""
+    """Sound entries by path: [size, mtime, ctime, digest, rows of each row group, null rows]."""
     if not isinstance(shards, dict):
         return {}
     return {
         path: entry
         for path, entry in shards.items()
         if isinstance(entry, list)
-        and [type(value) for value in entry] == [int, int, str, list, int]
-        and all(isinstance(rows, int) for rows in entry[3])
+        and [type(value) for value in entry] == [int, int, int, str, list, int]
+        and all(isinstance(rows, int) for rows in entry[4])
     }
 
 
@@ -210,18 +162,24 @@ class _FooterIndex:
             status = path.stat()
         except OSError as error:
             return 0, 0, Footer(group_rows=(), digest=""), str(error.strerror)
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            fault = "its path is not UTF-8: rename it"
+            return status.st_size, status.st_mtime_ns, Footer(group_rows=(), digest=""), fault
         key = str(path.absolute())
         known = self._known.get(key)
-        if known is not None and known[:2] == [status.st_size, status.st_mtime_ns] and known[1]:
+        # ctime: what edits a file and puts its mtime back cannot put that back.
+        state = [status.st_size, status.st_mtime_ns, getattr(status, "st_ctime_ns", 0)]
+        if known is not None and known[:3] == state and status.st_mtime_ns:
             self._entries[key] = known
-            footer = Footer(digest=known[2], group_rows=tuple(known[3]), null_rows=known[4])
+            footer = Footer(digest=known[3], group_rows=tuple(known[4]), null_rows=known[5])
             return status.st_size, status.st_mtime_ns, footer, ""
         try:
             footer = read_footer(path, self._column)
         except ShardError as error:
             return status.st_size, status.st_mtime_ns, Footer(group_rows=(), digest=""), str(error)
-        kept = [footer.digest, list(footer.group_rows), footer.null_rows]
-        self._entries[key] = [status.st_size, status.st_mtime_ns, *kept]
+        self._entries[key] = [*state, footer.digest, list(footer.group_rows), footer.null_rows]
         return status.st_size, status.st_mtime_ns, footer, ""
 
     def save(self) -> None:
@@ -243,13 +201,59 @@ class _FooterIndex:
 
 
 def manifest(shards: Sequence[Shard]) -> dict[str, list[Any]]:
-    """The file list as a checkpoint keeps it: columns of names, rows, sizes (bytes) and footer hashes."""
+    """The file list as a checkpoint keeps it: columns of names, rows, sizes (bytes), hashes and mtimes."""
     return {
         "names": [shard.name for shard in shards],
         "rows": [shard.rows for shard in shards],
         "sizes": [shard.size for shard in shards],
         "digests": [shard.digest for shard in shards],
+        "mtimes": [shard.mtime_ns for shard in shards],
     }
+
+
+def current_names(saved: Mapping[str, Sequence[Any]], shards: Sequence[Shard]) -> dict[str, str]:
+    """Saved name -> today's, where another pattern or an older version named a shard otherwise.
+
+    Either name then ends with the other; of several such shards the one of the same content is meant.
+    """
+    today = {shard.name: shard for shard in shards}
+    free = [shard for shard in shards if shard.name not in set(saved["names"])]
+    found = {}
+    for name, rows, size, digest in zip(*(saved[key] for key in MANIFEST_KEYS), strict=True):
+        if name in today:
+            found[name] = name
+            continue
+        alike = [shard for shard in free if _is_end_of_other(shard.name, name)]
+        same = [shard for shard in alike if _is_same(shard, rows, size, digest)]
+        if same or alike:
+            found[name] = (same or alike)[0].name
+            free.remove((same or alike)[0])
+    return found
+
+
+def _is_end_of_other(name: str, other: str) -> bool:
+    return f"/{name}".endswith(f"/{other}") or f"/{other}".endswith(f"/{name}")
+
+
+def renamed(saved: Mapping[str, Sequence[Any]], shards: Sequence[Shard]) -> dict[str, Sequence[Any]]:
+    """The saved file list with today's names."""
+    names = current_names(saved, shards)
+    return {**saved, "names": [names.get(name, name) for name in saved["names"]]}
+
+
+def _is_same(shard: Shard, rows: int, size: int, digest: str) -> bool:
+    """Whether a shard is the saved one (an older version's digest is the beginning of today's)."""
+    return (shard.rows, shard.size) == (rows, size) and bool(digest) and shard.digest.startswith(digest)
+
+
+def touched(saved: Mapping[str, Sequence[Any]], shards: Sequence[Shard]) -> list[str]:
+    """Shards with another mtime than the saved one whose content is compared in samples only."""
+    times = dict(zip(saved["names"], saved.get("mtimes", ()), strict=False))
+    return [
+        shard.name
+        for shard in shards
+        if shard.size > WHOLE_BYTES and times.get(shard.name, shard.mtime_ns) != shard.mtime_ns
+    ]
 
 
 def manifest_difference(saved: Mapping[str, Sequence[Any]], shards: Sequence[Shard]) -> str:
@@ -273,11 +277,7 @@ def manifest_difference(saved: Mapping[str, Sequence[Any]], shards: Sequence[Sha
         saved_names, saved["rows"], saved["sizes"], saved["digests"], strict=True
     ):
         shard = now.get(name)
-        if (
-            shard is not None
-            and not shard.fault
-            and (shard.rows, shard.size, shard.digest) != (rows, size, digest)
-        ):
+        if shard is not None and not shard.fault and not _is_same(shard, rows, size, digest):
             rewritten.append(f"{name} ({rows} rows, {size} bytes -> {shard.rows} rows, {shard.size} bytes)")
     if rewritten:
         changes.append("rewritten: " + ", ".join(rewritten))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from argonne.data.formats import LongText, ShardError
 from argonne.data.shard_reader import ShardReader
+from argonne.data.texts import LongText, ShardError
 from argonne.data.token_rows import TokenRow
 
 

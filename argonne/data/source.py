@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,15 +12,17 @@ import numpy as np
 
 from argonne.data.documents import Counts, Document, DocumentReader
 from argonne.data.encoder_pool import EncoderPool
+from argonne.data.find_shards import shown
 from argonne.data.flat_tokens import block_position, file_position
 from argonne.data.holdout import Holdout
 from argonne.data.order import NaturalOrder, Order, ShuffledOrder
 from argonne.data.position import DataPosition
 from argonne.data.samplers import PackedSampler, Sampler, WindowSampler
 from argonne.data.shards import Shard
-from argonne.data.stream import encoded_documents
+from argonne.data.stream import EncodedBatch, encoded_documents
 from argonne.data.token_rows import TokenColumn
 from argonne.data.token_stream import token_batches
+from argonne.errors import DataError
 
 NO_HASH = "0" * 32
 """The stream hash before the first sample."""
@@ -39,8 +41,8 @@ class MixPart(NamedTuple):
 class SourceOptions:
     """Everything that decides the tokens of a step, and how they are made; the flags have the defaults."""
 
-    data_glob: str
-    """Of the one source; a mixture has those of its parts."""
+    data_glob: str | Sequence[str]
+    """Pattern, file or folder, or several of them, of the one source; a mixture has those of its parts."""
     mix: tuple[MixPart, ...] = ()
     """The sources of a mixture; empty: one source."""
     block_size: int
@@ -164,6 +166,28 @@ def chain_hash(stream_hash: str, tokens: np.ndarray) -> str:
     return digest.hex()
 
 
+def refuse_unencodable(document: Document, reason: str, shards: Sequence[Shard], skip_bad: bool) -> None:
+    """DataError that names the document, unless it may be skipped."""
+    if not skip_bad:
+        raise DataError(
+            f"the tokenizer cannot encode {shown(shards[document.file_index].path)}, row {document.row}: "
+            f"{reason}: give a tokenizer with an unknown token, or --skip-bad-shards to leave such rows out"
+        )
+
+
+def unencodable_skip(document: Document, reason: str, shards: Sequence[Shard]) -> dict[str, Any]:
+    """An entry of `DataProgress.skipped`."""
+    shard = shards[document.file_index]
+    return {
+        "epoch": document.epoch,
+        "file_name": shard.name,
+        "row_group": shard.group_of(document.row),
+        "row": document.row,
+        "rows": 1,
+        "reason": reason,
+    }
+
+
 class TakenSamples(NamedTuple):
     """Samples of one source, in its order."""
 
@@ -240,6 +264,7 @@ class StreamingSource:
             holdout=options.part,
         )
         self._pool = pool
+        self._unencodable: list[tuple[Document, str]] = []
         sampler = PackedSampler if options.packing else WindowSampler
         if options.token_column is not None:
             assert eos is not None
@@ -247,8 +272,28 @@ class StreamingSource:
             self._sampler: Sampler = sampler(batches, options.block_size, None)
         else:
             assert pool is not None
-            batches = encoded_documents(iter(reader), pool, batches_ahead)
+            batches = self._noting(encoded_documents(iter(reader), pool, batches_ahead))
             self._sampler = sampler(batches, options.block_size, position)
+
+    def _noting(self, batches: Iterator[EncodedBatch]) -> Iterator[EncodedBatch]:
+        """The batches; what cannot be encoded in them is an error, or noted with --skip-bad-shards."""
+        for batch in batches:
+            for mark, reason in batch.unencodable:
+                document = Document.from_mark(mark)
+                refuse_unencodable(document, reason, self._shards, self._options.skip_bad_shards)
+                self._unencodable.append((document, reason))
+            yield batch
+
+    def _skips(self, document: Document) -> tuple[dict[str, Any], ...]:
+        """What was passed over before ``document``, in order: by the reader, and for want of token ids."""
+        skips: list[dict[str, Any]] = []
+        read = 0
+        for one, reason in self._unencodable:
+            if one.counts.documents >= document.counts.documents:
+                break
+            skips += [*self._skipped[read : one.skips], unencodable_skip(one, reason, self._shards)]
+            read = one.skips
+        return (*skips, *self._skipped[read : document.skips])
 
     def take(self, count: int) -> TakenSamples:
         tokens, document, token_offset, starts = self._sampler.take(count)
@@ -257,7 +302,7 @@ class StreamingSource:
             position=self._position(document, token_offset),
             samples=self.progress.samples + count,
             counts=document.counts,
-            skipped=tuple(self._skipped[: document.skips]),
+            skipped=self._skips(document),
         )
         return TakenSamples(tokens, starts if self._options.document_attention else None)
 

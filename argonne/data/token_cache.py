@@ -21,12 +21,18 @@ from typing import IO, Any
 import numpy as np
 from tqdm import tqdm
 
-from argonne.data.documents import Counts, Document, DocumentReader, no_text
+from argonne.data.documents import Counts, Document, DocumentReader, Mark, no_text
 from argonne.data.encoder_pool import EncoderPool
 from argonne.data.holdout import Holdout
 from argonne.data.position import DataPosition
 from argonne.data.shards import Shard
-from argonne.data.source import DataProgress, SourceOptions, TakenSamples
+from argonne.data.source import (
+    DataProgress,
+    SourceOptions,
+    TakenSamples,
+    refuse_unencodable,
+    unencodable_skip,
+)
 from argonne.data.stream import EncodedBatch, encoded_documents
 from argonne.data.token_rows import describe_column
 from argonne.data.token_stream import token_batches
@@ -145,6 +151,8 @@ class _Build:
         self._options = options
         self._place = self._vouched()
         self._blocks = bool(self._place.get("blocks"))
+        self._unencodable: list[tuple[int, dict[str, Any]]] = []
+        """(documents before it, entry of the skips) of each document without token ids, in this build."""
 
     def _vouched(self) -> dict[str, Any]:
         """What the journal says, if the files hold it; otherwise the very beginning."""
@@ -201,7 +209,7 @@ class _Build:
             "tokens": total,
             "documents": documents,
             "counts": reader.counts._asdict(),
-            "skipped": reader.skipped,
+            "skipped": [*reader.skipped, *(skip for _, skip in self._unencodable)],
             "blocks": self._blocks,
         }
         _write_json(self._folder / "meta.json", meta)
@@ -226,7 +234,8 @@ class _Build:
             rows_before.append(rows_before[-1] + shard.rows)
         done = rows_before[self._place["file_index"]] + self._place["row"]
         with tqdm(total=rows_before[-1], initial=done, unit="rows", desc="Tokenizing", disable=None) as bar:
-            for ids, beginnings, block_starts in batches:
+            for ids, beginnings, unencodable, block_starts in batches:
+                self._note(unencodable)
                 self._blocks = self._blocks or block_starts is not None
                 ids.tofile(tokens)
                 np.array([total + place for place, _, _ in beginnings], dtype=np.int64).tofile(starts)
@@ -243,6 +252,13 @@ class _Build:
             bar.update(rows_before[-1] - bar.n)
         return total, documents
 
+    def _note(self, unencodable: Sequence[tuple[Mark, str]]) -> None:
+        for mark, reason in unencodable:
+            document = Document.from_mark(mark)
+            refuse_unencodable(document, reason, self._shards, self._options.skip_bad_shards)
+            skip = unencodable_skip(document, reason, self._shards)
+            self._unencodable.append((document.counts.documents, skip))
+
     def _journal(self, document: Document, tokens: int, documents: int, reader: DocumentReader) -> None:
         """Vouch for everything before ``document``."""
         place = {
@@ -252,7 +268,11 @@ class _Build:
             "documents": documents,
             "blocks": self._blocks,
         }
-        state = {"counts": document.counts._asdict(), "skipped": reader.skipped[: document.skips]}
+        before = document.counts.documents
+        skipped = reader.skipped[: document.skips] + [
+            skip for count, skip in self._unencodable if count < before
+        ]
+        state = {"counts": document.counts._asdict(), "skipped": skipped}
         _write_json(self._folder / "journal.json", place | state)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from argonne.data.shard_reader import ShardError, TextBatch
+from argonne.data.texts import ShardError, TextBatch
 
 LARGEST_ID = 2**31 - 1
 

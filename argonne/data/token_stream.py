@@ -14,9 +14,9 @@ from argonne.data.flat_tokens import is_flat
 from argonne.data.formats import open_shard
 from argonne.data.position import DataPosition
 from argonne.data.remote import ShardPath
-from argonne.data.shard_reader import ShardError
 from argonne.data.shards import Shard, find_shards
 from argonne.data.stream import Beginning, EncodedBatch
+from argonne.data.texts import ShardError
 from argonne.data.token_rows import TokenRow
 from argonne.errors import DataError
 
@@ -50,7 +50,7 @@ def for_tokens(options: SourceOptions, shards: Sequence[Shard]) -> SourceOptions
     return options
 
 
-def source_by_columns(options: SourceOptions, data_glob: str) -> SourceOptions:
+def source_by_columns(options: SourceOptions, data_glob: str | Sequence[str]) -> SourceOptions:
     """The options of one source of a mixture, or of a validation set, beside others of another kind.
 
     With ``--token-column`` it is text where its first shard lacks that column and has the text column. Raises
@@ -58,7 +58,7 @@ def source_by_columns(options: SourceOptions, data_glob: str) -> SourceOptions:
     """
     options = replace(options, data_glob=data_glob, mix=())
     if options.token_column is not None:
-        first = find_shards(data_glob, options.remote_cache)[0]
+        first = find_shards(data_glob, options.remote_cache)[0].path
         if not _opens(first, options.column) and _opens(first, options.text_column):
             return replace(options, token_column=None)
     return options
@@ -136,6 +136,7 @@ class _Batch:
     def take(self) -> EncodedBatch:
         """The batch, which is then empty."""
         ids = np.concatenate(self._ids) if len(self._ids) > 1 else self._ids[0]
-        batch = EncodedBatch(ids, self._beginnings, np.concatenate(self._starts) if self._blocks else None)
+        starts = np.concatenate(self._starts) if self._blocks else None
+        batch = EncodedBatch(ids, self._beginnings, starts=starts)
         self._empty()
         return batch

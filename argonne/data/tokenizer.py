@@ -1,4 +1,4 @@
-"""Texts to token ids: load and identify the tokenizer, cut texts into pieces, encode batches.
+"""Texts to token ids: identify the tokenizer, cut texts into pieces, encode batches.
 
 The ids are exactly those of ``tokenizer(text, add_special_tokens=False)["input_ids"]``, the tokenizer's EOS
 after each document, as flat int32 arrays.
@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from argonne.data.formats import LongText
-from argonne.errors import DataError, one_line
+from argonne.data.load_tokenizer import load_tokenizer
+from argonne.data.texts import LongText
+from argonne.errors import one_line
 
 PIECE_CHARACTERS = 1 << 20
 """A longer text is tokenized in pieces of at most this many characters."""
+OWN_PROBES = 32
 PROBES = (
     "Long long time ago, there were 1,234 dragons.\n\n\tThey didn't\u00a0sleep  \r\n",
     "naïve Ångström \u0041\u030a \u4f60\u597d \u0645\u0631\u062d\u0628\u0627 \U0001f600 \ufb01 \u200d",
@@ -30,7 +31,10 @@ PROBES = (
 
 
 class Encoder(Protocol):
-    """Encodes a batch: ids of all texts in a row, EOS after each flagged last, and the length of each."""
+    """Encodes a batch: ids of all texts in a row, EOS after each flagged last, and the length of each.
+
+    Raises UnencodableError where the tokenizer has no ids for some of them.
+    """
 
     def encode(self, texts: Sequence[str], last: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -43,8 +47,11 @@ class FastEncoder:
         self._eos = eos_token_id
 
     def encode(self, texts: Sequence[str], last: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+        return encode_all(self._ids, texts, last, self._eos)
+
+    def _ids(self, texts: Sequence[str]) -> Iterable[list[int]]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return join_ids((encoding.ids for encoding in encodings), last, self._eos)
+        return (encoding.ids for encoding in encodings)
 
 
 class PlainEncoder:
@@ -55,10 +62,52 @@ class PlainEncoder:
         self._eos = eos_token_id
 
     def encode(self, texts: Sequence[str], last: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
-        return join_ids([plain_ids(self._tokenizer, text) for text in texts], last, self._eos)
+        return encode_all(self._ids, texts, last, self._eos)
+
+    def _ids(self, texts: Sequence[str]) -> Iterable[list[int]]:
+        return (plain_ids(self._tokenizer, text) for text in texts)
+
+
+class UnencodableError(Exception):
+    """Texts of a batch that a tokenizer has no ids for; the others are encoded."""
+
+    def __init__(self, ids: np.ndarray, lengths: np.ndarray, reasons: dict[int, str]) -> None:
+        super().__init__(ids, lengths, reasons)
+        self.ids = ids
+        """int32; such a text has none, and no EOS."""
+        self.lengths = lengths
+        self.reasons = reasons
+        """Index of each such text -> what the tokenizer says."""
+
+
+def encode_all(
+    encode: Callable[[Sequence[str]], Iterable[list[int]]],
+    texts: Sequence[str],
+    last: Sequence[bool],
+    eos: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`Encoder.encode` by a function that gives each text's ids; raises UnencodableError."""
+    try:
+        return join_ids(encode(texts), last, eos)
+    except Exception:
+        # The tokenizers library raises bare Exception (for a character without id and unknown token), and a
+        # tokenizer that brings its own code anything: find the texts that are to blame.
+        lists: list[list[int]] = []
+        reasons: dict[int, str] = {}
+        for index, text in enumerate(texts):
+            try:
+                lists += encode([text])
+            except Exception as error:  # noqa: BLE001 - as above
+                lists.append([])
+                reasons[index] = one_line(error)
+        if not reasons:
+            raise
+        ends = [flag and index not in reasons for index, flag in enumerate(last)]
+        raise UnencodableError(*join_ids(lists, ends, eos), reasons) from None
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of the definition: ``tokenizer(text, add_special_tokens=False)``."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -95,36 +144,27 @@ def _cut_pieces(text: str | LongText) -> Iterator[tuple[str, bool]]:
     yield rest, True
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
-    """The Hugging Face tokenizer at ``path``; DataError in one line where there is none, or it has no EOS."""
-    from transformers import AutoTokenizer
-
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    folder = os.path.expanduser(path)
-    if looks_local and not os.path.exists(folder):
-        raise DataError(f"no tokenizer at {path!r} (--tokenizer-path): give a folder with tokenizer.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        # The tokenizers library raises bare Exception for a broken file, and a tokenizer that brings its own
-        # code (--trust-remote-code) anything: either way it is the user's folder that has to be named.
-        reason = one_line(error)[:300]
-        raise DataError(f"cannot load the tokenizer {path!r} (--tokenizer-path): {reason}") from error
-    if len(tokenizer) == 0:
-        raise DataError(f"no tokenizer at {path!r} (--tokenizer-path): give a folder with tokenizer.json")
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"the tokenizer {path!r} has no EOS token (--tokenizer-path): set eos_token in its config"
-        )
-    return tokenizer
-
-
 def _fast_backend(tokenizer: Any) -> Any:
     """The Rust tokenizer in the state in which the plain call uses it; None where there is none."""
     if not getattr(tokenizer, "is_fast", False):
         return None
-    plain_ids(tokenizer, PROBES[0])  # the call itself switches the backend's truncation and padding off
+    plain_ids(tokenizer, "")  # the call itself switches the backend's truncation and padding off
     return tokenizer.backend_tokenizer
+
+
+def probe_ids(tokenizer: Any, probe: str) -> list[int] | None:
+    """The ids of a probe; None where the tokenizer has none for it (no unknown token, another alphabet)."""
+    try:
+        return plain_ids(tokenizer, probe)
+    except Exception:  # noqa: BLE001 - bare in the tokenizers library; the texts themselves are what must encode
+        return None
+
+
+def own_probes(tokenizer: Any) -> list[str]:
+    """Texts of the tokenizer's own words, for one that has no ids for those of PROBES."""
+    ids = sorted(tokenizer.get_vocab().values())
+    words = [tokenizer.decode([index]) for index in ids[:: max(1, len(ids) // OWN_PROBES)]]
+    return [*words, "".join(words), " ".join(words)]
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -136,7 +176,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     else:
         parts = {"vocabulary": sorted(tokenizer.get_vocab().items())}
     parts["eos"] = tokenizer.eos_token_id
-    parts["probes"] = [plain_ids(tokenizer, probe) for probe in PROBES]
+    parts["probes"] = [probe_ids(tokenizer, probe) for probe in PROBES]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -152,10 +192,12 @@ class EncoderRecipe:
         backend = _fast_backend(self.tokenizer)
         if backend is None:
             return None
-        fast = [
-            encoding.ids for encoding in backend.encode_batch_fast(list(PROBES), add_special_tokens=False)
-        ]
-        return backend if fast == [plain_ids(self.tokenizer, probe) for probe in PROBES] else None
+        probes = {probe: probe_ids(self.tokenizer, probe) for probe in PROBES}
+        if None in probes.values():
+            probes |= {probe: probe_ids(self.tokenizer, probe) for probe in own_probes(self.tokenizer)}
+        known = [probe for probe, ids in probes.items() if ids is not None]
+        fast = [encoding.ids for encoding in backend.encode_batch_fast(known, add_special_tokens=False)]
+        return backend if any(fast) and fast == [probes[probe] for probe in known] else None
 
     def build(self) -> Encoder:
         """An encoder whose Rust tokenizer is its own: what others do with theirs cannot change the stream."""

@@ -6,7 +6,7 @@ from typing import Any
 from argonne.data.source import SourceOptions
 
 
-def source_options(data_glob: str | Path, **changes: Any) -> SourceOptions:
+def source_options(data_glob: str | Path | tuple[str, ...], **changes: Any) -> SourceOptions:
     """Blocks of 8 tokens, 2 samples a step, one tokenizing worker, no cache, switches as a run has them."""
     usual: dict[str, Any] = {
         "block_size": 8,
@@ -21,4 +21,6 @@ def source_options(data_glob: str | Path, **changes: Any) -> SourceOptions:
         "allow_data_change": False,
         "cache_dir": None,
     }
-    return SourceOptions(data_glob=str(data_glob), **usual | changes)
+    return SourceOptions(
+        data_glob=data_glob if isinstance(data_glob, tuple) else str(data_glob), **usual | changes
+    )

@@ -73,7 +73,7 @@ def sample_corpus(
     shards: Sequence[Shard], column: str, options: argparse.Namespace
 ) -> tuple[float, float | None]:
     """(share of rows that are documents, tokens per byte of text or None) from rows all over the corpus."""
-    from argonne.data.tokenizer import load_tokenizer, plain_ids
+    from argonne.data.tokenizer import load_tokenizer, probe_ids
 
     tokenizer = (
         load_tokenizer(options.tokenizer_path, options.trust_remote_code) if options.tokenizer_path else None
@@ -85,7 +85,7 @@ def sample_corpus(
             documents += 1
             part = text[:SAMPLED_CHARACTERS]
             size += len(part.encode())
-            tokens += len(plain_ids(tokenizer, part)) + 1 if tokenizer is not None else 0
+            tokens += len(probe_ids(tokenizer, part) or ()) + 1 if tokenizer is not None else 0
     return documents / max(rows, 1), tokens / max(size, 1) if tokenizer is not None else None
 
 
@@ -99,7 +99,9 @@ def middle_rows(shard: Shard, column: str) -> list[str | None]:
     """The first rows of the shard's middle row group."""
     import pyarrow as pa
 
-    from argonne.data.formats import LongText, one_line, open_shard
+    from argonne.data.formats import open_shard
+    from argonne.data.texts import LongText, ShardError
+    from argonne.errors import one_line
 
     texts: list[Any] = []
     try:
@@ -110,6 +112,6 @@ def middle_rows(shard: Shard, column: str) -> list[str | None]:
                 ]
                 if len(texts) >= SAMPLED_ROWS:
                     break
-    except (pa.ArrowException, OSError) as error:
+    except (ShardError, pa.ArrowException, OSError) as error:
         raise DataError(f"cannot read {shard.path}: {one_line(error)}: repair it") from error
     return texts[:SAMPLED_ROWS]

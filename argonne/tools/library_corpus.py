@@ -10,7 +10,8 @@ from pathlib import Path
 
 from argonne.errors import DataError
 from argonne.tools.bpe_trainer import train_tokenizer
-from argonne.tools.shard_writer import ShardWriter, new_folder
+from argonne.tools.output_folder import new_folder
+from argonne.tools.shard_writer import ShardWriter
 
 PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[\r\n]+|[ \t]+(?![^\s])|[ \t]+"
 """Words with their leading space, single digits, runs of signs, line ends and indentation."""

@@ -11,13 +11,14 @@ from argonne.tools.corpus_overview import show_corpus
 
 def show_data(options: argparse.Namespace) -> None:
     """Print each source, and with --total-steps the samples, tokens and epochs that the run reads of it."""
-    sources: list[MixedSource] = options.data_mix or [MixedSource("", "1", options.data_glob)]
+    sources: list[MixedSource] = options.data_mix or [MixedSource("", "1", "")]
     tokens = {}
     for source in sources:
         if source.name:
             print(f"source {source.name}: {source.glob}")
         own = copy(options)
-        own.data_glob = source.glob
+        if source.name:
+            own.data_glob = source.glob
         tokens[source.name] = show_corpus(own)
         if source.name:
             print()

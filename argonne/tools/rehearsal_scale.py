@@ -129,9 +129,10 @@ def _scaled_stage(stage: Stage, config: RunConfig, data: LibraryData) -> Stage:
         MixedSource(name, weight, pattern if _is_here(pattern) else data.shards_for(name))
         for name, weight, pattern in old.data_mix
     )
-    pattern = old.data_glob
-    if not mix and not _is_here(pattern):
-        pattern = data.shards_for("data-glob")
+    globs = old.data_glob
+    if not mix:
+        wanted = (pattern if _is_here(pattern) else data.shards_for("data-glob") for pattern in globs)
+        globs = tuple(dict.fromkeys(wanted))
     sets = tuple(
         (name, pattern if _is_here(pattern) else data.shards_for(f"{name} (validation)"))
         for name, pattern in config.evaluation.eval_data
@@ -140,7 +141,7 @@ def _scaled_stage(stage: Stage, config: RunConfig, data: LibraryData) -> Stage:
         stage,
         config=dataclasses.replace(
             config,
-            data=dataclasses.replace(old, data_mix=mix, data_glob=pattern, num_proc=1, data_cache_dir=None),
+            data=dataclasses.replace(old, data_mix=mix, data_glob=globs, num_proc=1, data_cache_dir=None),
             evaluation=dataclasses.replace(
                 config.evaluation, eval_data=sets, eval_interval=INTERVAL, eval_samples=EVAL_SAMPLES
             ),

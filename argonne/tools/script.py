@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from argonne.errors import EXIT_FAILURE, EXIT_USAGE, RunError
 
@@ -24,6 +24,20 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"error: {message} (--help lists the flags)", file=sys.stderr)
         sys.exit(EXIT_USAGE)
+
+
+class Repeated(argparse.Action):
+    """A flag whose values add up; the first one given replaces the default."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (values,) if before is self.default else (*before, values))
 
 
 def silence_stdout() -> None:

@@ -1,15 +1,12 @@
-"""Write documents as parquet shards, in a folder that appears only once it is whole."""
+"""Write documents as parquet shards."""
 
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from argonne.errors import DataError, RunError
+from argonne.errors import DataError
 from argonne.files import synchronize
 
 MIB = 1 << 20
@@ -83,36 +80,3 @@ class ShardWriter:
             self._close()
         if self.documents == 0:
             raise DataError("the inputs hold no text: nothing was written")
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill, which gets the name ``output`` once it is whole; a failure leaves nothing of it.
-
-    Raises RunError, naming --output-dir, where it cannot be written.
-    """
-    partial = output.with_name(output.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        replace_folder(partial, output)
-    except OSError as error:
-        reason = f"cannot write {output}: {error.strerror or error}"
-        raise RunError(f"{reason}: free space or give another --output-dir") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def replace_folder(partial: Path, output: Path) -> None:
-    """Give the finished folder its name."""
-    synchronize(partial)
-    if output.exists():
-        old = output.with_name(output.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-        partial.rename(output)
-        shutil.rmtree(old)
-    else:
-        partial.rename(output)
-    synchronize(output.parent)

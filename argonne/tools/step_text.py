@@ -120,12 +120,12 @@ def check_row(source: OpenedStream) -> None:
 
 def parse_position(options: argparse.Namespace) -> dict[str, Any]:
     """--at as a ``data_position``; raises ConfigError."""
-    from argonne.data.shards import find_shards, shard_names
+    from argonne.data.find_shards import find_shards
 
     parts = options.at.rsplit(":", 2) if options.at.count(":") > 1 else [*options.at.rsplit(":", 1), "0"]
     if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
         raise ConfigError(f"--at {options.at!r} is not FILE:ROW or FILE:ROW:TOKEN")
-    names = shard_names(find_shards(options.data_glob))
+    names = [found.name for found in find_shards(options.data_glob)]
     if parts[0] not in names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise ConfigError(f"--at {options.at!r}: --data-glob gives no shard {parts[0]!r}, but {shown}")

@@ -48,7 +48,7 @@ def first_text(shards: Sequence[Shard], column: str, options: argparse.Namespace
     import pyarrow as pa
 
     from argonne.data.formats import open_shard
-    from argonne.data.shard_reader import ShardError
+    from argonne.data.texts import ShardError
     from argonne.data.token_rows import TokenRow
     from argonne.data.tokenizer import load_tokenizer
     from argonne.errors import one_line

@@ -22,7 +22,8 @@ import numpy as np
 
 from argonne.errors import ConfigError, DataError, RunError
 from argonne.files import synchronize
-from argonne.tools.shard_writer import MIB, SURROGATES, replace_folder
+from argonne.tools.output_folder import check_output, publish
+from argonne.tools.shard_writer import MIB, SURROGATES
 from argonne.tools.token_writer import (
     TOKEN_COLUMN,
     FlatShard,
@@ -62,7 +63,11 @@ def tokenize(options: argparse.Namespace, kind: str, files: Sequence[Path]) -> s
     source = _source(options, kind, files)
     content = [source.identity, tokenizer_fingerprint(tokenizer), [getattr(options, k) for k in SETTINGS]]
     settings = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    partial = options.output_dir.with_name(options.output_dir.name + ".partial")
+    check_output(options.output_dir, files, options.overwrite)
+    output = options.output_dir.resolve()
+    partial = output.with_name(
+        f".{output.name}.tokenizing"
+    )  # kept where the work is cut off, for the next run
     try:
         place = _begun(partial, settings)
         remove_from(partial, place.shards, options.token_format)
@@ -70,7 +75,8 @@ def tokenize(options: argparse.Namespace, kind: str, files: Sequence[Path]) -> s
         if place.documents == 0:
             raise DataError("the inputs hold no text: nothing was written")
         (partial / JOURNAL).unlink(missing_ok=True)
-        replace_folder(partial, options.output_dir)
+        publish(partial, output)
+        shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         reason = f"cannot write {partial}: {error.strerror or error}"
         raise RunError(f"{reason}: free space and run it again, or give another --output-dir") from error
@@ -114,8 +120,8 @@ class _Source:
 
 
 def _source(options: argparse.Namespace, kind: str, files: Sequence[Path]) -> _Source:
+    from argonne.data.find_shards import SHARD_SUFFIXES, natural_key
     from argonne.data.flat_tokens import is_flat
-    from argonne.data.shards import SHARD_SUFFIXES, natural_key
 
     shards = [path for path in files if path.suffix in SHARD_SUFFIXES]
     if flat := next((path for path in shards if is_flat(path)), None):
@@ -131,10 +137,11 @@ def _source(options: argparse.Namespace, kind: str, files: Sequence[Path]) -> _S
 
 def _shard_source(options: argparse.Namespace, paths: Sequence[Path]) -> _Source:
     from argonne.data.documents import DocumentReader
+    from argonne.data.find_shards import Found
     from argonne.data.position import DataPosition
     from argonne.data.shards import check_shards, manifest
 
-    shards = check_shards(paths, options.text_field)
+    shards = check_shards([Found(path, path.name) for path in paths], options.text_field)
     rows_before = np.cumsum([0, *(shard.rows for shard in shards)]).tolist()
 
     def documents(place: Place) -> Iterator[Document]:

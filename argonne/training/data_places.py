@@ -18,8 +18,9 @@ def data_source(config: RunConfig) -> dict[str, Any]:
     if data.data_mix:
         return {"key": MIXTURE, "globs": [source.glob for source in data.data_mix]}
     # A place in a shuffled order means something at one block size only.
+    globs = list(data.data_glob)
     blocks = "" if data.streaming else f" in blocks of {config.training.block_size}"
-    return {"key": data.data_glob + blocks, "globs": [data.data_glob] if data.streaming else []}
+    return {"key": " ".join(globs) + blocks, "globs": globs if data.streaming else []}
 
 
 def _same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -104,8 +105,9 @@ def switches(options: ParallelOptions) -> dict[str, str]:
     return {label: text for label, text in texts.items() if text not in ("", "none")}
 
 
-def data_line(glob: str, opened: OpenedStream | None) -> str:
+def data_line(data_glob: str | Sequence[str], opened: OpenedStream | None) -> str:
     """The shards and where the stream starts; ``opened`` is rank 0's, None elsewhere."""
+    glob = data_glob if isinstance(data_glob, str) else " and ".join(data_glob)
     if opened is None:
         return f"0 shards of {glob}"
     if opened.source_names:

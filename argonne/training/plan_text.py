@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from argonne.config.devices import PEAK_FLOPS
 from argonne.config.options import RunConfig
+from argonne.errors import DataError
 from argonne.training.plan import (
     NETWORK,
     NVLINK,
@@ -143,26 +143,32 @@ def _time(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
     if peak is not None:
         hours = {mfu: flops * tokens / (peak * what.world_size * mfu) / 3600 for mfu in MFU_SHOWN}
         yield "  " + "; ".join(f"at {mfu:.0%} MFU {time:,.1f} hours" for mfu, time in hours.items())
-    there = _text_bytes(what.config.data.data_glob, what.config.data.text_column)
+    globs = what.config.data.data_glob
+    there = _text_bytes(globs, what.config.data.text_column)
     if there is None:
-        yield f"  data: none at {what.config.data.data_glob}"
+        yield f"  data: none at {' and '.join(globs)}"
         return
     shards, size = there
     held = size / TEXT_BYTES_PER_TOKEN
     yield (
-        f"  data: {shards:,} shards of {what.config.data.data_glob}, {_gigabytes(size)} of text, about "
+        f"  data: {shards:,} shards of {' and '.join(globs)}, {_gigabytes(size)} of text, about "
         f"{held:,.3g} tokens: {tokens / held:,.3g} epochs"
     )
 
 
-def _text_bytes(pattern: str, column: str) -> tuple[int, int] | None:
+def _text_bytes(globs: Sequence[str], column: str) -> tuple[int, int] | None:
     """(shards, bytes of their text, uncompressed) by the footers of some; None where there are none."""
-    paths = sorted(path for path in glob.glob(pattern) if path.endswith(".parquet"))
-    if not paths:
-        return None
     import pyarrow
     import pyarrow.parquet
 
+    from data_stream import find_shards
+
+    try:
+        paths = [found.path for found in find_shards(globs) if found.path.suffix == ".parquet"]
+    except DataError:
+        paths = []
+    if not paths:
+        return None
     read, size = 0, 0
     for path in paths[:: max(1, len(paths) // _FOOTERS_READ)]:
         try:

@@ -46,6 +46,8 @@ class PlannedStage:
                         value = getattr(getattr(self.config, name), entry.name)
                         if isinstance(entry.default, bool):  # as the flag is written: --no-packing
                             value = value != entry.default
+                        if rules.repeated and len(value) == 1:  # as older checkpoints have it
+                            value = value[0]
                         values[flag_names(entry, rules)[0].removeprefix("--")] = _plain(value)
         values["global-batch-size"] = self.samples_per_step
         values["reset-optimizer"] = self.reset_optimizer

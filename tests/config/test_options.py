@@ -15,7 +15,7 @@ NEEDED = ["--tokenizer-path", "tok"]
 def test_defaults_are_the_guides() -> None:
     config = parse_command_line(NEEDED)
     assert config.data.tokenizer_path == "tok"
-    assert config.data.data_glob == "../data/CC-MAIN-2025-26/*.parquet"
+    assert config.data.data_glob == ("../data/CC-MAIN-2025-26/*.parquet",)
     assert (config.training.batch_size, config.training.block_size) == (4, 4096)
     assert (config.training.learning_rate, config.training.min_learning_rate) == (1e-4, 1e-5)
     assert (config.training.warmup_steps, config.training.total_steps) == (2000, 4_000_000)

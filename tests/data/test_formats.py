@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import argonne.data.formats as data_formats
+import argonne.data.texts as data_texts
 from argonne.data.formats import open_shard
 from argonne.data.shards import open_corpus
 from tests import ROOT
@@ -131,14 +131,14 @@ def test_long_texts_read_as_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(300)
     ]
     values += [None, b"", "ganz gültig, 你好 😀".encode()]
-    whole = data_formats.to_texts(text_array(values))
-    monkeypatch.setattr(data_formats, "LONG_BYTES", 10)
-    monkeypatch.setattr(data_formats, "BATCH_BYTES", 3)
-    longs = data_formats.to_texts(text_array(values))
-    assert sum(isinstance(text, data_formats.LongText) for text in longs.texts) > 100
+    whole = data_texts.to_texts(text_array(values))
+    monkeypatch.setattr(data_texts, "LONG_BYTES", 10)
+    monkeypatch.setattr(data_texts, "BATCH_BYTES", 3)
+    longs = data_texts.to_texts(text_array(values))
+    assert sum(isinstance(text, data_texts.LongText) for text in longs.texts) > 100
     assert longs.replaced == whole.replaced
     for value, text in zip(values, longs.texts, strict=True):
-        together = "".join(text.stretches()) if isinstance(text, data_formats.LongText) else text
+        together = "".join(text.stretches()) if isinstance(text, data_texts.LongText) else text
         assert together == (None if value is None else value.decode("utf-8", errors="replace"))
 
 
@@ -168,7 +168,8 @@ import random, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 import pyarrow as pa
-from argonne.data.formats import ShardError, open_shard, read_footer
+from argonne.data.formats import open_shard, read_footer
+from argonne.data.texts import ShardError
 
 path, rng, errors = Path({path!r}), random.Random(int(sys.argv[1])), 0
 whole = path.read_bytes()
@@ -195,5 +196,5 @@ def test_an_arrow_file_that_is_cut_while_it_is_read_is_an_error(tmp_path: Path) 
         batches = reader.batches(0)
         next(batches)
         os.truncate(path, 100)
-        with pytest.raises(data_formats.ShardError, match="cut while it was read"):
+        with pytest.raises(data_texts.ShardError, match="cut while it was read"):
             next(batches)

@@ -12,10 +12,11 @@ import argonne.data.documents as document_reader
 import argonne.data.stream as stream
 import argonne.testing.corpus as corpus
 from argonne.data.documents import Document, DocumentReader
+from argonne.data.encoder_pool import EncoderPool
 from argonne.data.position import DataPosition
 from argonne.data.shards import open_corpus
 from argonne.data.stream import text_batches
-from argonne.data.tokenizer import load_tokenizer
+from argonne.data.tokenizer import EncoderRecipe, load_tokenizer
 from argonne.errors import DataError
 from data_stream import open_stream
 from tests.data.shard_samples import options_for
@@ -83,3 +84,26 @@ def test_the_first_step_of_many_workers_reads_a_bounded_number_of_documents(
     assert np.array_equal(tokens, np.stack([flat[:9], flat[8:17]]))
     assert len(opened_shards) == 1
     assert submitted <= stream.DOCUMENTS_AHEAD + stream.BATCH_CHARACTERS // stream.DOCUMENT_COST
+
+
+def test_reading_ahead_is_bounded_in_epochs_and_begins_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One short document, 64 workers: the first batch comes early, and few epochs are ahead."""
+    corpus.write_shards(tmp_path / "data", ["a"], shards=1)
+    tokenizer = load_tokenizer(str(corpus.build_tokenizer(tmp_path / "tokenizer")))
+    monkeypatch.setattr("argonne.data.encoder_pool.PROCESSES_FROM", 1000)
+    pool = EncoderPool(EncoderRecipe(tokenizer=tokenizer), 64, processes=False)
+    read: list[int] = []
+
+    def documents() -> Iterator[Document]:
+        for document in DocumentReader(open_corpus(str(tmp_path / "data"), "text"), "text", DataPosition()):
+            read.append(document.epoch)
+            yield document
+
+    for index, batch in enumerate(islice(stream.encoded_documents(documents(), pool), 200)):
+        if index == 0:
+            assert len(read) <= 3 * stream.EPOCHS_PER_BATCH
+        first = batch.beginnings[0][2][0]
+        assert read[-1] - first <= stream.EPOCHS_AHEAD + 2 * stream.EPOCHS_PER_BATCH
+    pool.close()

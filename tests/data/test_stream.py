@@ -1,107 +1,29 @@
 """The token stream against a naive one: all ids of all texts in a row, sliced."""
 
-import glob
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 import argonne.data.encoder_pool as encoder_pool
-import argonne.data.formats as data_formats
 import argonne.data.stream as data_stream
+import argonne.data.texts as data_texts
 import argonne.data.tokenizer as data_tokenize
 import argonne.testing.corpus as corpus
 from argonne.data.documents import Counts, Document
-from argonne.data.position import DataPosition
-from argonne.data.source import DataProgress, SourceOptions, SourceStep, chain_hash
+from argonne.data.source import chain_hash
 from argonne.data.stream import encoded_documents
 from argonne.errors import DataError
-from argonne.testing.sources import source_options
-from data_stream import OpenedStream, open_stream
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A corpus and its tokens, computed without any of the code under test."""
-
-    options: SourceOptions
-    tokenizer: Any
-    documents: list[np.ndarray]
-    rows: list[tuple[str, int]]
-    """(file name, row) of each document."""
-
-    def stream(self, length: int) -> np.ndarray:
-        one = np.concatenate(self.documents)
-        return np.tile(one, length // len(one) + 1)[:length]
-
-    def step(self, step: int, options: SourceOptions) -> np.ndarray:
-        size, count = options.block_size, options.samples_per_step
-        flat = self.stream((step + 1) * count * size + 1)
-        return np.stack(
-            [flat[i * size : i * size + size + 1] for i in range(step * count, (step + 1) * count)]
-        )
-
-    def place(self, token: int, block_size: int) -> DataPosition:
-        """The position of the stream's token with this number, by walking over the documents."""
-        epoch, rest = divmod(token, sum(map(len, self.documents)))
-        for ids, (name, row) in zip(self.documents, self.rows, strict=True):
-            if rest < len(ids):
-                return DataPosition(
-                    epoch=epoch,
-                    file_index=int(name[4:9]),
-                    file_name=name,
-                    row=row,
-                    token_offset=rest,
-                    block_size=block_size,
-                )
-            rest -= len(ids)
-        raise AssertionError("past the end")
+from tests.data.stream_reference import Reference, build_reference, opened, steps
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    folder = tmp_path_factory.mktemp("corpus")
-    texts: list[str | None] = list(corpus.short_texts(60, 300))
-    texts[5:5] = [None, ""]
-    texts[30:30] = ["", None, "x", None]
-    corpus.write_shards(folder / "data", texts, shards=4)
-    tokenizer = data_tokenize.load_tokenizer(str(corpus.build_tokenizer(folder / "tokenizer")))
-    documents, rows = [], []
-    for path in sorted(glob.glob(str(folder / "data" / "*.parquet"))):
-        for row, text in enumerate(pq.read_table(path)["text"].to_pylist()):
-            if text:
-                ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-                documents.append(np.array(ids, dtype=np.int32))
-                rows.append((Path(path).name, row))
-    options = source_options(
-        str(folder / "data" / "*.parquet"), block_size=16, samples_per_step=4, num_proc=1
-    )
-    return Reference(options, tokenizer, documents, rows)
-
-
-def opened(
-    reference: Reference, options: SourceOptions, after: tuple[OpenedStream, DataProgress] | None = None
-) -> OpenedStream:
-    """A source from the start, or from what a checkpoint of ``after`` would hold (through JSON)."""
-    if after is None:
-        return open_stream(options, reference.tokenizer)
-    source, progress = after
-    saved = json.loads(json.dumps([source.position_dict(progress), source.state_dict(progress)]))
-    return open_stream(
-        options, reference.tokenizer, saved_position=saved[0], saved_state=saved[1], global_step=1
-    )
-
-
-def steps(source: OpenedStream, count: int) -> Iterator[SourceStep]:
-    for _ in range(count):
-        yield source.source.next_step()
-    source.source.close()
+    return build_reference(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.mark.parametrize(
@@ -240,8 +162,8 @@ def test_long_texts_are_cut_by_the_rule(
 ) -> None:
     monkeypatch.setattr(data_tokenize, "PIECE_CHARACTERS", 500)
     monkeypatch.setattr(data_stream, "BATCH_CHARACTERS", 700)
-    monkeypatch.setattr(data_formats, "LONG_BYTES", 3000)
-    monkeypatch.setattr(data_formats, "BATCH_BYTES", 900)
+    monkeypatch.setattr(data_texts, "LONG_BYTES", 3000)
+    monkeypatch.setattr(data_texts, "BATCH_BYTES", 900)
     long_text = "".join(corpus.short_texts(12, 400))
     texts = ["short", long_text if newlines else long_text.replace("\n", " "), "x" * 500, "end"]
     corpus.write_shards(tmp_path, texts, shards=1)
@@ -298,88 +220,3 @@ def test_no_packing_with_only_short_documents_is_an_error(reference: Reference) 
     with pytest.raises(DataError, match=r"no document has 5001 tokens .*--block-size"):
         source.source.next_step()
     source.source.close()
-
-
-PIPELINE = {
-    "streaming": True,
-    "current_file_idx": 1,
-    "position_in_file": 3,
-    "chunk_offset": 1,
-    "current_position": 0,
-    "epoch": 2,
-    "files_processed": ["000_00000.parquet", "000_00001.parquet"],
-}
-
-
-@pytest.mark.parametrize("block_size", [16, 9])
-def test_a_pipeline_position_goes_on_behind_its_chunk(reference: Reference, block_size: int) -> None:
-    options = replace(reference.options, block_size=block_size)
-    source = open_stream(options, reference.tokenizer, saved_position=PIPELINE, global_step=40)
-    place = reference.rows.index(("000_00001.parquet", 3))
-    start = sum(map(len, reference.documents[:place])) + 2 * block_size
-    (step,) = steps(source, 1)
-    assert np.array_equal(step.tokens[0], reference.stream(start + block_size + 1)[start:])
-    assert source.start.position.epoch == 2 and step.progress.samples == 4
-
-
-def test_a_pipeline_position_past_the_row_or_before_any_step(reference: Reference) -> None:
-    past = open_stream(
-        reference.options, reference.tokenizer, saved_position=PIPELINE | {"chunk_offset": 999}, global_step=1
-    )
-    (step,) = steps(past, 1)
-    place = reference.rows.index(("000_00001.parquet", 3)) + 1
-    start = sum(map(len, reference.documents[:place]))
-    assert np.array_equal(step.tokens[0], reference.stream(start + 17)[start:])
-    unused = open_stream(
-        reference.options, reference.tokenizer, saved_position=PIPELINE | {"chunk_offset": 0}, global_step=0
-    )
-    (step,) = steps(unused, 1)
-    start -= len(reference.documents[place - 1])
-    assert np.array_equal(step.tokens[0], reference.stream(start + 17)[start:])
-
-
-@pytest.mark.parametrize(("file_index", "row"), [(0, 5), (0, 999), (1, 13), (2, 0)])
-def test_a_pipeline_position_at_a_row_without_text(reference: Reference, file_index: int, row: int) -> None:
-    """A skipped row, or a row past the shard's end: the next document begins at its first token."""
-    name = f"000_{file_index:05d}.parquet"
-    saved = PIPELINE | {"current_file_idx": file_index, "position_in_file": row, "epoch": 0}
-    (step,) = steps(
-        open_stream(reference.options, reference.tokenizer, saved_position=saved, global_step=9), 1
-    )
-    later = [index for index, place in enumerate(reference.rows) if place >= (name, row)]
-    used = 32 if reference.rows[later[0]] == (name, row) else 0
-    start = sum(map(len, reference.documents[: later[0]])) + used
-    assert np.array_equal(step.tokens[0], reference.stream(start + 17)[start:])
-    assert step.progress.position == replace(reference.place(start + 64, 16), epoch=0)
-
-
-def test_positions_that_cannot_be_placed(reference: Reference) -> None:
-    with pytest.raises(DataError, match=r"shard number 9 .* --data-glob gives 4"):
-        open_stream(
-            reference.options,
-            reference.tokenizer,
-            saved_position=PIPELINE | {"current_file_idx": 9},
-            global_step=1,
-        )
-    with pytest.raises(DataError, match="--no-streaming"):
-        open_stream(
-            reference.options,
-            reference.tokenizer,
-            saved_position={"streaming": False, "current_position": 5},
-            global_step=1,
-        )
-
-
-def test_the_position_dictionary_has_both_sets_of_keys(reference: Reference) -> None:
-    options = replace(reference.options, block_size=100, samples_per_step=40)
-    source = opened(reference, options)
-    progress = next(steps(source, 1)).progress
-    source.source.close()
-    saved = source.position_dict(progress)
-    assert set(saved) == set(PIPELINE) | {"file_name", "row", "token_offset"}
-    assert saved["streaming"] is True and saved["row"] == saved["position_in_file"]
-    assert saved["chunk_offset"] == saved["token_offset"] // 100
-    assert saved["files_processed"][-1] == saved["file_name"]
-    assert len(saved["files_processed"]) == saved["current_file_idx"] + 1
-    restored = DataPosition.from_dict(saved, block_size=100, global_step=7)
-    assert restored == progress.position

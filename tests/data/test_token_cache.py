@@ -40,7 +40,7 @@ def options(tmp_path: Path) -> SourceOptions:
 
 
 def documents(options: SourceOptions, tokenizer: Any) -> list[list[int]]:
-    folder = Path(options.data_glob).parent
+    folder = Path(str(options.data_glob)).parent
     texts = [text for path in sorted(folder.iterdir()) for text in pq.read_table(path)["text"].to_pylist()]
     return [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts if text]
 

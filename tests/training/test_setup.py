@@ -83,7 +83,7 @@ def test_a_restart_learns_how_the_earlier_attempt_ended(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataOptions:
     glob, tokenizer, _ = small_corpus(tmp_path_factory.mktemp("corpus"), documents=20, length=300)
-    return DataOptions(tokenizer_path=str(tokenizer), data_glob=glob)
+    return DataOptions(tokenizer_path=str(tokenizer), data_glob=(glob,))
 
 
 def test_a_start_from_scratch(tmp_path: Path, data: DataOptions) -> None:
@@ -106,7 +106,7 @@ def test_a_start_from_scratch(tmp_path: Path, data: DataOptions) -> None:
 
 def test_a_glob_without_shards_ends_the_run(tmp_path: Path, data: DataOptions) -> None:
     control, report = control_and_report(tmp_path)
-    config = run_config(tmp_path, data=dataclasses.replace(data, data_glob=str(tmp_path / "no*.parquet")))
+    config = run_config(tmp_path, data=dataclasses.replace(data, data_glob=(str(tmp_path / "no*.parquet"),)))
     start = choose_start(config, control, report, ALONE)
     with pytest.raises(DataError, match="--data-glob"):
         open_feed(config, start.tokenizer, start.metadata, start.step, 2, report, ALONE)

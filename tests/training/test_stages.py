@@ -165,7 +165,7 @@ def source(*globs: str, key: str = "") -> dict[str, Any]:
 
 def test_places_of_data_that_a_stage_does_not_read_are_kept(written: Any) -> None:
     first, second, third = (stage.config for stage in begun(written()).planned)
-    here = first.data.data_glob
+    (here,) = first.data.data_glob
     place = {"data_position": {"row": 5}, "data_state": {"samples": 3, "block_size": 8}}
     metadata: dict[str, Any] = {**place, "data_source": source(here)}
     assert metadata_for(second, metadata, new_stage=True) == {}
@@ -186,7 +186,7 @@ def test_a_mixture_keeps_its_places_by_name(written: Any) -> None:
         for given in (
             {"data_mix": (MixedSource("a", "1", "a/*"), MixedSource("b", "2", "b/*"))},
             {"data_mix": (MixedSource("c", "1", "c/*"),)},
-            {"data_glob": "d/*"},
+            {"data_glob": ("d/*",)},
         )
     )
     place = {"data_position": {"sources": {}}, "data_state": {"block_size": 8}}
@@ -204,6 +204,6 @@ def test_a_mixture_keeps_its_places_by_name(written: Any) -> None:
 def test_a_shuffled_place_means_something_at_one_block_size_only(written: Any) -> None:
     first = begun(written()).planned[0].config
     shuffled = dataclasses.replace(first, data=dataclasses.replace(first.data, streaming=False))
-    assert data_source(shuffled)["key"] == f"{first.data.data_glob} in blocks of 8"
+    assert data_source(shuffled)["key"] == f"{first.data.data_glob[0]} in blocks of 8"
     metadata = {"data_position": {"sample": 5}, "data_state": {}, "data_source": source("x in blocks of 8")}
     assert metadata_for(shuffled, metadata, new_stage=True) == {}
