@@ -107,12 +107,13 @@ def _umask() -> int:
 
 
 def write_manifest(folder: Path) -> None:
-    """Say in the folder what was written there."""
+    """Say in the folder which files were written there; folders in it are not named."""
     from argonne.data.formats import content_digest
 
     files = {
         path.name: {"bytes": path.stat().st_size, "digest": content_digest(path)}
         for path in sorted(folder.iterdir())
+        if path.is_file()
     }
     write_json(folder / MANIFEST, {"written_by": "prepare_data.py", "files": files})
 
@@ -125,7 +126,8 @@ def move_into(partial: Path, output: Path) -> None:
     write_json(output / MANIFEST, {"written_by": "prepare_data.py", "files": {**old, **new}})
     for name in old:
         (output / name).unlink(missing_ok=True)
-    for name in new:
-        (partial / name).rename(output / name)
+    for path in partial.iterdir():
+        if path.name != MANIFEST:
+            path.rename(output / path.name)
     (partial / MANIFEST).rename(output / MANIFEST)
     synchronize(output)
