@@ -178,7 +178,8 @@ def test_a_script_of_the_docs_runs(page: str, words: list[str], sample: Path, tm
     file = str(checkpoint_of(sample / "run", 2))
     places = {
         "FILE": file, "FILE_OR_PARTS": file, "TOKENIZER": str(sample / "tokenizer"),
-        "NEW": str(tmp_path / "new.pth"), "EXPORT": str(tmp_path / "export"), "held_out/*.parquet": str(sample / "data" / "*.parquet"),
+        "NEW": str(tmp_path / "new.pth"),
+        "EXPORT": str(tmp_path / "export"), "held_out/*.parquet": str(sample / "data" / "*.parquet"),
     }  # fmt: skip
     finished = subprocess.run(
         [sys.executable, str(ROOT / script), *(places.get(word, word) for word in arguments)],
