@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole story in a few minutes: install, make a corpus, train, stop, resume, look at the result.
+# The whole story in a few minutes: install, make a corpus, train, stop, resume, look at the result; then the
+# switches of Argonne 4.0.
 #
 #   bash scripts/quickstart.sh
 #
@@ -13,6 +14,7 @@ cd "$root"
 python=${ARGONNE_VENV:-$root/.venv}/bin/python
 total_steps=240
 stop_step=120
+family_steps=60
 child=""
 
 heading() { printf '\n== %s\n' "$*"; }
@@ -75,12 +77,12 @@ explain() {
     fail "the run failed; all it said is in $1"
 }
 
-heading "1/6  Install into .venv (minutes the first time)"
+heading "1/7  Install into .venv (minutes the first time)"
 bash scripts/install.sh plot
 printf 'Installed: %s\n' "$("$python" --version)"
 started=$SECONDS
 
-heading "2/6  A corpus and a tokenizer from the Python standard library's own sources and help"
+heading "2/7  A corpus and a tokenizer from the Python standard library's own sources and help"
 mkdir -p quickstart
 corpus=quickstart/corpus
 "$python" scripts/quickstart_corpus.py --output-dir "$corpus"
@@ -111,7 +113,7 @@ train=(
     --learning-rate 4e-3 --min-learning-rate 2e-4 --warmup-steps 20 --log-interval 40 --output-dir "$run"
 )
 
-heading "3/6  Train with 2 processes on $where, and stop in the middle"
+heading "3/7  Train with 2 processes on $where, and stop in the middle"
 export OMP_NUM_THREADS=$((cores > 1 ? cores / 2 : 1))
 begin "$run/first.log" "$python" -m torch.distributed.run --standalone --nproc_per_node=2 "${train[@]}"
 while [ "$(steps)" -lt "$stop_step" ] && kill -0 "$child" 2>/dev/null; do
@@ -125,17 +127,29 @@ if [ ! -f "$run/stats/run_status.json" ] || [ "$(status state)" != stopped ]; th
 fi
 stopped_at=$(status step)
 
-heading "4/6  Resume from its checkpoint with 1 process: another degree, the same tokens and the same model"
+heading "4/7  Resume from its checkpoint with 1 process: another degree, the same tokens and the same model"
 export OMP_NUM_THREADS=$cores
 begin "$run/second.log" "$python" "${train[@]}"
 finish || explain "$run/second.log"
 checkpoint=$(status checkpoint)
 
-heading "5/6  A sample from the trained model"
+heading "5/7  A sample from the trained model"
 "$python" scripts/generate.py --checkpoint-path "$checkpoint" --tokenizer-path "$corpus/tokenizer" \
     --prompt "    def __init__(self" --max-new-tokens 80 --temperature 0.6 --seed 1
 
-heading "6/6  The curves"
+heading "6/7  The switches of Argonne 4.0: norms on heads, sandwich norms, soft cap; sequence parallel, wsd"
+export OMP_NUM_THREADS=$((cores > 1 ? cores / 2 : 1))
+begin "$run/family.log" "$python" -m torch.distributed.run --standalone --nproc_per_node=2 \
+    resume_pretrain_tensor.py --model-config argonne-tiny-4 --sequence-parallel --tokenizer-path "$corpus/tokenizer" \
+    --data-glob "$corpus/data/*.parquet" --batch-size 16 --block-size 128 --total-steps "$family_steps" \
+    --lr-schedule wsd --cooldown-fraction 0.2 --learning-rate 4e-3 --min-learning-rate 2e-4 --warmup-steps 10 \
+    --log-interval 20 --output-dir "$run/family"
+finish || explain "$run/family.log"
+"$python" scripts/generate.py --checkpoint-path "$run/family/pretrained" --tokenizer-path "$corpus/tokenizer" \
+    --prompt "    def __init__(self" --max-new-tokens 40 --temperature 0.6 --seed 1
+
+export OMP_NUM_THREADS=$cores
+heading "7/7  The curves"
 "$python" scripts/plot_training.py "$run" --mark "$stopped_at=stopped with 2 processes, resumed with 1"
 
 cat <<END
@@ -147,6 +161,7 @@ $(printf '  %-46s %s\n' \
     "$run/pretrained/*.pth" "checkpoints (at the stop and at the end)" \
     "$run/stats/training_metrics.jsonl" "one line per step" \
     "$run/stats/training.png, .html" "the curves" \
+    "$run/family/" "the same of the model with 4.0's switches" \
     "$run/*.log" "what torchrun and the libraries said")
 
 To train for real, on the 8 GPUs of one machine (README.md has the rest):

@@ -82,12 +82,18 @@ def estimate_save(slice_map: SliceMap, checkpoint_interval: int, output_dir: Pat
 
 
 def _trial_rate(folder: Path) -> float:
-    """Bytes a second that the disk takes, fsync included."""
-    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as trial:
+    """Bytes a second that the disk takes; assumed where it takes none."""
+    with contextlib.suppress(OSError):
+        return write_rate(folder)
+    return _ASSUMED_RATE
+
+
+def write_rate(folder: Path) -> float:
+    """Bytes a second that the disk takes, fsync included, by a trial file without a name; OSError."""
+    with tempfile.TemporaryFile(dir=folder) as trial:
         started = time.monotonic()
         with StreamedFile(trial.fileno()) as file:
             file.append(bytes(_TRIAL_BYTES))
             file.finish()
         os.fsync(trial.fileno())
         return _TRIAL_BYTES / max(time.monotonic() - started, 1e-3)
-    return _ASSUMED_RATE

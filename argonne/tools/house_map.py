@@ -34,13 +34,13 @@ _SHORTEST, _LONGEST = 18, 72
 
 
 def phrase(file: Path) -> str:
-    """The first sentence of a module's docstring; a long one up to its first colon or semicolon."""
+    """The first sentence of a module's docstring; a long one up to its first colon, semicolon or comma."""
     first, *_ = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n")
     sentence = first.split(". ")[0].rstrip(".")
     if len(sentence) <= _LONGEST:
         return sentence
     return next(
-        (sentence[: at.start()] for at in re.finditer("[:;]", sentence) if at.start() >= _SHORTEST), sentence
+        (sentence[: at.start()] for at in re.finditer("[:;,]", sentence) if at.start() >= _SHORTEST), sentence
     )
 
 

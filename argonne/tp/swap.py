@@ -1,4 +1,4 @@
-"""The swap: a plain model's layers make way for parallel ones that hold this rank's slices."""
+"""Swap: a plain model's layers make way for parallel ones that hold this rank's slices."""
 
 from __future__ import annotations
 

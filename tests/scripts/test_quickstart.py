@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from argonne.testing.launch import ROOT, metrics
+from argonne.testing.launch import ROOT, checkpoint, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -53,6 +54,13 @@ def test_the_whole_story_twice_and_an_interrupt(copy: Path) -> None:
         first, last = (sum(line["loss"] for line in part) / 20 for part in (lines[:20], lines[-20:]))
         assert last < first - 1.5
         assert len(list((run / "pretrained").glob("*.pth"))) == 2  # at the stop and at the end
+        family = metrics(run / "family")
+        assert [line["step"] for line in family] == list(range(1, 61))
+        rates = [line["lr"] for line in family]
+        assert rates[10:48] == [4e-3] * 38 and rates[-1] < rates[48]  # wsd: flat, then a cooldown
+        assert family[-1]["loss"] < family[0]["loss"] - 1
+        saved = torch.load(checkpoint(run / "family", 60), weights_only=True, mmap=True)["model_config"]
+        assert saved["qk_norm"] and saved["sandwich_norm"] and saved["logit_softcap"]
         assert (run / "stats" / "training.png").stat().st_size > 10_000
         assert "torchrun --standalone --nproc_per_node=8 resume_pretrain_tensor.py" in stdout
 
