@@ -197,51 +197,43 @@ def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl)
 def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunReport, world: World) -> Run:
     """The data at its place, the split model with its weights, and what else the loop works with."""
     from argonne.ranks.world import build_parallel
+    from argonne.training import setup
     from argonne.training.build import build_model, choose_tp_size
     from argonne.training.fit import require_memory
     from argonne.training.header import introduce
     from argonne.training.keeper import CheckpointKeeper
     from argonne.training.profiling import StepProfiler
     from argonne.training.run_data import RunData
-    from argonne.training.setup import (
-        check_room_on_rank_0,
-        load_weights,
-        open_feed,
-        validation_sets,
-        verify_if_asked,
-    )
     from argonne.training.spike_guard import SpikeGuard
     from argonne.training.stage_change import begin_stage, choose_stage
     from argonne.training.state import Run
     from argonne.training.step import TrainingStep
 
     view, metadata, step = start.view, start.metadata, start.step
-    tp_size = choose_tp_size(start.settings, recipe.config.parallel.tensor_parallel_size, world)
-    parallel = build_parallel(world, tp_size)
+    asked = recipe.config.parallel.tensor_parallel_size
+    parallel = build_parallel(world, choose_tp_size(start.settings, asked, world))
     stages = choose_stage(recipe, metadata, step, parallel, report)
-    stage, samples = stages.current, stages.current.samples_per_step
-    config, training = stage.config, stage.config.training
+    stage, samples, config = stages.current, stages.current.samples_per_step, stages.current.config
     require_memory(config, start.settings, parallel)
-    new = step == stages.first_step
-    opened, feed = open_feed(config, start.tokenizer, metadata, step, samples, report, world, new_stage=new)
-    held_out = validation_sets(config, start.tokenizer, parallel)
+    new, tokenizer = step == stages.first_step, start.tokenizer
+    opened, feed = setup.open_feed(config, tokenizer, metadata, step, samples, report, world, new_stage=new)
+    held_out = setup.validation_sets(config, tokenizer, parallel)
 
-    trained = build_model(start.settings, config.parallel, training, parallel)
-    check_room_on_rank_0(config, trained, stages, step, world)
-    load_weights(trained, view, training.seed, report)
+    trained = build_model(start.settings, config.parallel, config.training, parallel)
+    setup.check_room_on_rank_0(config, trained, stages, step, world)
+    setup.load_weights(trained, view, config.training.seed, report)
     control.progress.collectives = trained.tensor_parallel.group.counters
-    steps: Any = {"first_step": step, "last_step": stages.end, "samples_per_step": samples}
-    introduce(report, config, trained, opened, launch=control.launch, start=start.reason, **steps)
-    verify_if_asked(config, trained, control, report)
+    introduce(report, stages, trained, opened, launch=control.launch, first_step=step, start=start.reason)
+    setup.verify_if_asked(config, trained, control, report)
     spikes = SpikeGuard(config.control.spike_action)
     run = Run(
         stages=stages,
         settings=start.settings,
         trained=trained,
-        one_step=TrainingStep(trained, training, stage.accumulation, spikes.judge),
+        one_step=TrainingStep(trained, config.training, stage.accumulation, spikes.judge),
         feed=feed,
         data=RunData(opened=opened, report=report),
-        tokenizer=start.tokenizer,
+        tokenizer=tokenizer,
         keeper=CheckpointKeeper(trained, config.checkpoint, Path(config.output.output_dir), control, report),
         control=control,
         report=report,

@@ -7,8 +7,8 @@ The fault is ``{"kind": ..., "rank": ..., ...}`` and happens on that rank only:
 - ``kill``: SIGKILL at the ``operation``-th file operation inside a save, a write being half done.
 - ``full``: writes to files with ``where`` in their path fail after ``bytes`` bytes, with ``error`` (ENOSPC).
 - ``nan``: the loss is NaN in steps ``first`` to ``last``; ``gradient`` instead spoils one gradient.
-- ``spike``: one gradient is ``factor`` times what it should be in optimizer step ``batch`` of the process,
-  steps that it goes over again counted too; the rule judges from ``least`` steps on.
+- ``spike``: one gradient is ``factor`` times what it should be in some steps, the ``batches``, counted from 1
+  in this process; the rule judges from ``least`` steps on.
 - ``perturb``: one element of ``name`` changes before step ``step``.
 - ``spoil``: a bit of every checkpoint flips on its way to the disk (``times`` times).
 - ``slow``: reading a checkpoint back takes ``seconds`` more.
@@ -110,9 +110,6 @@ def nan(fault: Fault) -> None:
 
 
 def spike(fault: Fault) -> None:
-    import argonne.training.spikes as rule
-
-    rule.LEAST = fault["least"]
     counted, handles = [0], list[Any]()
 
     def spoil(one_step: Any, step: int) -> None:
@@ -120,8 +117,8 @@ def spike(fault: Fault) -> None:
         factor = fault["factor"] if counted[0] in fault["batches"] else 1.0
         while handles:
             handles.pop().remove()
-        norm = one_step._trained.model.norm.weight
-        handles.append(norm.register_hook(lambda gradient: gradient * factor))
+        weight = dict(one_step._trained.model.named_parameters())["blocks.1.mlp.up_proj.weight"]
+        handles.append(weight.register_hook(lambda gradient: gradient * factor))
 
     in_steps(spoil)
 
@@ -203,6 +200,8 @@ def send(fault: Fault) -> None:
     if fault["phase"] == "save":
         in_saves(once)
     elif fault["phase"] == "sample":
+        from argonne.training import between_steps
+
         generate = between_steps.generate_text
 
         def faulty_generate(*args: Any, **kwargs: Any) -> str:
@@ -234,6 +233,10 @@ def main() -> int:
     fault: Fault = json.loads(sys.argv[1])
     from resume_pretrain_tensor import main as train
 
+    if "least" in fault:  # on all ranks, which judge alike
+        import argonne.training.spikes as rule
+
+        rule.LEAST = fault["least"]
     if int(os.environ.get("RANK", "0")) == fault["rank"]:
         FAULTS[fault["kind"]](fault)
     return train(sys.argv[2:])

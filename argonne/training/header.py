@@ -16,6 +16,7 @@ from argonne.run.processes import Launch
 from argonne.run.report import RunReport
 from argonne.training.build import TrainedModel, flops_per_token
 from argonne.training.schedule import Schedule
+from argonne.training.stages import Stages
 from checkpointing import SaveEstimate, estimate_save, later_checkpoints
 from data_stream import OpenedStream
 
@@ -39,23 +40,20 @@ def open_metrics(
 
 def introduce(
     report: RunReport,
-    config: RunConfig,
+    stages: Stages,
     trained: TrainedModel,
     opened: OpenedStream | None,
     *,
     launch: Launch,
     first_step: int,
-    last_step: int,
-    samples_per_step: int,
     start: str,
 ) -> None:
     """Open the metrics, warn of what lies ahead and print the header; ``start`` as in `run_facts`."""
-    open_metrics(report, config, trained, first_step, last_step)
+    config, samples = stages.current.config, stages.current.samples_per_step
+    open_metrics(report, config, trained, first_step, stages.end)
     save = estimated_save(report, config, trained)
     warn_ahead(report, config, launch, save, first_step)
-    report.header(
-        run_facts(config, trained, opened, samples_per_step=samples_per_step, start=start, save=save)
-    )
+    report.header(run_facts(config, trained, opened, samples_per_step=samples, start=start, save=save))
 
 
 def estimated_save(report: RunReport, config: RunConfig, trained: TrainedModel) -> SaveEstimate | None:
