@@ -1,4 +1,4 @@
-"""Whole runs with a spike in them: a step that is skipped, a way back, and the records of both."""
+"""Whole runs with a spike in them, which is skipped or rewound, and with a profile and samples."""
 
 import json
 from pathlib import Path
@@ -89,6 +89,7 @@ def test_a_spike_is_rewound_and_its_window_passed_over(tmp_path: Path, data: lis
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
+@pytest.mark.slow
 def test_a_resume_judges_alike(tmp_path: Path, data: list[str]) -> None:
     """Stopped behind the checkpoint, a run that had gone back does so again; its records are the same."""
     whole = launch(
@@ -108,9 +109,30 @@ def test_a_resume_judges_alike(tmp_path: Path, data: list[str]) -> None:
     assert spikes(part) == spikes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_without_an_action_a_spike_is_trained_on(tmp_path: Path, data: list[str]) -> None:
     finished = launch(1, *data, "--output-dir", tmp_path, fault=fault(9))
     assert finished.code == 0, finished.stderr
     assert not OutputFolder(tmp_path).spikes.exists()
     assert not any("spike" in line for line in metrics(tmp_path))
     assert "spike_rule" not in torch.load(checkpoint(tmp_path, 14), weights_only=True)
+
+
+def test_a_profile_and_samples_change_no_bit(tmp_path: Path, data: list[str]) -> None:
+    flags = [*data, "--total-steps", "8", "--output-dir"]
+    watched, plain = tmp_path / "watched", tmp_path / "plain"
+    more = ["--profile", "3:2", "--sample-interval", "4", "--sample-prompt", "def main():"]
+    finished = launch(1, *flags, watched, *more)
+    assert finished.code == 0 and launch(1, *flags, plain).code == 0, finished.stderr
+    assert "Profile of steps 3 to 4 (rank 0): compute " in finished.stdout
+    assert "\x1b" not in finished.stdout + finished.stderr and "\r" not in finished.stdout + finished.stderr
+    trace = json.loads((OutputFolder(watched).profile / "trace_rank_0.json").read_text())
+    assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
+    samples = [json.loads(line) for line in OutputFolder(watched).samples.read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in samples] == [(4, "def main():"), (8, "def main():")]
+    assert all(line["text"].startswith("def main():") for line in samples)
+    for mine, theirs in zip(metrics(watched), metrics(plain), strict=True):
+        assert [mine[key] for key in KEPT] == [theirs[key] for key in KEPT]
+    ends = weights(watched, 8), weights(plain, 8)
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+    assert not OutputFolder(plain).samples.exists() and not OutputFolder(plain).profile.exists()
