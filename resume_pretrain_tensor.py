@@ -197,52 +197,51 @@ def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl)
 def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunReport, world: World) -> Run:
     """The data at its place, the split model with its weights, and what else the loop works with."""
     from argonne.ranks.world import build_parallel
-    from argonne.training.build import build_model, choose_tp_size, fill_weights
-    from argonne.training.data_places import metadata_for
+    from argonne.training import setup
+    from argonne.training.build import build_model, choose_tp_size
     from argonne.training.fit import require_memory
-    from argonne.training.header import estimated_save, open_metrics, run_facts, warn_ahead
+    from argonne.training.header import introduce
     from argonne.training.keeper import CheckpointKeeper
-    from argonne.training.setup import check_room_on_rank_0, open_feed, validation_sets, verify_if_asked
+    from argonne.training.profiling import StepProfiler
+    from argonne.training.run_data import RunData
+    from argonne.training.spike_guard import SpikeGuard
     from argonne.training.stage_change import begin_stage, choose_stage
     from argonne.training.state import Run
     from argonne.training.step import TrainingStep
 
     view, metadata, step = start.view, start.metadata, start.step
-    tp_size = choose_tp_size(start.settings, recipe.config.parallel.tensor_parallel_size, world)
-    parallel = build_parallel(world, tp_size)
+    asked = recipe.config.parallel.tensor_parallel_size
+    parallel = build_parallel(world, choose_tp_size(start.settings, asked, world))
     stages = choose_stage(recipe, metadata, step, parallel, report)
-    stage, samples = stages.current, stages.current.samples_per_step
-    config, training = stage.config, stage.config.training
+    stage, samples, config = stages.current, stages.current.samples_per_step, stages.current.config
     require_memory(config, start.settings, parallel)
-    place = metadata_for(config, metadata, new_stage=step == stages.first_step)
-    vocab_size = start.settings["vocab_size"]
-    opened, feed = open_feed(config, start.tokenizer, place, step, samples, report, world, vocab_size)
-    held_out = validation_sets(config, start.tokenizer, parallel)
+    new, tokenizer, ids = step == stages.first_step, start.tokenizer, start.settings["vocab_size"]
+    opened, feed = setup.open_feed(
+        config, tokenizer, metadata, step, samples, report, world, ids, new_stage=new
+    )
+    held_out = setup.validation_sets(config, tokenizer, parallel)
 
-    trained = build_model(start.settings, config.parallel, training, parallel)
-    check_room_on_rank_0(config, trained, stages, step, world)
-    loaded = fill_weights(trained, view, training.seed)
-    for warning in loaded.warnings if loaded is not None else ():
-        report.warn(warning)
+    trained = build_model(start.settings, config.parallel, config.training, parallel)
+    setup.check_room_on_rank_0(config, trained, stages, step, world)
+    setup.load_weights(trained, view, config.training.seed, report)
     control.progress.collectives = trained.tensor_parallel.group.counters
-    open_metrics(report, config, trained, step, stages.end)
-    save = estimated_save(report, config, trained)
-    warn_ahead(report, config, control.launch, save, step)
-    facts = run_facts(config, trained, opened, samples_per_step=samples, start=start.reason, save=save)
-    report.header(facts)
-    verify_if_asked(config, trained, control, report)
+    introduce(report, stages, trained, opened, launch=control.launch, first_step=step, start=start.reason)
+    setup.verify_if_asked(config, trained, control, report)
+    spikes = SpikeGuard(config.control.spike_action)
     run = Run(
         stages=stages,
         settings=start.settings,
         trained=trained,
-        one_step=TrainingStep(trained, training, stage.accumulation),
+        one_step=TrainingStep(trained, config.training, stage.accumulation, spikes.judge),
         feed=feed,
-        opened=opened,
-        tokenizer=start.tokenizer,
+        data=RunData(opened=opened, report=report),
+        tokenizer=tokenizer,
         keeper=CheckpointKeeper(trained, config.checkpoint, Path(config.output.output_dir), control, report),
         control=control,
         report=report,
         validation_sets=held_out,
+        spikes=spikes,
+        profiler=StepProfiler.of(config.output, parallel),
     )
     run.restore(view)
     begin_stage(run, metadata)
@@ -254,34 +253,39 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
 
 def loop(run: Run) -> bool:
     """Train until the last step of the stage or until a rank is asked to stop; True where it was stopped."""
+    from argonne.training import between_steps
+    from argonne.training.rewind import rewind_if_asked
     from argonne.training.state import stopwatch
     from argonne.training.step import Votes
 
-    config, control, keeper, last_step = run.config, run.control, run.keeper, run.stages.last_step
+    control, keeper, last_step = run.control, run.keeper, run.stages.last_step
     if run.step >= last_step:
         run.report.info(run.finished_before())
     else:
         run.feed.wait()  # maybe hours for a token cache: until the loop begins, a signal ends the run at once
     control.record(total_steps=run.stages.end)
     control.begin(run.step)
-    run.validate_if_missed()
+    between_steps.validate_if_missed(run)
+    run.garbage.begin()
     stop = False
     while run.step < last_step and not stop:
+        run.profiler.before_step(run.step + 1)
         started = stopwatch()
         batch = run.feed.next()
         mine = Votes(stop=control.stop_flag, busy=keeper.busy, spoiled=keeper.spoiled())
         result = run.one_step.run(batch, run.stage_step, votes=mine)
-        run.complete(batch, result, stopwatch() - started)
-        run.check_replicas_if_due()
-
         stop = result.votes.stop
+        if rewind_if_asked(run, batch, result):
+            continue  # the checkpoint has all that a step's end would save
+        run.complete(batch, result, stopwatch() - started)
+        between_steps.end_step(run)
         if not stop:
-            run.validate_if_due()
+            between_steps.validate_if_due(run)
         last = stop or run.step == last_step
         if last or keeper.due(run.step, result.votes):
             run.save()
-        if config.output.sample_interval and run.step % config.output.sample_interval == 0 and not stop:
-            run.sample()
+        if not stop:
+            between_steps.sample_if_due(run)
     return stop
 
 
@@ -294,6 +298,8 @@ def close(run: Run, stopped: bool) -> int:
     from argonne.training.final_model import export_if_asked
 
     control, report, world = run.control, run.report, run.trained.parallel
+    run.garbage.end()
+    run.profiler.close()
     run.feed.close()
     run.keeper.close(save_again=run.save)
     if not stopped:

@@ -63,6 +63,21 @@ class OutputFolder:
         return self.stats / "eval_metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """One JSON object per generated text."""
+        return self.stats / "samples.jsonl"
+
+    @property
+    def spikes(self) -> Path:
+        """One JSON object per spike that was acted upon."""
+        return self.stats / "spikes.jsonl"
+
+    @property
+    def profile(self) -> Path:
+        """The folder of the traces of ``--profile``."""
+        return self.stats / "profile"
+
+    @property
     def run_config(self) -> Path:
         """The resolved configuration of the last run here, as a recipe file."""
         return self.stats / "run_config.toml"

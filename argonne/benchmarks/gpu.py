@@ -25,7 +25,7 @@ from argonne.benchmarks.models import Shape, alone, our_step, training_options
 from argonne.config.options import ParallelOptions
 from argonne.errors import DeviceError
 from argonne.ranks.world import Parallel, World, build_parallel
-from argonne.run.report import peak_flops
+from argonne.run.metrics import peak_flops
 from argonne.tp.costs import ModelOutline, tensor_parallel
 from argonne.tp.plan_memory import Layout, rank_memory
 from argonne.training.build import TrainedModel, build_model, flops_per_token

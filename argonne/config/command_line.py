@@ -17,17 +17,12 @@ from argonne.config.devices import device_bytes
 from argonne.config.families import read_folder_config
 from argonne.config.flags import FlagParser, fill, flag_fields, flag_names, parse_given
 from argonne.config.mixture import mixture_problems
-from argonne.config.options import (
-    EPOCH_CHECKPOINT_INTERVAL,
-    NO_CHECKPOINT,
-    CheckpointOptions,
-    ModelOptions,
-    RunConfig,
-    TrainingOptions,
-)
+from argonne.config.options import ModelOptions, RunConfig, TrainingOptions
 from argonne.config.presets import load_model_settings
 from argonne.config.recipe import Recipe, Stage, groups, overlay
 from argonne.config.recipe_file import Layer, read_layers
+from argonne.config.run_options import EPOCH_CHECKPOINT_INTERVAL, NO_CHECKPOINT, CheckpointOptions
+from argonne.config.tracker_packages import tracker_problems
 from argonne.errors import EXIT_USAGE, ConfigError
 
 Layers = tuple[Layer, tuple[Layer, ...]]
@@ -194,6 +189,8 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
         speaks = speaks or os.environ.get("LOCAL_RANK") == "0"
     recipe = _recipe(given, layers, settings)
     problems += _recipe_problems(recipe, given, layers)
+    if os.environ.get("GROUP_RANK", "0") == "0":  # rank 0 reports, and it runs on this node
+        problems += tracker_problems(recipe.config.output.tracker)
     if not problems:
         return recipe
     if speaks:

@@ -71,6 +71,20 @@ def named_glob(text: str) -> tuple[str, str]:
     return name.strip(), pattern.strip()
 
 
+def step_window(text: str) -> str:
+    """``START:STEPS``, as it is written: two whole numbers from 1 on; raises ValueError."""
+    start, steps = window_of(text)
+    return f"{start}:{steps}"
+
+
+def window_of(text: str) -> tuple[int, int]:
+    """(first step, number of steps) of a ``START:STEPS``; raises ValueError."""
+    start, _, steps = text.partition(":")
+    if not (start.strip().isdecimal() and steps.strip().isdecimal() and int(start) and int(steps)):
+        raise ValueError(text)
+    return int(start), int(steps)
+
+
 def flag_fields(owner: type) -> Iterator[tuple[dataclasses.Field[Any], Flag]]:
     """The fields of a dataclass that are flags, each with its rules."""
     for field in dataclasses.fields(owner):
@@ -131,6 +145,8 @@ class FlagParser(argparse.ArgumentParser):
 def _wanted(rules: Flag) -> str:
     if rules.kind is named_glob:
         return "give NAME=GLOB"
+    if rules.kind is step_window:
+        return "give START:STEPS, two whole numbers from 1 on, such as 100:5"
     if rules.kind is mixed_source:
         return f"give {MIX_FORM}, the name of letters and digits, the weight a decimal number"
     if rules.kind is int:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from argonne.config.flags import flag_fields, flag_names
-from argonne.config.options import DataOptions, EvaluationOptions, RunConfig, TrainingOptions
+from argonne.config.options import DataOptions, RunConfig, TrainingOptions
+from argonne.config.run_options import EvaluationOptions
 
 STAGE_GROUPS = (DataOptions, TrainingOptions, EvaluationOptions)
 WHOLE_RUN = frozenset({"tokenizer_path", "trust_remote_code", "adam_betas", "weight_decay", "seed", "dtype"})

@@ -13,8 +13,9 @@ from typing import Any
 
 from argonne.config.flags import Flag, FlagParser, flag_fields, flag_names
 from argonne.config.mixture import MixedSource
-from argonne.config.options import RecipeOptions, RunConfig
+from argonne.config.options import RunConfig
 from argonne.config.recipe import ONE_OF, Recipe, groups, stage_fields
+from argonne.config.run_options import RecipeOptions
 from argonne.errors import ConfigError
 
 TABLES = {"eval_data": "glob", "data_mix": "weight and glob"}

@@ -1,12 +1,9 @@
 """``stats/eval_metrics.jsonl``: one JSON object per validation and set."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-from argonne.run.metrics import MetricsFile
 
 LARGEST_EXPONENT = 700.0
 """Beyond it exp overflows."""
@@ -48,39 +45,11 @@ class ValidationRecord:
             **self.extra,
         }
 
-
-class ValidationFile:
-    """The lines up to the step that the run starts from, and those of its validations.
-
-    Made where there are lines to be dropped, else with the first one.
-    """
-
-    def __init__(self, path: Path, first_step: int, warn: Callable[[str], None]) -> None:
-        """``first_step``: optimizer steps completed so far; what lies beyond is replaced."""
-        self._path, self._first_step, self._warn = path, first_step, warn
-        self._file: MetricsFile | None = self._open() if path.exists() else None
-
-    def _open(self) -> MetricsFile:
-        return MetricsFile(self._path, self._first_step, self._warn)
-
-    @property
-    def last_step(self) -> int:
-        """Of the last line; 0 without any."""
-        return self._file.last_step if self._file is not None else 0
-
-    def write(self, record: ValidationRecord) -> str:
-        """Append a line; returns it as the console shows it."""
-        if self._file is None:
-            self._file = self._open()
-        line = record.line()
-        self._file.write(line)
+    def text(self) -> str:
+        """One line for the console."""
+        line = self.line()
         per_byte = "" if line["bits_per_byte"] is None else f" | Bits per byte: {line['bits_per_byte']:.4f}"
         return (
-            f"Validation {record.name} at step {record.step} | Loss: {record.loss:.4f} | "
+            f"Validation {self.name} at step {self.step} | Loss: {self.loss:.4f} | "
             f"Perplexity: {line['perplexity']:.2f}{per_byte}"
         )
-
-    def close(self) -> None:
-        """Close the file; calling it again does nothing."""
-        if self._file is not None:
-            self._file.close()

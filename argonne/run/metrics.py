@@ -60,11 +60,27 @@ class MetricsFile:
         self._waiting: list[bytes] = []
         self.last_step = 0
         """Of the last line that was kept or written; 0 without any."""
+        self._open(first_step)
+
+    def _open(self, step: int) -> None:
         try:
-            self._keep_until(first_step)
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._keep_until(step)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            self._warn(f"{path} cannot be written ({error.strerror}): the run goes on without these metrics")
+            self._warn(
+                f"{self._path} cannot be written ({error.strerror}): the run goes on without these metrics"
+            )
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to ``step``: what lies beyond is replaced by what comes."""
+        if self._file is None:
+            return
+        self.close()
+        self._waiting = [line for line in self._waiting if _step_of(line) <= step]
+        self.last_step = 0
+        self._open(step)
+        if self._waiting:
+            self.last_step = _step_of(self._waiting[-1])
 
     def _keep_until(self, step: int) -> None:
         """Drop later lines and torn ones; the file is replaced whole, never half."""
@@ -103,6 +119,39 @@ class MetricsFile:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+class LaterFile:
+    """A MetricsFile that is made where there are lines to be dropped, else with its first line."""
+
+    def __init__(self, path: Path, first_step: int, warn: Callable[[str], None]) -> None:
+        """``first_step``: optimizer steps completed so far; what lies beyond is replaced."""
+        self._path, self._first_step, self._warn = path, first_step, warn
+        self._file: MetricsFile | None = self._open() if path.exists() else None
+
+    def _open(self) -> MetricsFile:
+        return MetricsFile(self._path, self._first_step, self._warn)
+
+    @property
+    def last_step(self) -> int:
+        """Of the last line; 0 without any."""
+        return self._file.last_step if self._file is not None else 0
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record, which has its ``step``."""
+        if self._file is None:
+            self._file = self._open()
+        self._file.write(record)
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to ``step``: what lies beyond is replaced by what comes."""
+        if self._file is not None:
+            self._file.rewind(step)
+
+    def close(self) -> None:
+        """Close the file; calling it again does nothing."""
+        if self._file is not None:
+            self._file.close()
 
 
 def _step_of(line: bytes) -> int:

@@ -7,17 +7,14 @@ warning: training never waits for a service, and the metrics file has everything
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from argonne.errors import ConfigError, one_line
+from argonne.errors import one_line
 from argonne.files import OutputFolder, read_json, write_json
-
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
-"""Names that ``--tracker`` takes, and the package that each needs."""
 
 
 class Tracker(Protocol):
@@ -63,18 +60,8 @@ class _Session:
         self._module.finish()
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """ConfigError naming the packages that are not installed."""
-    missing = [PACKAGES[name] for name in names if importlib.util.find_spec(PACKAGES[name]) is None]
-    if missing:
-        raise ConfigError(
-            f"--tracker {' '.join(names)} needs {' and '.join(missing)}, not installed here: "
-            f"pip install {' '.join(missing)}, or leave the flag out"
-        )
-
-
 class Trackers:
-    """All trackers of a run, on the rank that reports."""
+    """All trackers of a run, on the rank that reports; ``names`` as ``--tracker`` takes them."""
 
     def __init__(
         self,
@@ -85,17 +72,16 @@ class Trackers:
         config: Mapping[str, Any],
         warn: Callable[[str], None],
     ) -> None:
-        check_trackers(names)
         self._warn = warn
         self._open: dict[str, Tracker] = {}
-        for name in names:
+        for name in dict.fromkeys(names):
             self._try(name, partial(self._start, name, output_dir, first_step, config))
 
     def _start(self, name: str, output_dir: Path, first_step: int, config: Mapping[str, Any]) -> None:
         if name == "tensorboard":
             self._open[name] = _TensorBoard(OutputFolder(output_dir).stats / "tensorboard", first_step)
         else:
-            self._open[name] = _Session(importlib.import_module(PACKAGES[name]), name, output_dir, config)
+            self._open[name] = _Session(importlib.import_module(name), name, output_dir, config)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """The numbers of one line of metrics; nested ones by ``name/key``."""
@@ -124,6 +110,6 @@ def flattened(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     for key, value in line.items():
         if isinstance(value, Mapping):
             values |= flattened(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             values[f"{prefix}{key}"] = value
     return values

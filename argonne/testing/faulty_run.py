@@ -7,6 +7,8 @@ The fault is ``{"kind": ..., "rank": ..., ...}`` and happens on that rank only:
 - ``kill``: SIGKILL at the ``operation``-th file operation inside a save, a write being half done.
 - ``full``: writes to files with ``where`` in their path fail after ``bytes`` bytes, with ``error`` (ENOSPC).
 - ``nan``: the loss is NaN in steps ``first`` to ``last``; ``gradient`` instead spoils one gradient.
+- ``spike``: one gradient is ``factor`` times what it should be in some steps, the ``batches``, counted from 1
+  in this process; the rule judges from ``least`` steps on.
 - ``perturb``: one element of ``name`` changes before step ``step``.
 - ``spoil``: a bit of every checkpoint flips on its way to the disk (``times`` times).
 - ``slow``: reading a checkpoint back takes ``seconds`` more.
@@ -112,6 +114,20 @@ def nan(fault: Fault) -> None:
     in_steps(spoil)
 
 
+def spike(fault: Fault) -> None:
+    counted, handles = [0], list[Any]()
+
+    def spoil(one_step: Any, step: int) -> None:
+        counted[0] += 1
+        factor = fault["factor"] if counted[0] in fault["batches"] else 1.0
+        while handles:
+            handles.pop().remove()
+        weight = dict(one_step._trained.model.named_parameters())["blocks.1.mlp.up_proj.weight"]
+        handles.append(weight.register_hook(lambda gradient: gradient * factor))
+
+    in_steps(spoil)
+
+
 def perturb(fault: Fault) -> None:
     def change(one_step: Any, step: int) -> None:
         if step == fault["step"]:
@@ -189,15 +205,15 @@ def send(fault: Fault) -> None:
     if fault["phase"] == "save":
         in_saves(once)
     elif fault["phase"] == "sample":
-        import argonne.training.state as run_state
+        from argonne.training import between_steps
 
-        generate = run_state.generate_text
+        generate = between_steps.generate_text
 
         def faulty_generate(*args: Any, **kwargs: Any) -> str:
             once()
             return generate(*args, **kwargs)
 
-        run_state.generate_text = faulty_generate
+        between_steps.generate_text = faulty_generate
     else:
         in_steps(lambda one_step, step: once() if step == fault["step"] else None)
 
@@ -206,6 +222,7 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "kill": kill,
     "full": full,
     "nan": nan,
+    "spike": spike,
     "perturb": perturb,
     "spoil": spoil,
     "slow": slow,
@@ -221,6 +238,10 @@ def main() -> int:
     fault: Fault = json.loads(sys.argv[1])
     from resume_pretrain_tensor import main as train
 
+    if "least" in fault:  # on all ranks, which judge alike
+        import argonne.training.spikes as rule
+
+        rule.LEAST = fault["least"]
     if int(os.environ.get("RANK", "0")) == fault["rank"]:
         FAULTS[fault["kind"]](fault)
     return train(sys.argv[2:])

@@ -39,7 +39,7 @@ def corpora(recipe: Recipe) -> Iterator[tuple[str, str, RunConfig]]:
     known = set()
     for stage in recipe.stages:
         data = stage.config.data
-        sources = [(name, glob) for name, _, glob in data.data_mix] or [("", data.data_glob)]
+        sources = [(name, glob) for name, _, glob in data.data_mix] or [("", glob) for glob in data.data_glob]
         for name, glob in sources:
             if (glob, data.text_column) not in known:
                 known.add((glob, data.text_column))

@@ -12,7 +12,6 @@ import torch
 from argonne.errors import NonFiniteError
 from argonne.ranks.agree import barrier, gather_objects
 from argonne.training.build import build_model, fill_weights
-from argonne.training.data_places import metadata_for
 from argonne.training.setup import open_feed
 from argonne.training.state import peak_memory_bytes
 from argonne.training.step import TrainingStep, Votes
@@ -32,18 +31,20 @@ def two_steps(flight: Preflight) -> str:
     stages, start, parallel = flight.stages, flight.start, flight.parallel
     assert stages is not None and start is not None and parallel is not None
     stage, config = stages.current, stages.current.config
-    place = metadata_for(config, start.metadata, new_stage=start.step == stages.first_step)
+    metadata, step, new_stage = start.metadata, start.step, start.step == stages.first_step
     streamed = "" if config.data.streaming else "; data as a stream, not from the token cache"
     if streamed:
-        config, place = replace(config, data=replace(config.data, streaming=True)), {}
+        config, metadata, step = replace(config, data=replace(config.data, streaming=True)), {}, 0
     _, feed = open_feed(
         config,
         start.tokenizer,
-        place,
-        start.step if place else 0,
+        metadata,
+        step,
         stage.samples_per_step,
         flight.report,
         parallel,
+        start.settings["vocab_size"],
+        new_stage=new_stage,
     )
     try:
         trained = build_model(start.settings, config.parallel, config.training, parallel)

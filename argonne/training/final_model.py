@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from argonne.config.options import NO_CHECKPOINT, RunConfig
+from argonne.config.options import RunConfig
 from argonne.config.presets import PRESETS
+from argonne.config.run_options import NO_CHECKPOINT
 from argonne.errors import ConfigError, DeviceError
 from argonne.files import OutputFolder
 from argonne.ranks.agree import on_rank_0

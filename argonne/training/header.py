@@ -9,11 +9,15 @@ from pathlib import Path
 import torch
 
 from argonne.config.options import DataOptions, ParallelOptions, RunConfig
-from argonne.files import OutputFolder
+from argonne.config.recipe import flag_values
+from argonne.files import OutputFolder, json_safe
+from argonne.run.lines import RunFacts
+from argonne.run.metrics import peak_flops
 from argonne.run.processes import Launch
-from argonne.run.report import RunFacts, RunReport, peak_flops
+from argonne.run.report import RunReport
 from argonne.training.build import TrainedModel, flops_per_token
 from argonne.training.schedule import Schedule
+from argonne.training.stages import Stages
 from checkpointing import SaveEstimate, estimate_save, later_checkpoints
 from data_stream import OpenedStream
 
@@ -30,7 +34,27 @@ def open_metrics(
         total_steps=last_step,
         flops_per_token=flops_per_token(trained, training.block_size),
         peak_flops_total=None if peak is None else peak * parallel.world_size,
+        trackers=config.output.tracker,
+        settings=json_safe(flag_values(config)),
     )
+
+
+def introduce(
+    report: RunReport,
+    stages: Stages,
+    trained: TrainedModel,
+    opened: OpenedStream | None,
+    *,
+    launch: Launch,
+    first_step: int,
+    start: str,
+) -> None:
+    """Open the metrics, warn of what lies ahead and print the header; ``start`` as in `run_facts`."""
+    config, samples = stages.current.config, stages.current.samples_per_step
+    open_metrics(report, config, trained, first_step, stages.end)
+    save = estimated_save(report, config, trained)
+    warn_ahead(report, config, launch, save, first_step)
+    report.header(run_facts(config, trained, opened, samples_per_step=samples, start=start, save=save))
 
 
 def estimated_save(report: RunReport, config: RunConfig, trained: TrainedModel) -> SaveEstimate | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from argonne.config.options import CheckpointOptions
+from argonne.config.run_options import CheckpointOptions
 from argonne.errors import CheckpointError
 from argonne.files import OutputFolder
 from argonne.ranks.agree import broadcast_object
@@ -127,6 +127,20 @@ class CheckpointKeeper:
         if problem is not None:
             self._tell_verified()
             raise problem
+
+    def sound_checkpoint(self, resumed_from: Path | None) -> Path | None:
+        """The newest checkpoint that has been verified, or else the one resumed from; collective.
+
+        The verification under way is waited for.
+        """
+        if self._wait() is not None:
+            self._tell_verified()
+            if self.newest is not None:
+                self._spoiled.append(self.newest)
+            self._report.warn("the last checkpoint is spoiled; earlier checkpoints were kept")
+            self._postponed = True
+        found: Path | None = broadcast_object(self._verified or resumed_from, self._trained.parallel)
+        return found
 
     def _wait(self) -> CheckpointError | None:
         with self._control.phase("save"):

@@ -16,6 +16,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from argonne.config.flags import window_of
+from argonne.config.run_options import OutputOptions
+from argonne.files import OutputFolder
+from argonne.ranks.world import Parallel
+
 Interval = tuple[float, float]
 """(begin, end) in microseconds."""
 COLLECT_EVERY = 1000
@@ -116,29 +121,43 @@ def timeline(events: Iterable[Any], *, on_device: bool) -> tuple[list[Interval],
 
 
 class StepProfiler:
-    """Profiles the steps that ``--profile`` names; nothing where it names none.
+    """Profiles the steps of ``--profile START:STEPS``; nothing without it.
 
     Args:
-        first: the first step to profile, counted from 1; None: none.
-        steps: how many.
+        window: ``START:STEPS``, steps counted from 1; None: no profile.
         folder: where the traces go; made when they are written.
         rank: of this process, in the file's name.
         device: of the run.
     """
 
     def __init__(
-        self, first: int | None, steps: int, *, folder: Path, rank: int, device: torch.device
+        self,
+        window: str | None = None,
+        *,
+        folder: Path = Path(),
+        rank: int = 0,
+        device: torch.device | None = None,
     ) -> None:
-        self._first, self._last = first, None if first is None else first + steps - 1
-        self._folder, self._rank, self._device = folder, rank, device
+        self._first = self._last = 0
+        if window is not None:
+            self._first, steps = window_of(window)
+            self._last = self._first + steps - 1
+        self._folder, self._rank = folder, rank
+        self._on_device = device is not None and device.type == "cuda"
         self._profile: Any = None
+
+    @classmethod
+    def of(cls, options: OutputOptions, parallel: Parallel) -> StepProfiler:
+        """The one that ``--profile`` asks for, on this rank."""
+        folder = OutputFolder(Path(options.output_dir)).profile
+        return cls(options.profile, folder=folder, rank=parallel.rank, device=parallel.device)
 
     def before_step(self, step: int) -> None:
         """Step number ``step`` (from 1) is about to begin."""
-        if step != self._first:
+        if step != self._first or self._profile is not None:
             return
         activities = [ProfilerActivity.CPU]
-        if self._device.type == "cuda":
+        if self._on_device:
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=200_000)
         self._profile = profile(activities=activities)
@@ -148,16 +167,32 @@ class StepProfiler:
         """Step number ``step`` is complete; after the last profiled one the line that says what was found."""
         if self._profile is None or step != self._last:
             return None
-        on_device = self._device.type == "cuda"
-        if on_device:
+        self._stop()
+        found = shares(*timeline(self._profile.events(), on_device=self._on_device))
+        said = f"Profile of steps {self._first} to {self._last} (rank {self._rank}): {found.line()}"
+        try:
+            said = f"{said}; {self._write()}"
+        except OSError as error:
+            said = f"{said}; no trace, for {self._folder} cannot be written ({error.strerror})"
+        self._profile, self._first = None, 0  # once, also where the run goes back over the same steps
+        return said
+
+    def close(self) -> None:
+        """The run ends: a profile whose last step has not come is let go."""
+        if self._profile is not None:
+            self._stop()
+            self._profile = None
+
+    def _stop(self) -> None:
+        if self._on_device:
             torch.cuda.synchronize()
         self._profile.__exit__(None, None, None)
+
+    def _write(self) -> Path:
         self._folder.mkdir(parents=True, exist_ok=True)
         trace = self._folder / f"trace_rank_{self._rank}.json"
         self._profile.export_chrome_trace(str(trace))
-        if on_device:
+        if self._on_device:
             torch.cuda.memory._dump_snapshot(str(self._folder / f"memory_rank_{self._rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-        found = shares(*timeline(self._profile.events(), on_device=on_device))
-        self._profile = None
-        return f"Profile of steps {self._first} to {self._last} (rank {self._rank}): {found.line()}; {trace}"
+        return trace

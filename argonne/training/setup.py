@@ -21,7 +21,8 @@ from argonne.run.control import RunControl
 from argonne.run.lock import prepare_output_dir
 from argonne.run.report import RunReport
 from argonne.run.status import already_ended
-from argonne.training.build import TrainedModel, model_settings
+from argonne.training.build import TrainedModel, fill_weights, model_settings
+from argonne.training.data_places import metadata_for
 from argonne.training.final_model import check_final_model_dir
 from argonne.training.model_config import local_attention_line
 from argonne.training.stages import Stages
@@ -202,13 +203,16 @@ def open_feed(
     report: RunReport,
     world: World,
     vocab_size: int | None = None,
+    *,
+    new_stage: bool,
 ) -> tuple[OpenedStream | None, StepFeed]:
     """Rank 0's source and every rank's feed, which tokenizes the first texts while the model is built.
 
-    ``metadata``: ``data_position`` and ``data_state`` of a checkpoint after ``step`` steps, or nothing;
-    ``vocab_size``: the model's.
+    ``metadata``: of a checkpoint after ``step`` steps, or nothing. ``vocab_size``: the model's.
+    ``new_stage``: the stage begins here.
     """
-    opened = data_on_rank_0(config, tokenizer, metadata, step, samples_per_step, world, vocab_size)
+    place = metadata_for(config, metadata, new_stage=new_stage)
+    opened = data_on_rank_0(config, tokenizer, place, step, samples_per_step, world, vocab_size)
     for notice in opened.notices if opened is not None else ():
         report.warn(notice)
     feed = StepFeed(
@@ -219,6 +223,13 @@ def open_feed(
         pin_memory=world.device.type == "cuda",
     )
     return opened, feed
+
+
+def load_weights(trained: TrainedModel, view: CheckpointView | None, seed: int, report: RunReport) -> None:
+    """Draw or load the weights, warning of what the checkpoint lacks; collective."""
+    loaded = fill_weights(trained, view, seed)
+    for warning in loaded.warnings if loaded is not None else ():
+        report.warn(warning)
 
 
 def validation_sets(config: RunConfig, tokenizer: Any, parallel: Parallel) -> tuple[ValidationSet, ...]:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-ACTIONS = ("none", "skip", "rewind")
 WINDOW = 200
 """Steps that the rule looks back on."""
 LEAST = 50
@@ -33,6 +32,10 @@ class Spike:
     """``loss`` or ``grad_norm``."""
     value: float
     threshold: float
+
+    def describe(self) -> str:
+        """In a few words."""
+        return f"{self.quantity} {self.value:.4g} above {self.threshold:.4g}"
 
 
 class SpikeRule:

@@ -10,7 +10,7 @@ from argonne.ranks.agree import barrier
 from argonne.ranks.world import Parallel
 from argonne.run.report import RunReport
 from argonne.training.build import TrainedModel, flops_per_token
-from argonne.training.data_places import metadata_for, places_beside
+from argonne.training.data_places import places_beside
 from argonne.training.optimizer import reset_adam
 from argonne.training.setup import check_data_ahead, open_feed, validation_sets
 from argonne.training.stages import Stages, plan_stages, resume_stages
@@ -32,7 +32,7 @@ def choose_stage(
 def enter_next_stage(run: Run) -> bool:
     """Go on with the next stage of the recipe; False after the last one. Collective."""
     world, scaler = run.trained.parallel, run.one_step.scaler.state_dict()
-    metadata = run.data_metadata()
+    metadata = run.data.metadata(run.config, staged=bool(run.stages.current.name))
     if not run.stages.advance():
         return False
     run.feed.close()
@@ -40,19 +40,21 @@ def enter_next_stage(run: Run) -> bool:
     run.feed.close()
     stage = run.stages.current
     with run.control.phase("load"):
-        run.opened, run.feed = open_feed(
+        run.data.opened, run.feed = open_feed(
             stage.config,
             run.tokenizer,
-            metadata_for(stage.config, metadata, new_stage=True),
+            metadata,
             run.step,
             stage.samples_per_step,
             run.report,
             world,
             run.settings["vocab_size"],
+            new_stage=True,
         )
         run.validation_sets = validation_sets(stage.config, run.tokenizer, world)
-    run.progress = run.opened.start if run.opened is not None else None
-    run.one_step = TrainingStep(run.trained, stage.config.training, stage.accumulation)
+    run.data.begin()
+    run.spikes.begin_stage()
+    run.one_step = TrainingStep(run.trained, stage.config.training, stage.accumulation, run.spikes.judge)
     run.one_step.scaler.load_state_dict(scaler)
     begin_stage(run, metadata)
     return True
@@ -61,7 +63,8 @@ def enter_next_stage(run: Run) -> bool:
 def begin_stage(run: Run, metadata: Mapping[str, Any]) -> None:
     """What the first step of a stage needs and a resume within it does not; says the stage in one line."""
     stages, trained = run.stages, run.trained
-    run.data_places = places_beside(stages.current.config, metadata)
+    run.data.places = places_beside(stages.current.config, metadata)
+    run.report.begin_stage(stages.current.name, stages.last_step)
     if not stages.current.name:
         return
     run.report.note(**stages.label())

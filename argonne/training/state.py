@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 import time
@@ -14,7 +13,6 @@ import torch
 
 from argonne.config.options import RunConfig
 from argonne.errors import NonFiniteError
-from argonne.ranks.agree import broadcast_object
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport, StepRecord
 from argonne.training.build import TrainedModel
@@ -25,16 +23,16 @@ from argonne.training.changes import (
     run_settings,
     saved_settings,
 )
-from argonne.training.data_places import data_source
-from argonne.training.generation import generate_text
 from argonne.training.keeper import CheckpointKeeper
+from argonne.training.profiling import GarbageControl, StepProfiler
+from argonne.training.run_data import RunData
 from argonne.training.schedule import Schedule
+from argonne.training.spike_guard import SPIKES_KEY, SpikeGuard
 from argonne.training.stages import Stages
 from argonne.training.step import StepResult, TrainingStep
-from argonne.training.validation import ValidationSet, validate
-from argonne.verification.replicas import check_replicas
+from argonne.training.validation import ValidationSet
 from checkpointing import CheckpointView
-from data_stream import DataProgress, OpenedStream, StepBatch, StepFeed
+from data_stream import StepBatch, StepFeed
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -49,7 +47,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @dataclass(eq=False, kw_only=True)
 class Run:
-    """Everything the loop works with. ``opened`` and ``tokenizer`` are rank 0's, None elsewhere."""
+    """Everything the loop works with. ``tokenizer`` is rank 0's, None elsewhere."""
 
     stages: Stages
     settings: dict[str, Any]
@@ -57,7 +55,7 @@ class Run:
     trained: TrainedModel
     one_step: TrainingStep
     feed: StepFeed
-    opened: OpenedStream | None
+    data: RunData
     tokenizer: Any
     keeper: CheckpointKeeper
     control: RunControl
@@ -70,10 +68,9 @@ class Run:
     """Of the last step."""
     resumed_from: Path | None = None
     """The checkpoint that this run began with; None: from scratch."""
-    progress: DataProgress | None = None
-    """Where the data stands after the last batch trained on (rank 0)."""
-    data_places: dict[str, Any] = field(default_factory=dict)
-    """Where earlier stages left data that this one does not read (rank 0)."""
+    spikes: SpikeGuard = field(default_factory=lambda: SpikeGuard("none"))
+    profiler: StepProfiler = field(default_factory=StepProfiler)
+    garbage: GarbageControl = field(default_factory=GarbageControl)
 
     @property
     def config(self) -> RunConfig:
@@ -91,9 +88,7 @@ class Run:
 
     def restore(self, view: CheckpointView | None) -> None:
         """Counters from the checkpoint, and what this run changes; where the data begins, from the source."""
-        if self.opened is not None:
-            self.progress = self.opened.start
-            self.report.note(data_skipped=list(self.progress.skipped))
+        self.data.begin()
         if view is None or view.weights_only:
             return
         self.step, self.resumed_from = view.step, view.path
@@ -103,6 +98,7 @@ class Run:
         self.one_step.scaler.load_state_dict(view.metadata.get("loss_scaler") or {})
         if view.metadata.get("stage", "") != self.stages.label().get("stage", ""):
             return  # a stage that begins here has settings of its own
+        self.spikes.load_state_dict(view.metadata.get(SPIKES_KEY) or {})
         for line in changed_settings(saved_settings(view), self._settings()):
             self.report.info(line)
         jump = rate_jump(view, Schedule.of(self.config.training), self.stages.first_step)
@@ -137,12 +133,16 @@ class Run:
         tokens = self.samples_per_step * self.config.training.block_size
         self.tokens_processed += tokens
         self.loss = result.totals.loss
+        before = self.data.position()
         extra = {
             **self.stages.label(),
-            **self._data_progress(batch.progress),
+            **self.data.advance(batch.progress),
             **self._source_losses(batch, result),
+            **self.spikes.take_note(),
         }
-        position = self._position()
+        position = self.data.position()
+        if result.spike is not None:
+            extra |= self.spikes.skipped(result.spike, self.step, before, position, self.report)
         if result.skipped:
             extra["skipped"] = "non-finite loss or gradient"
             self.report.warn(
@@ -170,65 +170,15 @@ class Run:
                 f"(loss {self.loss}): lower --learning-rate, or check the data with scripts/inspect_data.py"
             )
 
-    def _data_progress(self, progress: DataProgress | None) -> dict[str, Any]:
-        """Advance to the place after this step; its keys for the metrics. Reports what was newly skipped."""
-        known = len(self.progress.skipped) if self.progress is not None else 0
-        self.progress = progress
-        if progress is None:
-            return {}
-        extra = dict(progress.metrics())
-        if new := progress.skipped[known:]:
-            extra["data_skipped"] = list(new)
-            self.report.note(data_skipped=list(progress.skipped))
-            for skip in new:
-                what = f"{skip['rows']} rows from row {skip['row']} on of {skip['file_name']}"
-                self.report.warn("data was skipped (--skip-bad-shards):", f"{what}: {skip['reason']}")
-        return extra
-
     def _source_losses(self, batch: StepBatch, result: StepResult) -> dict[str, Any]:
-        """Of a mixture, on rank 0: the mean loss of the step's tokens of each source that has any."""
-        if self.opened is None or batch.sources is None:
+        if batch.sources is None:
             return {}
-        names, samples = self.opened.source_names, torch.bincount(batch.sources).tolist()
-        means = {
-            name: loss / (count * self.config.training.block_size)
-            for name, loss, count in zip(names, result.totals.source_losses, samples, strict=False)
-            if count
-        }
-        return {"loss_by_source": means}
-
-    def _position(self) -> dict[str, Any]:
-        if self.opened is None or self.progress is None:
-            return {}
-        return self.opened.position_dict(self.progress)
+        samples = torch.bincount(batch.sources).tolist()
+        block_size = self.config.training.block_size
+        return self.data.source_losses(samples, result.totals.source_losses, block_size)
 
     def _settings(self) -> dict[str, Any]:
         return run_settings(self.config.training, self.trained.dtype, self.samples_per_step)
-
-    def check_replicas_if_due(self) -> None:
-        """Compare what several ranks hold alike; PeerError on all ranks where a copy has drifted."""
-        interval = self.config.parallel.replica_check_interval
-        if interval and self.step % interval == 0:
-            check_replicas(self.trained.parameters(), self.trained.slice_map, self.trained.parallel)
-
-    def validate_if_due(self) -> None:
-        """Measure the validation sets at their interval and after the last step; collective."""
-        interval = self.config.evaluation.eval_interval
-        due = self.step == self.stages.last_step or (interval and self.step % interval == 0)
-        if not due or not self.validation_sets:
-            return
-        with self.control.phase("validate"):
-            for validation_set in self.validation_sets:
-                record = validate(self.trained, validation_set, self.step)
-                self.report.validation(dataclasses.replace(record, extra=self.stages.label()))
-
-    def validate_if_missed(self) -> None:
-        """A run that was stopped where a validation was due makes it when it is resumed; collective."""
-        if self.step and self.validation_sets:
-            recorded = self.report.evaluations
-            done = recorded is not None and recorded.last_step == self.step
-            if not broadcast_object(done, self.trained.parallel):
-                self.validate_if_due()
 
     def save(self) -> Path:
         """Write a checkpoint of the run as it stands; collective."""
@@ -249,26 +199,9 @@ class Run:
             SETTINGS_KEY: self._settings(),
             "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **self.stages.metadata(self.step),
-            **self.data_metadata(),
+            **self.spikes.metadata(),
+            **self.data.metadata(self.config, staged=bool(self.stages.current.name)),
         }
-
-    def data_metadata(self) -> dict[str, Any]:
-        """The keys of a checkpoint about the data; there on rank 0 only."""
-        if self.opened is None or self.progress is None:
-            return {}
-        found: dict[str, Any] = {
-            "data_position": self._position(),
-            "data_state": self.opened.state_dict(self.progress),
-        }
-        if self.stages.current.name:
-            found |= {"data_source": data_source(self.config), "data_places": self.data_places}
-        return found
-
-    def sample(self) -> None:
-        """Generate and print a text; collective."""
-        with self.control.phase("sample"):
-            text = generate_text(self.trained, self.tokenizer, seed=self.config.training.seed + self.step)
-        self.report.sample(self.step, text)
 
 
 def stopwatch() -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from argonne.training.optimizer import (
     set_learning_rate,
 )
 from argonne.training.schedule import Schedule
+from argonne.training.spikes import Spike
 from data_stream import StepBatch
 
 
@@ -57,15 +58,25 @@ class StepResult:
     skipped: bool
     """Loss or gradient was not finite, and the weights were left alone."""
     too_many_skipped: bool
+    spike: Spike | None = None
+    """A loss or norm beyond the threshold, for which the weights were left alone."""
 
 
 class TrainingStep:
     """Takes the batch of one step through the model.
 
     Micro-batch m of data-parallel rank d is the batch_size samples from (m * dp_size + d) * batch_size on.
+    ``judge`` finds a spike in totals that are finite.
     """
 
-    def __init__(self, trained: TrainedModel, options: TrainingOptions, accumulation: int) -> None:
+    def __init__(
+        self,
+        trained: TrainedModel,
+        options: TrainingOptions,
+        accumulation: int,
+        judge: Callable[[StepTotals], Spike | None] = lambda totals: None,
+    ) -> None:
+        self._judge = judge
         self._trained = trained
         self._options = options
         self._accumulation = accumulation
@@ -95,7 +106,8 @@ class TrainingStep:
         )
         lr = self._schedule.rate(step)
         set_learning_rate(trained.optimizer, lr)
-        if totals.finite:
+        spike = self._judge(totals) if totals.finite else None
+        if totals.finite and spike is None:
             scale_gradients(
                 gradients, grad_norm=totals.grad_norm, max_norm=options.grad_clip, scale=self.scaler.scale
             )
@@ -109,6 +121,7 @@ class TrainingStep:
             lr=lr,
             skipped=not totals.finite,
             too_many_skipped=too_many,
+            spike=spike,
         )
 
     def _accumulate(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -26,9 +26,12 @@ def test_defaults_are_the_guides() -> None:
     assert config.checkpoint.checkpoint_interval == 300
     assert (config.output.log_interval, config.output.sample_interval, config.output.output_dir) == (
         50,
-        0,
+        1000,
         ".",
     )
+    assert config.output.sample_prompt == "Long long time ago, "
+    assert (config.output.tracker, config.output.profile) == ((), None)
+    assert config.control.spike_action == "none"
     assert config.model.model_config is None and config.model.settings is None
     assert derive_accumulation(config.training, 3) == 1
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from argonne.files import read_json, write_json
-from argonne.run.report import RunFacts, RunReport, StepRecord
+from argonne.run.lines import RunFacts, bar_text
+from argonne.run.report import RunReport, StepRecord
 from tests import ROOT
 
 POSITION = {
@@ -66,7 +67,7 @@ def test_the_printed_lines(stats: Path, capsys: pytest.CaptureFixture[str]) -> N
     report = begun(stats.parent, log_interval=500)
     for step in (999, 1000):
         report.step(record(step))
-    report.sample(1000, "Long long time ago, there was")
+    report.sample(1000, "Long long time ago, there was", prompt="Long long time ago, ")
     out, err = capsys.readouterr()
     assert out.splitlines()[:3] == [
         "Step 1000 | Loss: 2.3456 | Tokens: 1,234,567,890",
@@ -283,7 +284,58 @@ def test_a_terminal_gets_a_bar(stats: Path) -> None:
         pass  # how a terminal says that it is closed
     os.close(terminal)
     assert process.returncode == 0 and out.count(b"Step ") == 5
-    assert b"5/10" in drawn and b"loss 2.3456" in drawn
+    assert b"5/10" in drawn and b"loss 2.3456, 2,000 tokens/s, ETA 0:00:0" in drawn
+    assert b"\x1b" not in out and b"\r" not in out
+
+
+def test_files_get_plain_lines(stats: Path) -> None:
+    process = run_script(stats.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    out, _ = process.communicate()
+    assert out.decode().splitlines()[0] == "Step 1 | Loss: 2.3456 | Tokens: 1,234,567,890"
+    assert len(out.splitlines()) == 15 and b"\x1b" not in out and b"\r" not in out
+
+
+def test_what_stands_behind_the_bar() -> None:
+    line = {"loss": 2.5, "tokens_per_second": 12345.6, "mfu": 0.4119}
+    assert bar_text(line, stage="anneal", seconds_left=93_784.4) == (
+        "loss 2.5000, 12,346 tokens/s, MFU 41.2%, anneal ETA 1d 2:03:04"
+    )
+    assert bar_text({**line, "mfu": 0.4}, stage="", seconds_left=59.6).endswith("MFU 40.0%, ETA 0:01:00")
+
+
+def test_samples_are_kept_and_replaced_by_a_resume(stats: Path) -> None:
+    first = begun(stats.parent)
+    for step in (2, 4):
+        first.sample(step, f"Once {step}", prompt="Once", extra={"stage": "base"})
+    first.close()
+    second = begun(stats.parent, first_step=3)
+    second.sample(4, "Once again", prompt="Once")
+    second.close()
+    lines = [json.loads(line) for line in (stats / "samples.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 2, "prompt": "Once", "text": "Once 2", "stage": "base"},
+        {"step": 4, "prompt": "Once", "text": "Once again"},
+    ]
+
+
+def test_a_run_that_goes_back_replaces_what_lay_beyond(stats: Path) -> None:
+    report = begun(stats.parent)
+    for step in range(1, 6):
+        report.step(record(step, loss=1.0))
+        report.sample(step, "x", prompt="x")
+    report.spike({"step": 6}, "Spike at step 6")
+    report.rewind(3)
+    report.step(record(4, loss=2.0))
+    report.close()
+    assert [(line["step"], line["loss"]) for line in lines_of(stats)] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 1.0),
+        (4, 2.0),
+    ]
+    samples = [json.loads(line)["step"] for line in (stats / "samples.jsonl").read_text().splitlines()]
+    assert samples == [1, 2, 3]
+    assert json.loads((stats / "spikes.jsonl").read_text()) == {"step": 6}
 
 
 def test_json_files_are_whole_or_old(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from argonne.errors import ConfigError
-from argonne.run import trackers
-from argonne.run.trackers import Trackers, check_trackers, flattened
+from argonne.run.evaluations import ValidationRecord
+from argonne.run.trackers import Trackers, flattened
+from tests.run.test_report import begun, record
 
 LINE = {
     "step": 7,
@@ -17,6 +17,7 @@ LINE = {
     "skipped": "text",
     "loss_by_source": {"math": 1.5, "code": None},
     "nan": float("nan"),
+    "infinite": float("inf"),
 }
 
 
@@ -41,17 +42,11 @@ class Service(types.ModuleType):
         self.calls.append(("finish", None))
 
 
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: object())
-
-
 def start(name: str, folder: Path, warnings: list[str]) -> Trackers:
     (folder / "stats").mkdir(exist_ok=True)
     return Trackers([name], folder, first_step=6, config={"lr": 1}, warn=warnings.append)
 
 
-@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_numbers_reach_the_service_and_a_resume_goes_on(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -70,7 +65,6 @@ def test_numbers_reach_the_service_and_a_resume_goes_on(
         assert service.calls[3][1]["id"] == "fresh"
 
 
-@pytest.mark.usefixtures("installed")
 def test_tensorboard_hides_what_lies_beyond_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +88,6 @@ def test_tensorboard_hides_what_lies_beyond_the_first_step(
     assert written[1:] == [("loss", 2.5, 7), ("loss_by_source/math", 1.5, 7)]
 
 
-@pytest.mark.usefixtures("installed")
 def test_a_service_that_fails_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trackio", Service("trackio", failing=True))
     warnings: list[str] = []
@@ -105,10 +98,25 @@ def test_a_service_that_fails_costs_one_warning(tmp_path: Path, monkeypatch: pyt
     assert warnings == ["--tracker trackio stopped (no route to host): the metrics file goes on"]
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install wandb"):
-        check_trackers(["wandb"])
+def test_a_run_feeds_its_steps_and_validations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service("trackio")
+    monkeypatch.setitem(sys.modules, "trackio", service)
+    (tmp_path / "stats").mkdir()
+    report = begun(tmp_path, trackers=["trackio", "trackio"], settings={"--learning-rate": 1e-3})
+    report.step(record(1))
+    report.validation(
+        ValidationRecord(step=1, name="held", loss=2.0, samples=1, tokens=8, text_bytes=0, seconds=0.1)
+    )
+    report.close()
+    report.close()
+    assert [kind for kind, _ in service.calls] == ["init", "log", "log", "finish"]
+    assert service.calls[0][1]["config"] == {"--learning-rate": 1e-3}
+    assert service.calls[1][1][1]["grad_norm"] == 1.5
+    step, values = service.calls[2][1]
+    assert step == 1 and values == {
+        "validation/held/loss": 2.0,
+        "validation/held/perplexity": pytest.approx(7.389056),
+    }
 
 
 def test_only_finite_numbers_are_sent() -> None:

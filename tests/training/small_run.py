@@ -5,14 +5,8 @@ from typing import Any
 
 import torch
 
-from argonne.config.options import (
-    CheckpointOptions,
-    DataOptions,
-    OutputOptions,
-    ParallelOptions,
-    RunConfig,
-    TrainingOptions,
-)
+from argonne.config.options import DataOptions, ParallelOptions, RunConfig, TrainingOptions
+from argonne.config.run_options import CheckpointOptions, OutputOptions
 from argonne.ranks.launch import Environment
 from argonne.run.control import RunControl
 from argonne.run.lock import prepare_output_dir

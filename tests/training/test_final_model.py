@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from argonne.config.options import CheckpointOptions, DataOptions, OutputOptions, RunConfig
+from argonne.config.options import DataOptions, RunConfig
+from argonne.config.run_options import CheckpointOptions, OutputOptions
 from argonne.errors import ConfigError, DeviceError
 from argonne.training.final_model import check_final_model_dir, export_if_asked
 from tests.training.small_run import control_and_report, run_config

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from argonne.config.mixture import mixed_source
-from argonne.config.options import CheckpointOptions, DataOptions, ParallelOptions
+from argonne.config.options import DataOptions, ParallelOptions
+from argonne.config.run_options import CheckpointOptions
 from argonne.run.processes import Launch
 from argonne.run.report import RunReport
 from argonne.training.header import (

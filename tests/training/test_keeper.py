@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from argonne.config.options import CheckpointOptions
+from argonne.config.run_options import CheckpointOptions
 from argonne.errors import CheckpointError
 from argonne.training.keeper import CheckpointKeeper
 from argonne.training.step import Votes

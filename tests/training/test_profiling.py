@@ -24,7 +24,7 @@ def test_shares_of_a_timeline() -> None:
 
 
 def test_a_trace_of_the_named_steps(tmp_path: Path) -> None:
-    profiler = StepProfiler(2, 2, folder=tmp_path / "profile", rank=3, device=torch.device("cpu"))
+    profiler = StepProfiler("2:2", folder=tmp_path / "profile", rank=3, device=torch.device("cpu"))
     lines = []
     for step in range(1, 6):
         profiler.before_step(step)
@@ -38,7 +38,7 @@ def test_a_trace_of_the_named_steps(tmp_path: Path) -> None:
 
 
 def test_nothing_is_profiled_unless_asked(tmp_path: Path) -> None:
-    profiler = StepProfiler(None, 0, folder=tmp_path / "profile", rank=0, device=torch.device("cpu"))
+    profiler = StepProfiler(None, folder=tmp_path / "profile", rank=0, device=torch.device("cpu"))
     profiler.before_step(1)
     assert profiler.after_step(1) is None and not (tmp_path / "profile").exists()
 

@@ -93,7 +93,9 @@ def test_a_start_from_scratch(tmp_path: Path, data: DataOptions) -> None:
     assert size == 1 + max(tokenizer.get_vocab().values())
     start = choose_start(config, control, report, ALONE)
     assert start.view is None and "scratch" in start.reason and start.settings["vocab_size"] == size
-    opened, feed = open_feed(config, start.tokenizer, start.metadata, start.step, 2, report, ALONE)
+    opened, feed = open_feed(
+        config, start.tokenizer, start.metadata, start.step, 2, report, ALONE, new_stage=False
+    )
     try:
         assert opened is not None and opened.shards
         batch = feed.next()
@@ -109,7 +111,7 @@ def test_a_glob_without_shards_ends_the_run(tmp_path: Path, data: DataOptions) -
     config = run_config(tmp_path, data=dataclasses.replace(data, data_glob=(str(tmp_path / "no*.parquet"),)))
     start = choose_start(config, control, report, ALONE)
     with pytest.raises(DataError, match="--data-glob"):
-        open_feed(config, start.tokenizer, start.metadata, start.step, 2, report, ALONE)
+        open_feed(config, start.tokenizer, start.metadata, start.step, 2, report, ALONE, new_stage=True)
 
 
 def test_the_cache_lies_in_the_output_folder_unless_it_is_given(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import torch
 
 from argonne.config.options import ParallelOptions
 from argonne.errors import NonFiniteError
+from argonne.training.between_steps import check_replicas_if_due
 from argonne.training.keeper import CheckpointKeeper
 from argonne.training.optimizer import StepTotals
+from argonne.training.run_data import RunData
 from argonne.training.state import Run, peak_memory_bytes
 from argonne.training.step import StepResult, TrainingStep, Votes
 from checkpointing import open_chosen
@@ -57,7 +59,7 @@ def small_run(folder: Path, **groups: Any) -> Run:
         trained=trained,
         one_step=TrainingStep(trained, config.training, 1),
         feed=None,  # type: ignore[arg-type]
-        opened=Source(progress_at(0)),  # type: ignore[arg-type]
+        data=RunData(opened=Source(progress_at(0)), report=report),  # type: ignore[arg-type]
         tokenizer=None,
         keeper=CheckpointKeeper(trained, config.checkpoint, folder, control, report),
         control=control,
@@ -103,7 +105,7 @@ def test_a_step_is_counted_and_recorded(run: Run, tmp_path: Path, capsys: pytest
 
 
 def test_the_loss_of_each_source_that_the_step_has(run: Run) -> None:
-    run.opened.source_names = ("web", "code", "books")  # type: ignore[union-attr, misc]
+    run.data.opened.source_names = ("web", "code", "books")  # type: ignore[union-attr, misc]
     totals = StepTotals(grad_norm=0.5, loss=2.5, source_losses=(3.0 * BLOCK, 0.0, 10.0 * BLOCK))
     result = StepResult(totals=totals, votes=Votes(), lr=1e-3, skipped=False, too_many_skipped=False)
     advance(run, 4, result, sources=torch.tensor([2, 0, 2, 2, 2]))
@@ -172,11 +174,11 @@ def test_replicas_are_compared_at_the_interval(tmp_path: Path, monkeypatch: pyte
     for interval, expected in ((3, [3, 6]), (0, [])):
         made = small_run(tmp_path, parallel=ParallelOptions(replica_check_interval=interval))
         monkeypatch.setattr(
-            "argonne.training.state.check_replicas", lambda *_, made=made: compared.append(made.step)
+            "argonne.training.between_steps.check_replicas", lambda *_, made=made: compared.append(made.step)
         )
         compared.clear()
         for made.step in range(1, 8):
-            made.check_replicas_if_due()
+            check_replicas_if_due(made)
         assert compared == expected
         made.report.close()
 
