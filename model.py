@@ -93,35 +93,21 @@ class ArgonneConfig(PretrainedConfig):
     model_type = "argonne2"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
+    # fmt: off
     def __init__(
-        self,
-        *,
-        vocab_size: int = 151665,
-        hidden_size: int = 4080,
-        num_hidden_layers: int = 24,
-        num_attention_heads: int = 24,
-        num_key_value_heads: int | None = 8,
-        head_dim: int | None = None,
-        intermediate_size: int = 11008,
-        rope_theta: float = 500000.0,
-        rms_norm_eps: float = 1e-6,
-        max_position_embeddings: int = 4096,
-        attention_bias: bool = False,
-        mlp_bias: bool = False,
-        qk_norm: bool = False,
-        v_norm: bool = False,
-        sandwich_norm: bool = False,
-        logit_softcap: float = 0.0,
-        interleaved_local_attention: bool = False,
-        local_attention_window: int | None = None,
-        z_loss_weight: float = 0.0,
-        tie_word_embeddings: bool = True,
-        use_cache: bool = True,
-        bos_token_id: int | None = None,
-        eos_token_id: int | list[int] | None = None,
-        pad_token_id: int | None = None,
-        **kwargs: Any,
+        self, *,
+        vocab_size: int = 151665, hidden_size: int = 4080, num_hidden_layers: int = 24,
+        num_attention_heads: int = 24, num_key_value_heads: int | None = 8,
+        head_dim: int | None = None, intermediate_size: int = 11008, rope_theta: float = 500000.0,
+        rms_norm_eps: float = 1e-6, max_position_embeddings: int = 4096, attention_bias: bool = False,
+        mlp_bias: bool = False, qk_norm: bool = False, v_norm: bool = False,
+        sandwich_norm: bool = False, logit_softcap: float = 0.0,
+        interleaved_local_attention: bool = False, local_attention_window: int | None = None,
+        z_loss_weight: float = 0.0, tie_word_embeddings: bool = True, use_cache: bool = True,
+        bos_token_id: int | None = None, eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None, **kwargs: Any,
     ) -> None:
+        # fmt: on
         rope_parameters = kwargs.pop("rope_parameters", None) or {}
         _refuse_unknown_settings(kwargs, rope_parameters)
         self.vocab_size = vocab_size
@@ -144,6 +130,16 @@ class ArgonneConfig(PretrainedConfig):
         self.local_attention_window = local_attention_window
         self.z_loss_weight = z_loss_weight or 0.0
         self.use_cache = use_cache
+        self._refuse_impossible_shapes()
+        kwargs |= {
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "tie_word_embeddings": tie_word_embeddings,
+        }
+        super().__init__(**kwargs)
+
+    def _refuse_impossible_shapes(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads != 0:
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} does not divide "
@@ -153,18 +149,12 @@ class ArgonneConfig(PretrainedConfig):
             raise ValueError(f"head_dim {self.head_dim} must be even and positive for the rotary embedding")
         if self.logit_softcap < 0 or self.z_loss_weight < 0:
             raise ValueError("logit_softcap and z_loss_weight must not be negative")
-        if interleaved_local_attention and (local_attention_window is None or local_attention_window < 1):
+        window = self.local_attention_window
+        if self.interleaved_local_attention and (window is None or window < 1):
             raise ValueError(
                 f"interleaved_local_attention needs a local_attention_window of at least 1, "
-                f"not {local_attention_window!r}"
+                f"not {window!r}"
             )
-        kwargs |= {
-            "bos_token_id": bos_token_id,
-            "eos_token_id": eos_token_id,
-            "pad_token_id": pad_token_id,
-            "tie_word_embeddings": tie_word_embeddings,
-        }
-        super().__init__(**kwargs)
 
     def local_window(self, layer_idx: int) -> int | None:
         """How many tokens back a layer attends, beside the token itself; None: to all."""
@@ -784,8 +774,7 @@ class ArgonneModel(PreTrainedModel, GenerationMixin):
         self.rotary_frequencies = rotary_frequencies(config)
         self._rotary_tables = _RotaryTables()
         self.loss_function = causal_lm_loss
-        # Takes head and loss together where a caller sets it: the logits are then never there as a whole.
-        self.head_loss: Callable[..., Tensor] | None = None
+        self.head_loss: Callable[..., Tensor] | None = None  # head and loss in one, where a caller sets it
         self.loss_type = "ForCausalLM"  # Trainer counts the targets of models that say so
         self.gradient_checkpointing = False
         self._checkpointed_every = 1

@@ -74,7 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
 
     from argonne.ranks.faults import run_error_of
-    from argonne.ranks.libraries import outside_range
     from argonne.ranks.world import disconnect
     from argonne.run.control import RunControl
     from argonne.run.report import RunReport
@@ -83,8 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     output_dir = Path(config.output.output_dir)
     enable_flight_recorder(output_dir, os.environ)
     report = RunReport(output_dir, rank=environment.rank, log_interval=config.output.log_interval)
-    if report.active and (outside := outside_range()) is not None:
-        report.warn(outside)
     control = RunControl(
         output_dir,
         rank=environment.rank,
@@ -95,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warn=report.warn,
     )
     control.start()
+    warn_of_libraries(report)
     try:
         code = train(recipe, environment, control, report)
         disconnect()
@@ -108,6 +106,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     code, line = control.fail(problem)
     report.close()
     leave(code, line)
+
+
+def warn_of_libraries(report: RunReport) -> None:
+    """Say on rank 0 which library is not of a version that the suite is tested with."""
+    from argonne.ranks.libraries import outside_range
+
+    if report.active and (outside := outside_range()) is not None:
+        report.warn(outside)
 
 
 def rehearse(argv: Sequence[str]) -> NoReturn:
@@ -213,19 +219,17 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     asked = recipe.config.parallel.tensor_parallel_size
     parallel = build_parallel(world, choose_tp_size(start.settings, asked, world))
     stages = choose_stage(recipe, metadata, step, parallel, report)
-    stage, samples, config = stages.current, stages.current.samples_per_step, stages.current.config
+    stage, config = stages.current, stages.current.config
     require_memory(config, start.settings, parallel)
     new, tokenizer, ids = step == stages.first_step, start.tokenizer, start.settings["vocab_size"]
-    opened, feed = setup.open_feed(
-        config, tokenizer, metadata, step, samples, report, world, ids, new_stage=new
-    )
+    place = (config, tokenizer, metadata, step, stage.samples_per_step)
+    data, feed = setup.open_feed(*place, report, world, ids, new_stage=new)
     held_out = setup.validation_sets(config, tokenizer, parallel)
-
     trained = build_model(start.settings, config.parallel, config.training, parallel)
     setup.check_room_on_rank_0(config, trained, stages, step, world)
     setup.load_weights(trained, view, config.training.seed, report)
     control.progress.collectives = trained.tensor_parallel.group.counters
-    introduce(report, stages, trained, opened, launch=control.launch, first_step=step, start=start.reason)
+    introduce(report, stages, trained, data, launch=control.launch, first_step=step, start=start.reason)
     setup.verify_if_asked(config, trained, control, report)
     spikes = SpikeGuard(config.control.spike_action)
     run = Run(
@@ -234,7 +238,7 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
         trained=trained,
         one_step=TrainingStep(trained, config.training, stage.accumulation, spikes.judge),
         feed=feed,
-        data=RunData(opened=opened, report=report),
+        data=RunData(opened=data, report=report),
         tokenizer=tokenizer,
         keeper=CheckpointKeeper(trained, config.checkpoint, Path(config.output.output_dir), control, report),
         control=control,

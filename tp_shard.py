@@ -128,8 +128,7 @@ def shard_tensor_parallel(
         plan: replaces the plan of the model's type.
 
     Raises:
-        ConfigError: unknown architecture, a degree that does not fit the heads, or a model that is already
-            divided.
+        ConfigError: unknown architecture, a degree that does not fit the heads, or a model divided before.
     """
     group = as_tp_group(mesh)
     _refuse_divided(model)
@@ -139,14 +138,7 @@ def shard_tensor_parallel(
     slice_map = build_slice_map(model, plan, group.size)
     summed = summed_parameters(model, plan, sequence_parallel=sequence_parallel)
     sequence, head_sequence = SequenceState(sequence_parallel and group.size > 1), SequenceState()
-    swap_layers(model, plan, slice_map, group, sequence, head_sequence)
-    rewrite_head_counts(model, plan, group.size)
-    attach_entrances(model, plan, group, sequence)
-    attach_loss(model, plan, group)
-    if loss_chunk_tokens != 0 and hasattr(model, "head_loss"):
-        attach_head_loss(model, plan, group, head_sequence, loss_chunk_tokens)
-    attach_call_hooks(model, plan, group, sequence, head_sequence)
-    attach_dropout(model, plan, group)
+    _attach(model, plan, slice_map, group, (sequence, head_sequence), loss_chunk_tokens)
     guard_saving(model, slice_map, group.size)
     model.tensor_parallel = TensorParallelState(  # type: ignore[assignment]
         group=group,
@@ -157,6 +149,26 @@ def shard_tensor_parallel(
         sharers=group.subgroup(slice_map.sharers) if slice_map.sharers > 1 else None,
     )
     return model
+
+
+def _attach(
+    model: nn.Module,
+    plan: TensorParallelPlan,
+    slice_map: SliceMap,
+    group: TPGroup,
+    sequences: tuple[SequenceState, SequenceState],
+    loss_chunk_tokens: int | None,
+) -> None:
+    """Put the layers, loss and hooks of ``plan`` in place; ``sequences``: the body's, the head's."""
+    sequence, head_sequence = sequences
+    swap_layers(model, plan, slice_map, group, sequence, head_sequence)
+    rewrite_head_counts(model, plan, group.size)
+    attach_entrances(model, plan, group, sequence)
+    attach_loss(model, plan, group)
+    if loss_chunk_tokens != 0 and hasattr(model, "head_loss"):
+        attach_head_loss(model, plan, group, head_sequence, loss_chunk_tokens)
+    attach_call_hooks(model, plan, group, sequence, head_sequence)
+    attach_dropout(model, plan, group)
 
 
 def _refuse_divided(model: nn.Module) -> None:

@@ -38,6 +38,7 @@ from argonne.data.token_rows import describe_column
 from argonne.data.token_stream import token_batches
 from argonne.data.tokenizer import PIECE_CHARACTERS, EncoderRecipe
 from argonne.errors import DataError
+from argonne.files import write_json_durably
 
 CACHE_VERSION = 1
 JOURNAL_SECONDS = 5.0
@@ -125,20 +126,6 @@ def _mapped(folder: Path) -> TokenCache:
     )
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class _Build:
     """Tokenizes the corpus into a cache folder, from where the journal says an earlier build stopped."""
 
@@ -212,7 +199,7 @@ class _Build:
             "skipped": [*reader.skipped, *(skip for _, skip in self._unencodable)],
             "blocks": self._blocks,
         }
-        _write_json(self._folder / "meta.json", meta)
+        write_json_durably(self._folder / "meta.json", meta)
         (self._folder / "journal.json").unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -273,7 +260,7 @@ class _Build:
             skip for count, skip in self._unencodable if count < before
         ]
         state = {"counts": document.counts._asdict(), "skipped": skipped}
-        _write_json(self._folder / "journal.json", place | state)
+        write_json_durably(self._folder / "journal.json", place | state)
 
 
 def _synchronize(*files: IO[bytes]) -> None:

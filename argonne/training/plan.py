@@ -50,12 +50,11 @@ Traffic = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """The model and the flags that a plan is for."""
+    """The model (shapes only) and the flags that a plan is for."""
 
     config: RunConfig
     settings: Mapping[str, Any]
     model: nn.Module
-    """Shapes only."""
     outline: ModelOutline
     world_size: int
     device_memory: int
