@@ -125,8 +125,14 @@ def _at_url(pattern: str, remote_cache: Path | None) -> list[Found]:
     found = find_remote(pattern, remote_cache)
     if not found:
         raise DataError(f"no shard matches {pattern} (--data-glob): give a URL that matches files")
-    fixed = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0] + "/"
-    return [Found(path, str(path).removeprefix(fixed).partition("?")[0] or path.name) for path in found]
+    fixed = _one_form(re.split(r"[*?\[]", pattern)[0].rpartition("/")[0] + "/")
+    named = [(path, _one_form(str(path)).removeprefix(fixed).partition("?")[0]) for path in found]
+    return [Found(path, name or path.name) for path, name in named]
+
+
+def _one_form(url: str) -> str:
+    """The URL with two slashes before its host or folder; fsspec's memory answers with three."""
+    return re.sub(r"://+", "://", url)
 
 
 def _split(pattern: str) -> tuple[str, list[str]]:

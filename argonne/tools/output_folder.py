@@ -46,6 +46,11 @@ def foreign_names(output: Path) -> list[str]:
     ) + ([MANIFEST] if not written and (output / MANIFEST).exists() else [])
 
 
+def is_manifest(path: Path) -> bool:
+    """Whether the file is the list that `prepare_data.py` leaves beside what it wrote."""
+    return path.name == MANIFEST and "written_by" in (read_json(path) or {})
+
+
 def written_files(output: Path) -> dict[str, dict[str, Any]]:
     """What an earlier run wrote into the folder, by its manifest; none where it has no manifest of ours."""
     manifest = read_json(output / MANIFEST) or {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from argonne.errors import ConfigError, DataError
-from argonne.tools.output_folder import MANIFEST, written_files
+from argonne.tools.output_folder import is_manifest, written_files
 from argonne.tools.shard_writer import MIB, ShardWriter
 
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".br": "brotli"}
@@ -43,21 +43,20 @@ def find_inputs(options: argparse.Namespace) -> tuple[str, list[Path]]:
 
 
 def files_below(folder: Path, output: Path) -> list[Path]:
-    """The files of a folder and its subfolders, links followed, without hidden ones and an earlier output."""
+    """The files of a folder and its subfolders, links followed, without hidden ones, manifests and an earlier
+    output."""
     from argonne.data.find_shards import folders_below, is_linked, is_system_name
 
     paths = [
         Path(below, name)
         for below in folders_below(str(folder))
         for name in os.listdir(below)
-        if not is_system_name(name)
+        if not is_system_name(name) and not is_manifest(Path(below, name))
     ]
     broken = [path for path in paths if not path.exists()]
     if broken:
         raise DataError(f"{broken[0]} is a link to nothing: repair or remove it")
-    own = (
-        {output.resolve() / name for name in (*written_files(output), MANIFEST)} if output.is_dir() else set()
-    )
+    own = {output.resolve() / name for name in written_files(output)} if output.is_dir() else set()
     # What is reached without a link comes first, and is what a file that is reached twice is called.
     return sorted((path for path in paths if path.is_file() and path.resolve() not in own), key=is_linked)
 

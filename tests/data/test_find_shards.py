@@ -97,7 +97,7 @@ def test_a_folder_of_folders_names_the_pattern_that_works(tmp_path: Path, given:
 def test_urls_raw_text_and_braces_name_the_remedy(tmp_path: Path) -> None:
     touch(tmp_path, "raw/a.jsonl")
     for given, remedy in [
-        ("s3://bucket/*.parquet", "local path"),
+        ("s3://bucket/*.parquet", "pip install s3fs"),
         ("file:///x.parquet", "give the path alone"),
         (str(tmp_path / "raw"), "scripts/prepare_data.py"),
         (f"{tmp_path}/{{a,b}}.parquet", "once for each"),

@@ -71,16 +71,18 @@ def same_stream(options: SourceOptions, local: SourceOptions, tokenizer: Any, st
 
 def test_the_stream_is_that_of_the_folder(folder: Path, server: Any, tokenizer: Any) -> None:
     """In natural order, resumed in the middle, by pattern over HTTP and in fsspec's memory."""
-    local = options_for(folder / "data")
-    for glob in (f"{server[0]}/data/*.parquet", f"{server[0]}/d*/000_*.parquet", in_memory(folder)):
-        names = [path.name for path in find_shards(glob)]
-        assert names == [path.name for path in find_shards(str(folder / "data"))]
-        same_stream(options_for(folder, data_glob=glob), local, tokenizer)
+    for glob, same in [
+        (f"{server[0]}/data/*.parquet", f"{folder}/data/*.parquet"),
+        (f"{server[0]}/d*/000_*.parquet", f"{folder}/d*/000_*.parquet"),
+        (in_memory(folder), f"{folder}/data/*.parquet"),
+    ]:
+        assert [found.name for found in find_shards(glob)] == [found.name for found in find_shards(same)]
+        same_stream(options_for(folder, data_glob=glob), options_for(folder, data_glob=same), tokenizer)
 
 
 def test_single_urls_and_empty_patterns(folder: Path, server: Any) -> None:
     url, _ = server
-    assert [str(path) for path in find_shards(f"{url}/data/000_00003.parquet?download=true")] == [
+    assert [str(found.path) for found in find_shards(f"{url}/data/000_00003.parquet?download=true")] == [
         f"{url}/data/000_00003.parquet?download=true"
     ]
     (shard,) = open_corpus(f"{url}/data/000_00003.parquet?download=true", "text")

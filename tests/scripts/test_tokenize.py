@@ -47,7 +47,7 @@ def as_source(output: Path, kind: str) -> dict[str, Any]:
 def test_the_stream_is_that_of_the_text(kind: str, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """Token for token through two epochs; with a list column the documents too."""
     assert prepare(arguments(inputs, tmp_path / "out", kind)) == 0
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / ".out.tokenizing").exists()
     assert len(list((tmp_path / "out").iterdir())) > 2
     tokenizer = load_tokenizer(str(inputs[1]))
     marks = {"block_size": 64, "document_attention": True}
@@ -74,13 +74,13 @@ def test_a_killed_run_goes_on(kind: str, inputs: tuple[Path, Path], tmp_path: Pa
     assert prepare(arguments(inputs, tmp_path / "whole", kind)) == 0
     command = arguments(inputs, tmp_path / "out", kind)
     process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *command])
-    journal, deadline = tmp_path / "out.partial" / "journal.json", time.monotonic() + 120
+    journal, deadline = tmp_path / ".out.tokenizing" / "journal.json", time.monotonic() + 120
     while not journal.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     if not (tmp_path / "out").exists():  # else it was quicker than the kill
-        (tmp_path / "out.partial" / ("000_00001." + kind)).touch()
+        (tmp_path / ".out.tokenizing" / ("000_00001." + kind)).touch()
         assert prepare(command) == 0
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
@@ -101,7 +101,7 @@ def test_what_is_vouched_for_is_not_done_again(
     monkeypatch.setattr("argonne.tools.token_writer.synchronize", stop)
     assert prepare(arguments(inputs, tmp_path / "out", kind)) == 130
     monkeypatch.undo()
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob(f"*.{kind}")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.tokenizing").glob(f"*.{kind}")}
     batches: list[int] = []
     plain = stream.text_batches
 
@@ -121,7 +121,7 @@ def test_what_is_vouched_for_is_not_done_again(
 
 
 def test_other_settings_begin_anew(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    partial = tmp_path / "out.partial"
+    partial = tmp_path / ".out.tokenizing"
     partial.mkdir()
     (partial / "journal.json").write_text('{"settings": "other", "shards": 1}')
     (partial / "000_00000.bin").write_bytes(b"old")
@@ -142,7 +142,7 @@ def test_raw_files_are_tokenized_too(inputs: tuple[Path, Path], tmp_path: Path) 
     rows = [
         [
             row
-            for path in sorted((tmp_path / name).iterdir())
+            for path in sorted((tmp_path / name).glob("*.parquet"))
             for row in pq.read_table(path)["input_ids"].to_pylist()
         ]
         for name in ("direct", "twice")
