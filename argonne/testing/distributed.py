@@ -65,7 +65,11 @@ class _Ranks:
                 if not self.pipes[rank].poll(0.01):
                     assert self.processes[rank].is_alive(), f"rank {rank} died"
                     continue
-                succeeded, value = pickle.loads(self.pipes[rank].recv_bytes())
+                try:
+                    succeeded, value = pickle.loads(self.pipes[rank].recv_bytes())
+                except EOFError:
+                    self.processes[rank].join(5)
+                    raise AssertionError(f"rank {rank} died: {self.processes[rank].exitcode}") from None
                 assert succeeded, f"rank {rank} raised:\n{value}"
                 results[rank] = value
             assert time.monotonic() < deadline, f"no result within {timeout:.0f} s from ranks {waiting}"

@@ -32,6 +32,7 @@ def told() -> dict[str, Any]:
 
 def options_of(folder: Path, document: dict[str, Any]) -> ModelOptions:
     """--model-config with this document."""
+    folder.mkdir(exist_ok=True)
     path = folder / "config.json"
     path.write_text(json.dumps(document))
     return ModelOptions(model_config=str(path), settings=settings_of_document(document, "test"))
@@ -48,7 +49,7 @@ def continued(rank: int, world_size: int, sequence_parallel: bool, folder: str) 
     expected = told()
     parameters = expected["hyperparameters"]
     view = opened(rank)
-    settings = model_settings(options_of(Path(folder), expected["config"]), view, 515)
+    settings = model_settings(options_of(Path(folder, str(rank)), expected["config"]), view, 515)
     parallel = make_parallel(rank, world_size, world_size)
     base = training_options(
         batch_size=4,
