@@ -17,7 +17,7 @@ from argonne.data.mixture import MixtureSource, naming, shares
 from argonne.data.mixture_resume import mixture_start, one_of_mixture, plan_mixture, source_state
 from argonne.data.position import DataPosition
 from argonne.data.resume import check_identity, resume, source_identity
-from argonne.data.shards import Shard, manifest, open_corpus
+from argonne.data.shards import Shard, manifest
 from argonne.data.source import (
     DataProgress,
     MixPart,
@@ -29,7 +29,7 @@ from argonne.data.source import (
 )
 from argonne.data.stream import BATCHES_PER_WORKER
 from argonne.data.token_cache import CachedSource
-from argonne.data.token_stream import for_tokens, source_by_columns, with_vocabulary
+from argonne.data.token_stream import open_shards, source_by_columns, with_vocabulary
 from argonne.data.tokenizer import EncoderRecipe, load_tokenizer
 
 __all__ = [
@@ -141,14 +141,7 @@ def held_out_options(options: SourceOptions) -> dict[str, SourceOptions]:
 def _check_corpus(options: SourceOptions) -> tuple[SourceOptions, list[Shard], list[str]]:
     """The options of the source by what its shards hold, the shards, checked by their footers, and what the
     console should say of them."""
-    shards = open_corpus(
-        options.data_glob,
-        options.column,
-        skip_bad_shards=options.skip_bad_shards,
-        cache_dir=options.cache_dir,
-        remote_cache=options.remote_cache,
-    )
-    options = for_tokens(options, shards)
+    options, shards = open_shards(options)
     bad = [shard for shard in shards if shard.fault]
     notices = [f"skipping the bad shard {shown(shard.path)}: {shard.fault}" for shard in bad]
     empty = [shard.name for shard in shards if 0 < shard.rows == shard.null_rows]

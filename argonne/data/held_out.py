@@ -15,11 +15,11 @@ from argonne.data.find_shards import as_globs, find_shards
 from argonne.data.holdout import Holdout
 from argonne.data.mixture import naming
 from argonne.data.position import DataPosition
-from argonne.data.shards import Shard, open_corpus
+from argonne.data.shards import Shard
 from argonne.data.source import SourceOptions
 from argonne.data.stream import EncodedBatch, encoded_documents
 from argonne.data.token_rows import TokenRow
-from argonne.data.token_stream import for_tokens, source_by_columns, token_batches, with_vocabulary
+from argonne.data.token_stream import open_shards, source_by_columns, token_batches, with_vocabulary
 from argonne.data.tokenizer import EncoderRecipe, text_pieces
 from argonne.errors import DataError
 
@@ -57,27 +57,15 @@ def check_data(options: SourceOptions, held_out: tuple[str, str] | None = None) 
     """DataError unless the shards of the options, or of the set (name, glob) ``held_out``, can be opened."""
     if held_out is not None:
         try:
-            _shards(_whole(source_by_columns(options, held_out[1])))
+            open_shards(_whole(source_by_columns(options, held_out[1])))
         except DataError as error:
             raise _of_set(held_out[0], error) from error
         return
     for part in options.mix:
         with naming(part.name):
-            _shards(source_by_columns(options, part.glob))
+            open_shards(source_by_columns(options, part.glob))
     if not options.mix:
-        _shards(options)
-
-
-def _shards(options: SourceOptions) -> tuple[SourceOptions, list[Shard]]:
-    """The options by what the shards hold, and the shards."""
-    shards = open_corpus(
-        options.data_glob,
-        options.column,
-        skip_bad_shards=options.skip_bad_shards,
-        cache_dir=options.cache_dir,
-        remote_cache=options.remote_cache,
-    )
-    return for_tokens(options, shards), shards
+        open_shards(options)
 
 
 def _whole(options: SourceOptions) -> SourceOptions:
@@ -112,7 +100,7 @@ def _place(path: Any) -> str:
 def _read(name: str, options: SourceOptions, trained: list[str], tokenizer: Any, samples: int) -> HeldOutSet:
     asked = options
     options = _whole(with_vocabulary(options, tokenizer))
-    options, shards = _shards(options)
+    options, shards = open_shards(options)
     start = DataPosition(file_name=shards[0].name, block_size=options.block_size)
     part = _part(shards, trained, asked)
     documents = DocumentReader(shards, options.column, start, options.skip_bad_shards, holdout=part)

@@ -14,7 +14,7 @@ from argonne.data.flat_tokens import is_flat
 from argonne.data.formats import open_shard
 from argonne.data.position import DataPosition
 from argonne.data.remote import ShardPath
-from argonne.data.shards import Shard, find_shards
+from argonne.data.shards import Shard, find_shards, open_corpus
 from argonne.data.stream import Beginning, EncodedBatch
 from argonne.data.texts import ShardError
 from argonne.data.token_rows import TokenRow
@@ -26,7 +26,19 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 1 << 16
 
 
-def for_tokens(options: SourceOptions, shards: Sequence[Shard]) -> SourceOptions:
+def open_shards(options: SourceOptions) -> tuple[SourceOptions, list[Shard]]:
+    """The options of one source by what its shards hold, and the shards; DataError as `open_corpus`."""
+    shards = open_corpus(
+        options.data_glob,
+        options.column,
+        skip_bad_shards=options.skip_bad_shards,
+        cache_dir=options.cache_dir,
+        remote_cache=options.remote_cache,
+    )
+    return _for_tokens(options, shards), shards
+
+
+def _for_tokens(options: SourceOptions, shards: Sequence[Shard]) -> SourceOptions:
     """The options of a source of tokens where the shards are flat files, which no flag has to name.
 
     Raises DataError where text and tokens are mixed in one source, or cut where there are no documents.

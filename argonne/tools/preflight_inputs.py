@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from argonne.checkpoint.room import write_rate
 from argonne.config.options import RunConfig
 from argonne.config.recipe import Recipe
-from argonne.data.shards import open_corpus
+from argonne.data.source import SourceOptions
+from argonne.data.token_stream import open_shards, source_by_columns
 from argonne.errors import CheckpointError, DataError, DeviceError
 from argonne.files import OutputFolder
 from argonne.ranks.agree import on_rank_0
 from argonne.ranks.world import World
 from argonne.training.fit import memory_of_a_rank
 from argonne.training.plan import Subject, chosen_layout, misfit, plan_layout, subject
-from argonne.training.setup import Start, choose_start, tokenizer_on_rank_0, validation_sets
+from argonne.training.setup import Start, choose_start, source_options, tokenizer_on_rank_0, validation_sets
 from argonne.training.stage_change import choose_stage
 from argonne.training.stages import Stages
 from checkpointing import check_room, estimate_checkpoint_bytes, own_checkpoints
@@ -34,20 +36,19 @@ def tokenizer(config: RunConfig, world: World) -> str:
     return f"{size:,} ids"
 
 
-def corpora(recipe: Recipe) -> Iterator[tuple[str, str, RunConfig]]:
-    """(name, glob, configuration) of every source of every stage, each glob once."""
+def corpora(recipe: Recipe) -> Iterator[tuple[str, SourceOptions, str | Sequence[str]]]:
+    """(name, options of the stage's data, patterns) of every source of every stage, each once."""
     known = set()
     for stage in recipe.stages:
-        data = stage.config.data
-        sources = [(name, glob) for name, _, glob in data.data_mix] or [("", glob) for glob in data.data_glob]
-        for name, glob in sources:
-            if (glob, data.text_column) not in known:
-                known.add((glob, data.text_column))
-                yield (
-                    f"stage {stage.name}: " * bool(stage.name) + f"source {name}: " * bool(name),
-                    glob,
-                    stage.config,
-                )
+        # Without its cache of footers: the output folder stays as it is.
+        options = replace(source_options(stage.config, 1), cache_dir=None)
+        sources: list[tuple[str, str | Sequence[str]]] = [(part.name, part.glob) for part in options.mix]
+        for name, glob in sources or [("", options.data_glob)]:
+            key = (glob, options.text_column, options.token_column)
+            if key not in known:
+                known.add(key)
+                where = f"stage {stage.name}: " * bool(stage.name) + f"source {name}: " * bool(name)
+                yield where, options, glob
 
 
 def shards(recipe: Recipe, world: World) -> str:
@@ -56,10 +57,9 @@ def shards(recipe: Recipe, world: World) -> str:
     def read() -> str:
         count = rows = size = skipped = 0
         wrong = []
-        for where, glob, config in corpora(recipe):
-            data = config.data
+        for where, options, glob in corpora(recipe):
             try:
-                found = open_corpus(glob, data.text_column, skip_bad_shards=data.skip_bad_shards)
+                _, found = open_shards(source_by_columns(options, glob) if options.mix else options)
             except DataError as error:
                 wrong.append(f"{where}{error}")
                 continue

@@ -27,6 +27,7 @@ import argonne.testing.checkpoint_samples as samples
 from argonne.benchmarks.memory_probe import PeakMemory
 from argonne.checkpoint.save import save_checkpoint
 from argonne.config.families import read_folder_config
+from argonne.tp.slices import SliceMap
 from checkpointing import InitialWeights, load_slices, open_chosen, open_weights
 
 LARGE = {
@@ -88,14 +89,19 @@ def filled(rank: int, tp_size: int) -> tuple[Any, Any]:
     return parameters, adam
 
 
-def one_rank(rank: int, tp_size: int, folder: str, told: Any) -> None:
-    """Load into empty slices, compare, save again; put the Cost into ``told``."""
+def _joined(rank: int, tp_size: int, folder: str) -> SliceMap:
+    """The slices of the large samples, once all ranks are there to measure at the same time."""
     vars(samples).update(LARGE)
     torch.set_num_threads(1)
     if tp_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=tp_size)
         dist.barrier()
-    slice_map = samples.sample_map(tp_size)
+    return samples.sample_map(tp_size)
+
+
+def one_rank(rank: int, tp_size: int, folder: str, told: Any) -> None:
+    """Load into empty slices, compare, save again; put the Cost into ``told``."""
+    slice_map = _joined(rank, tp_size, folder)
     with PeakMemory() as loading:
         parameters, adam = samples.empty_slices(slice_map, rank)
         view, _, _ = open_chosen(
@@ -124,12 +130,7 @@ def one_rank(rank: int, tp_size: int, folder: str, told: Any) -> None:
 
 def one_rank_from_weights(rank: int, tp_size: int, folder: str, told: Any) -> None:
     """Load from the bfloat16 folder that `make_weights` wrote; put the Cost into ``told``."""
-    vars(samples).update(LARGE)
-    torch.set_num_threads(1)
-    if tp_size > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=tp_size)
-        dist.barrier()
-    slice_map = samples.sample_map(tp_size)
+    slice_map = _joined(rank, tp_size, folder)
     initial = InitialWeights(path=folder, folder_config=read_folder_config)
     with PeakMemory() as loading:
         parameters = {name: torch.zeros(slice_map.local_shape(name, rank)) for name in slice_map.names}

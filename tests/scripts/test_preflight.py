@@ -9,6 +9,8 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from argonne.testing.corpus import build_tokenizer, short_texts, write_shards
 from argonne.testing.distributed import run_ranks
 from argonne.testing.launch import ROOT, environment
 from argonne.tools import preflight_machine
+from tests.data.token_samples import write_flat, write_lists
 
 CHECKS = [
     "endpoint", "flags", "devices", "clocks", "tokenizer", "shards", "model", "layout", "validation",
@@ -114,6 +117,25 @@ def test_bad_shards_are_all_named(check: Any, corpus: Path, tmp_path: Path) -> N
     assert all(name in table["shards"][1] for name in ("000_00000", "000_00002", "2 of 3"))
     code, table = check(*given, "--skip-bad-shards")
     assert code == 0 and "2 bad ones skipped" in table["shards"][1]
+
+
+def test_shards_of_token_ids(check: Any, corpus: Path, tmp_path: Path) -> None:
+    """As the run reads them: by --token-column, beside text in a mixture, and flat files without a flag."""
+    write_lists(tmp_path / "ids" / "a.parquet", [[5, 6, 7]] * 40, pa.list_(pa.int32()))
+    write_flat(tmp_path / "flat" / "a.bin", np.arange(400) % 100)
+    given = flags(corpus, tmp_path / "out")
+    at = given.index("--data-glob")
+    text, rest = given[at + 1], given[:at] + given[at + 2 :]
+    for more, said in [
+        (("--data-glob", f"{tmp_path}/ids/*.parquet", "--token-column", "ids"), "1 footers read: 40 rows"),
+        (("--data-glob", f"{tmp_path}/flat/*.bin"), "1 footers read"),
+        (
+            ("--data-mix", f"a=0.5:{text}", f"b=0.5:{tmp_path}/ids/*.parquet", "--token-column", "ids"),
+            "4 footers read",
+        ),
+    ]:
+        code, table = check(*rest, *more)
+        assert code == 0 and said in table["shards"][1], table
 
 
 def test_a_bad_validation_set(check: Any, corpus: Path, tmp_path: Path) -> None:
