@@ -105,13 +105,19 @@ def has_encrypted_columns(path: ShardPath, metadata: Any) -> bool:
     return bool(footer_bytes - metadata.serialized_size == SIGNATURE_BYTES)
 
 
+_READ_COLUMN = """
+import resource, sys
+import pyarrow.parquet as pq
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an abort is expected; it must not leave a core file behind
+metadata = pq.ParquetFile(sys.argv[1]).metadata
+for group in range(metadata.num_row_groups):
+    metadata.row_group(group).column(int(sys.argv[2])).statistics
+"""
+
+
 def is_readable(path: ShardPath, column_index: int) -> bool:
     """Whether a column's metadata can be read; pyarrow aborts its process where not, so a child tries it."""
     if not isinstance(path, Path):
         return False  # a child of its own would read it over the network again
-    script = (
-        "import sys, pyarrow.parquet as pq; metadata = pq.ParquetFile(sys.argv[1]).metadata; "
-        "[metadata.row_group(g).column(int(sys.argv[2])).statistics for g in range(metadata.num_row_groups)]"
-    )
-    command = [sys.executable, "-c", script, str(path), str(column_index)]
+    command = [sys.executable, "-c", _READ_COLUMN, str(path), str(column_index)]
     return subprocess.run(command, capture_output=True).returncode == 0

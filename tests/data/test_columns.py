@@ -1,6 +1,7 @@
 """Text columns that are not plain strings, and columns beside them that stand in the way."""
 
 import base64
+import resource
 import decimal
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,10 @@ class _Keys(encryption.KmsClient):
 @pytest.mark.parametrize(
     ("column", "plain_footer", "refused"), [("text", True, True), ("id", True, False), ("text", False, True)]
 )
-def test_encrypted_columns(tmp_path: Path, column: str, plain_footer: bool, refused: bool) -> None:
+def test_encrypted_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str, plain_footer: bool, refused: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
     factory = encryption.CryptoFactory(lambda _: _Keys())
     properties = factory.file_encryption_properties(
         encryption.KmsConnectionConfig(),
@@ -93,11 +97,17 @@ def test_encrypted_columns(tmp_path: Path, column: str, plain_footer: bool, refu
     path, table = tmp_path / "a.parquet", pa.table({"text": ["a"], "id": [1]})
     with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
         writer.write_table(table)
-    if refused:
-        with pytest.raises(ShardError, match="encrypted"):
-            read_footer(path, "text")
-    else:
-        assert rows(path) == ["a"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+    try:
+        if refused:
+            with pytest.raises(ShardError, match="encrypted"):
+                read_footer(path, "text")
+        else:
+            assert rows(path) == ["a"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [path], "the child that aborts left a core file"
 
 
 def test_a_plain_shard_starts_no_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
