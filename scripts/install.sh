@@ -55,6 +55,7 @@ if [ "$versions" != pinned ]; then
     constraints=$venv/constraints.txt
     # Lower bounds exactly, or the ranges alone, of everything that pyproject.toml names.
     "$venv/bin/python" - "$root/pyproject.toml" "$versions" >"$constraints" <<'PYTHON'
+import re
 import sys
 import tomllib
 
@@ -62,6 +63,7 @@ with open(sys.argv[1], "rb") as file:
     project = tomllib.load(file)["project"]
 extras = [name for group in project["optional-dependencies"].values() for name in group]
 for requirement in project["dependencies"] + extras:
+    requirement = re.sub(r"\[.*?\]", "", requirement)  # pip takes no extras in a constraint
     lowest = requirement.split(",")[0].replace(">=", "==")
     print(lowest if sys.argv[2] == "oldest" else requirement)
 PYTHON
