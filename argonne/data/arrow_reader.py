@@ -11,6 +11,7 @@ from argonne.data.remote import ShardPath
 from argonne.data.texts import (
     ShardError,
     TextBatch,
+    array_bytes,
     check_offsets,
     rows_per_batch,
 )
@@ -65,7 +66,7 @@ class ArrowReader:
 
     def text_bytes(self) -> int:
         """Size of the text column in memory."""
-        return sum(batch.column(self._column).nbytes for batch in self._all_batches())
+        return sum(array_bytes(batch.column(self._column)) for batch in self._all_batches())
 
     def token_count(self) -> int:
         """Values in a column of lists."""
@@ -87,7 +88,7 @@ class ArrowReader:
         array = self._batch(group).column(self._column)
         check_offsets(array)
         row = sum(self.group_rows[:group])
-        batch_rows = rows_per_batch(len(array), array.nbytes)
+        batch_rows = rows_per_batch(len(array), array_bytes(array))
         for start in range(0, len(array), batch_rows):
             # What is mapped and no longer there kills the process.
             if isinstance(self._path, Path) and self._path.stat().st_size < self._size:

@@ -116,6 +116,14 @@ def plain_layout(array: Any) -> Any:
     return array.view(as_text[array.type]) if array.type in as_text else array
 
 
+def array_bytes(array: Any) -> int:
+    """Memory of an Arrow array's rows; of views under older pyarrow, that of its whole buffers."""
+    try:
+        return int(array.nbytes)
+    except TypeError:  # "Extracting byte ranges not supported for type string_view"
+        return int(array.get_total_buffer_size())
+
+
 def rows_per_batch(rows: int, size: int) -> int:
     """Rows that hold about BATCH_BYTES of text, from the row group's totals."""
     return max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(size, 1)))
@@ -128,7 +136,7 @@ def to_texts(array: Any) -> TextBatch:
     array = plain_layout(array)
     if pa.types.is_null(array.type):
         return TextBatch([None] * len(array), frozenset())
-    if array.nbytes <= LONG_BYTES:
+    if array_bytes(array) <= LONG_BYTES:
         try:
             return TextBatch(array.to_pylist(), frozenset())
         except UnicodeDecodeError:

@@ -1,8 +1,8 @@
 """Text columns that are not plain strings, and columns beside them that stand in the way."""
 
 import base64
-import resource
 import decimal
+import resource
 from pathlib import Path
 from typing import Any
 

@@ -41,7 +41,10 @@ def test_every_text_layout_and_format_reads_alike(tmp_path: Path, type_: pa.Data
     table = pa.table({"id": pa.array(range(8)), "text": values.cast(type_)})
     if suffix == "parquet":
         path = tmp_path / "a.parquet"
-        pq.write_table(table, path, row_group_size=3)
+        try:
+            pq.write_table(table, path, row_group_size=3)
+        except pa.ArrowNotImplementedError as error:
+            pytest.skip(f"this pyarrow writes no such parquet: {error}")
     else:
         path = tmp_path / "a.arrow"
         writer = pa.ipc.new_stream if suffix == "arrow-stream" else pa.ipc.new_file
@@ -68,7 +71,7 @@ def test_a_datasets_folder_can_be_read(tmp_path: Path) -> None:
 
     datasets.disable_progress_bars()
     datasets.Dataset.from_dict({"text": [f"row {i}" for i in range(10)]}).save_to_disk(
-        tmp_path / "d", num_shards=2
+        str(tmp_path / "d"), num_shards=2
     )
     shards = open_corpus(f"{tmp_path}/d/*.arrow", "text")
     assert [shard.rows for shard in shards] == [5, 5]
