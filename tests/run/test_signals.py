@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ from tests import ROOT
 from tests.run.pretended import Start, elastic, ended, status_of, wait_for, wait_for_step
 
 NOTHING_SAVED = "nothing was saved, the same command starts again"
+
+
+@pytest.fixture(autouse=True)
+def hangup_as_at_a_terminal() -> Iterator[None]:
+    """Under nohup SIGHUP is ignored, by the children too."""
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, inherited)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
