@@ -59,6 +59,7 @@ def test_tokens_over_http_train_like_their_text(corpus_in: Path, monkeypatch: py
     assert list((corpus_in / "cache" / "remote").glob("*/data"))
 
 
+@pytest.mark.slow
 def test_a_mixture_of_text_and_tokens_is_masked_in_every_layout(corpus_in: Path) -> None:
     """By sources, with the loss in chunks and whole, and resumed half way."""
     arguments = [str(corpus_in / "data"), "--tokenize", str(corpus_in / "tokenizer")]

@@ -25,8 +25,20 @@ def hangup_as_at_a_terminal() -> Iterator[None]:
     signal.signal(signal.SIGHUP, inherited)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-@pytest.mark.parametrize("target", ["rank 0", "rank 1", "all"])
+@pytest.mark.parametrize(
+    ("number", "target"),
+    [
+        (signal.SIGTERM, "rank 1"),
+        (signal.SIGINT, "all"),
+        (signal.SIGUSR1, "rank 0"),
+        (signal.SIGHUP, "rank 0"),
+        *(
+            pytest.param(number, target, marks=pytest.mark.slow)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+            for target in ("rank 0", "rank 1", "all")
+        ),
+    ],
+)
 def test_a_signal_stops_all_ranks_at_one_step(start: Start, tmp_path: Path, number: int, target: str) -> None:
     ranks = start(2)
     wait_for_step(tmp_path, 3)

@@ -42,8 +42,11 @@ def test_a_reader_that_leaves_ends_the_script_without_a_word(size: int) -> None:
     ("command", "code"),
     [
         (["visualize_architecture.py", "--model", "argonne-tiny", "--tp", "2"], 141),
-        (["verify_tensor_parallel.py", "--batch-size", "1", "--seq-len", "9"], 141),
-        (["tensor_parallel_practice.py"], 0),  # its ranks end the lesson together
+        pytest.param(
+            ["verify_tensor_parallel.py", "--batch-size", "1", "--seq-len", "9"], 141, marks=pytest.mark.slow
+        ),
+        # Its ranks end the lesson together.
+        pytest.param(["tensor_parallel_practice.py"], 0, marks=pytest.mark.slow),
     ],
 )
 def test_long_output_into_head(command: list[str], code: int) -> None:

@@ -186,7 +186,13 @@ def test_wrong_flags_end_with_2_before_torch(tmp_path: Path) -> None:
     assert "| torch\n" not in finished.stderr
 
 
-@pytest.mark.parametrize("parallelism", [("--sequence-parallel",), ("--tensor-parallel-size", "1")])
+@pytest.mark.parametrize(
+    "parallelism",
+    [
+        ("--sequence-parallel",),
+        pytest.param(("--tensor-parallel-size", "1"), marks=pytest.mark.slow),
+    ],
+)
 def test_two_gloo_ranks(corpus: Path, tmp_path: Path, parallelism: tuple[str, ...]) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",

@@ -152,7 +152,10 @@ def test_the_optimizer_goes_on_or_begins_anew(whole: tuple[Path, str]) -> None:
     assert {step: int(value) for step, value in steps.items()} == {5: 5, 9: 9, 12: 3}
 
 
-@pytest.mark.parametrize("steps", [(4, 3, 2), (5,), (8, 7, 6), (9,), (10, 11)])
+@pytest.mark.parametrize(
+    "steps",
+    [(4, 3, 2), (5,), *(pytest.param(more, marks=pytest.mark.slow) for more in [(8, 7, 6), (9,), (10, 11)])],
+)
 def test_started_again_it_goes_on_bit_for_bit(
     tmp_path: Path, whole: tuple[Path, str], recipe: Path, steps: tuple[int, ...]
 ) -> None:
