@@ -53,7 +53,7 @@ def sample_map(tp_size: int, *, dp_size: int = 1, tied: bool = True) -> SliceMap
         if "q_proj" in name or "o_proj" in name:
             return head_cut(HEADS, HEAD_DIM, tp_size, int("o_proj" in name))
         if "k_proj" in name or "v_proj" in name:
-            return head_cut(KEY_VALUE_HEADS, HEAD_DIM, tp_size, 0)
+            return head_cut(KEY_VALUE_HEADS, HEAD_DIM, tp_size, 0, query_heads=HEADS)
         if "norm" in name:
             return None
         dimension = int("down_proj" in name)

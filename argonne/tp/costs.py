@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from argonne.tp.architectures import plan_for
+from argonne.tp.copied_gradients import exchanged_elements
 from argonne.tp.plan import Style, TensorParallelPlan, build_slice_map, stores_transposed, summed_parameters
 from argonne.tp.slices import SliceMap
 
@@ -175,14 +176,22 @@ class SplitCost:
     @property
     def sent_bytes(self) -> int:
         """Bytes each rank sends in a step."""
-        factors = {
-            "all_reduce": 2 * (self.ranks - 1) / self.ranks,
-            "all_gather": (self.ranks - 1) / self.ranks,
-            "reduce_scatter": (self.ranks - 1) / self.ranks,
-            "send": 1.0,
-            SHARED: 2 * (self.sharers - 1) / self.sharers,
-        }
-        return round(sum(factors[kind] * payload for kind, (_, payload) in self.step.items()))
+        ranks = {SHARED: self.sharers}
+        return round(
+            sum(
+                sent_share(kind, ranks.get(kind, self.ranks)) * payload
+                for kind, (_, payload) in self.step.items()
+            )
+        )
+
+
+def sent_share(kind: str, ranks: int) -> float:
+    """The part of a collective's payload bytes that one of ``ranks`` ranks sends."""
+    if kind == "send":
+        return 1.0
+    if kind.startswith("all_to_all"):  # the payload is what all send; on average
+        return 1 / ranks
+    return (ranks - 1) / ranks * (2 if kind.startswith("all_reduce") else 1)
 
 
 def calls(traffic: Traffic) -> int:
@@ -291,7 +300,9 @@ def _completing_traffic(slice_map: SliceMap, summed: Iterable[str], gradient_byt
     traffic: Traffic = {}
     if elements := slice_map.numel(summed):
         traffic["all_reduce"] = (1, elements * gradient_bytes)
-    if slice_map.copied:
+    if not slice_map.shares_evenly:
+        traffic["all_to_all"] = (1, exchanged_elements(slice_map) * gradient_bytes)
+    elif slice_map.copied:
         traffic[SHARED] = (1, _local_numel(slice_map, slice_map.copied, 0) * gradient_bytes)
     return traffic
 

@@ -10,6 +10,7 @@ Ranks here are world ranks: ``rank = dp_rank * tp_size + tp_rank``.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,7 +73,22 @@ class Cut:
     pieces: tuple[tuple[Piece, ...], ...]
     """What each tensor-parallel rank holds; indices in no piece of a rank's local extent are padding."""
     sharers: int = 1
-    """How many consecutive tensor-parallel ranks hold the same copy (replicated key/value heads)."""
+    """How many tensor-parallel ranks at most hold the same elements (copied key/value heads)."""
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some slice is filled up with zeros."""
+        held = [sum(piece.size for piece in pieces) for pieces in self.pieces]
+        return held != list(self.local_sizes)
+
+    @property
+    def shares_evenly(self) -> bool:
+        """Whether ranks form runs of ``sharers`` that hold the same slice and share with no other run."""
+        held = [tuple((piece.start, piece.size) for piece in pieces) for pieces in self.pieces]
+        runs = [held[first : first + self.sharers] for first in range(0, len(held), self.sharers)]
+        alike = all(len(run) == self.sharers and len(set(run)) == 1 for run in runs)
+        sizes = [size for run in runs for _, size in run[0]]
+        return alike and sum(sizes) == sum(p.size for pieces in self.pieces for p in pieces if p.owned)
 
 
 def padded_slice_size(size: int, tp_size: int) -> int:
@@ -98,29 +114,56 @@ def even_cut(size: int, tp_size: int, dimension: int) -> Cut:
     return Cut(dimension=dimension, local_sizes=(local,) * tp_size, pieces=tuple(pieces))
 
 
-def head_cut(num_heads: int, head_dim: int, tp_size: int, dimension: int) -> Cut:
-    """Whole heads per rank. With fewer heads than ranks each head is copied to the ranks that share it.
+def head_range(num_heads: int, tp_size: int, tp_rank: int) -> range:
+    """The query heads of one rank: shares that differ by one head at most, in order.
 
-    The first rank of those that share a head owns it. Raises ValueError where neither number divides
-    the other; callers check degrees first (``argonne.tp.plan.check_degree``).
+    The bounds lie where an even division would, rounded down, so that they fall between the groups of shared
+    key/value heads wherever they can: 12 heads on 8 ranks are 1, 2, 1, 2, ...
     """
-    if num_heads % tp_size == 0:
-        return even_cut(num_heads * head_dim, tp_size, dimension)
-    if tp_size % num_heads:
-        raise ValueError(f"{num_heads} heads cannot be laid over {tp_size} ranks")
-    sharers = tp_size // num_heads
-    pieces = tuple(
-        (
-            Piece(
-                start=(tp_rank // sharers) * head_dim,
-                size=head_dim,
-                local_start=0,
-                owned=tp_rank % sharers == 0,
-            ),
+    return range(tp_rank * num_heads // tp_size, (tp_rank + 1) * num_heads // tp_size)
+
+
+def head_cut(
+    num_heads: int, head_dim: int, tp_size: int, dimension: int, *, query_heads: int | None = None
+) -> Cut:
+    """Whole heads per rank: ``head_range``, or for key/value heads those that the rank's query heads need.
+
+    A head that several ranks need is copied to each, and owned by the first. Without ``query_heads`` there
+    are as many as heads, or as ranks where these are more. Raises ValueError for more ranks than query heads
+    and for heads that do not share them evenly; callers check degrees (``argonne.tp.plan.check_degree``).
+    """
+    queries = query_heads or max(num_heads, tp_size)
+    if queries % num_heads or queries < tp_size:
+        raise ValueError(f"{num_heads} heads of {queries} query heads cannot be laid over {tp_size} ranks")
+    group = queries // num_heads
+    needed = []
+    for tp_rank in range(tp_size):
+        own = head_range(queries, tp_size, tp_rank)
+        needed.append(range(own[0] // group, own[-1] // group + 1))
+    pieces = []
+    held = 0
+    for heads in needed:
+        split = max(heads.start, held)  # the first may be another rank's: those behind it are new
+        parts = ((heads.start, split, False), (split, heads.stop, True))
+        pieces.append(
+            tuple(
+                Piece(
+                    start=first * head_dim,
+                    size=(stop - first) * head_dim,
+                    local_start=(first - heads.start) * head_dim,
+                    owned=owned,
+                )
+                for first, stop, owned in parts
+                if first < stop
+            )
         )
-        for tp_rank in range(tp_size)
+        held = heads.stop
+    return Cut(
+        dimension=dimension,
+        local_sizes=tuple(len(heads) * head_dim for heads in needed),
+        pieces=tuple(pieces),
+        sharers=max(sum(head in heads for heads in needed) for head in range(num_heads)),
     )
-    return Cut(dimension=dimension, local_sizes=(head_dim,) * tp_size, pieces=pieces, sharers=sharers)
 
 
 def fused_cut(parts: Sequence[Cut], part_sizes: Sequence[int]) -> Cut:
@@ -201,8 +244,30 @@ class SliceMap:
 
     @property
     def sharers(self) -> int:
-        """How many tensor-parallel ranks hold the same key/value head; 1 where none is copied."""
+        """How many tensor-parallel ranks at most hold the same key/value head; 1 where none is copied."""
         return max((cut.sharers for _, cut in self._parameters.values() if cut), default=1)
+
+    @property
+    def shares_evenly(self) -> bool:
+        """Whether copied slices are whole slices of ``sharers`` neighbouring ranks each."""
+        return all(cut.shares_evenly for name in self.copied if (cut := self.cut(name)) is not None)
+
+    def copies(self, name: str) -> tuple[dict[int, Rectangle], ...]:
+        """The parts of ``name`` that more than one world rank holds, each with its box by rank.
+
+        Boxes are cut wherever one of them begins or ends, so that those of a part are the same elements.
+        """
+        boxes = [(rank, box) for rank in range(self.world_size) for box in self.rectangles(name, rank)]
+        bounds = [
+            sorted({edge for _, box in boxes for edge in (box.start[d], box.start[d] + box.size[d])})
+            for d in range(len(self.shape(name)))
+        ]
+        parts = []
+        for cell in itertools.product(*(itertools.pairwise(edges) for edges in bounds)):
+            held = {rank: part for rank, box in boxes if (part := _within(box, cell)) is not None}
+            if len(held) > 1:
+                parts.append(held)
+        return tuple(parts)
 
     def numel(self, names: Iterable[str] | None = None) -> int:
         """Number of unsharded elements, of all parameters or of those named."""
@@ -276,4 +341,18 @@ def _intersect_rows(box: Rectangle, first: int, last: int) -> Rectangle | None:
         start=_with(box.start, 0, box.start[0] + low - box.local_start[0]),
         size=_with(box.size, 0, high - low),
         local_start=_with(box.local_start, 0, low - first),
+    )
+
+
+def _within(box: Rectangle, cell: tuple[tuple[int, int], ...]) -> Rectangle | None:
+    """The part of ``box`` in a cell ((first, stop) per dimension) that no box is cut by; None outside."""
+    start = tuple(first for first, _ in cell)
+    offsets = tuple(first - begin for first, begin in zip(start, box.start, strict=True))
+    if not all(0 <= offset < extent for offset, extent in zip(offsets, box.size, strict=True)):
+        return None
+    return replace(
+        box,
+        start=start,
+        size=tuple(stop - first for first, stop in cell),
+        local_start=tuple(begin + offset for begin, offset in zip(box.local_start, offsets, strict=True)),
     )
