@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -137,12 +138,17 @@ class Layout:
 
 def holders(layout: Layout, weight: Weight) -> list[tuple[tuple[int, int], list[int]]]:
     """((start, stop) along the cut dimension, tensor-parallel ranks that hold it), in order of start."""
-    found: dict[tuple[int, int], list[int]] = {}
-    for rank in range(layout.tp_size):
-        for box in layout.slice_map.rectangles(weight.name, rank):
-            start = box.start[weight.dimension]
-            found.setdefault((start, start + box.size[weight.dimension]), []).append(rank)
-    return sorted(found.items())
+    boxes = [
+        (rank, box)
+        for rank in range(layout.tp_size)
+        for box in layout.slice_map.rectangles(weight.name, rank)
+    ]
+    along = [(rank, box.start[weight.dimension], box.size[weight.dimension]) for rank, box in boxes]
+    edges = sorted({edge for _, start, size in along for edge in (start, start + size)})
+    return [
+        ((first, stop), [rank for rank, start, size in along if start <= first < start + size])
+        for first, stop in pairwise(edges)
+    ]
 
 
 def _weights(model: nn.Module, plan: TensorParallelPlan, slice_map: SliceMap) -> list[Weight]:
