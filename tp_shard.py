@@ -142,19 +142,18 @@ def shard_tensor_parallel(
     if sequence_parallel and not plan.sequence_parallel:
         raise ConfigError(f"--sequence-parallel does not work with {type(model).__name__}; leave it out")
     slice_map = build_slice_map(model, plan, group.size)
-    summed = summed_parameters(model, plan, sequence_parallel=sequence_parallel)
+    evenly = slice_map.shares_evenly
     sequence, head_sequence = SequenceState(sequence_parallel and group.size > 1), SequenceState()
     _attach(model, plan, slice_map, group, (sequence, head_sequence), loss_chunk_tokens)
     guard_saving(model, slice_map, group.size)
-    copied, evenly = slice_map.sharers > 1, slice_map.shares_evenly
     model.tensor_parallel = TensorParallelState(  # type: ignore[assignment]
         group=group,
         slice_map=slice_map,
         sequence=sequence,
         plan=plan,
-        summed=summed if group.size > 1 else (),
-        sharers=group.subgroup(slice_map.sharers) if copied and evenly else None,
-        copies=CopiedGradients(slice_map, group) if copied and not evenly else None,
+        summed=summed_parameters(model, plan, sequence_parallel=sequence_parallel) if group.size > 1 else (),
+        sharers=group.subgroup(slice_map.sharers) if evenly and slice_map.copied else None,
+        copies=None if evenly else CopiedGradients(slice_map, group),
     )
     return model
 

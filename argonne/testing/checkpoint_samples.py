@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from argonne.checkpoint.save import SaveReport, save_checkpoint
-from argonne.tp.slices import Cut, SliceMap, even_cut, head_cut
+from argonne.tp.head_cuts import head_cut
+from argonne.tp.slices import Cut, SliceMap, even_cut
 
 HIDDEN, HEADS, KEY_VALUE_HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY, LAYERS = 24, 4, 2, 6, 50, 101, 2
 MODEL_CONFIG: dict[str, Any] = {

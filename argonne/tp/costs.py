@@ -17,7 +17,16 @@ from torch import nn
 
 from argonne.tp.architectures import plan_for
 from argonne.tp.copied_gradients import exchanged_elements
-from argonne.tp.plan import Style, TensorParallelPlan, build_slice_map, stores_transposed, summed_parameters
+from argonne.tp.imbalance import local_features
+from argonne.tp.plan import (
+    HeadCounts,
+    Style,
+    TensorParallelPlan,
+    Unit,
+    build_slice_map,
+    stores_transposed,
+    summed_parameters,
+)
 from argonne.tp.slices import SliceMap
 
 STATE_BYTES = 16
@@ -42,6 +51,7 @@ class Projection:
     out_features: int
     in_features: int
     style: Style
+    unit: Unit = Unit.FEATURES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +74,9 @@ class ModelOutline:
     plan: TensorParallelPlan
     slice_map: SliceMap
     """At degree 1: names and shapes."""
-    normed_features: int = 0
-    """Outputs of a block's column layers that norms on heads take: kept for the backward pass as well."""
+    heads: HeadCounts
+    normed: tuple[Projection, ...] = ()
+    """Column layers whose outputs norms on heads take: kept for the backward pass as well."""
     output_norms: int = 0
     """Norms of a block on what attention and MLP return (sandwich norms)."""
 
@@ -90,6 +101,7 @@ class ModelOutline:
                         out_features=out_features,
                         in_features=in_features,
                         style=rule.style,
+                        unit=rule.unit,
                     )
                 )
         blocks_prefix = plan.first_block.rpartition(".")[0] + "."
@@ -110,7 +122,8 @@ class ModelOutline:
             divided=tuple(_divided(modules, plan, slice_map)),
             plan=plan,
             slice_map=slice_map,
-            normed_features=sum(p.out_features for p in projections if _is_normed(p, first, plan)),
+            heads=HeadCounts.from_config(model.config),
+            normed=tuple(p for p in projections if _is_normed(p, first, plan)),
             output_norms=max(0, _residual_norms(first, plan) - 2),
         )
 
@@ -222,13 +235,12 @@ def activation_bytes(outline: ModelOutline, tokens: int, tp_size: int, *, sequen
     computes again (``argonne.tp.fused``). Once for the model: the final norm's input and the head's (2 h).
     Sequence parallelism divides what is counted in h too.
     """
-    columns = sum(p.out_features for p in outline.projections if p.style is Style.COLUMN)
-    columns += outline.normed_features
     remade = () if outline.plan.gated_exit is None else outline.plan.gated_exit.members
-    kept = (p for p in outline.projections if p.style is Style.ROW and p.name not in remade)
-    rows = sum(p.in_features for p in kept)
+    kept = [p for p in outline.projections if p.name not in remade]
     width = outline.hidden_size / (tp_size if sequence_parallel else 1)
-    per_layer = (4 + outline.output_norms) * width + (columns + rows) / tp_size
+    per_layer = (4 + outline.output_norms) * width + local_features(
+        outline, [*kept, *outline.normed], tp_size
+    )
     return round(2 * tokens * (outline.num_layers * per_layer + 2 * width))
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from torch import nn
 
 from argonne.errors import ConfigError
-from argonne.tp.slices import Cut, Shape, SliceMap, even_cut, fused_cut, head_cut, head_range
+from argonne.tp.head_cuts import head_cut, head_range
+from argonne.tp.slices import Cut, Shape, SliceMap, even_cut, fused_cut
 
 
 class Style(Enum):
@@ -119,6 +120,12 @@ class HeadCounts:
         own = head_range(self.query_heads, tp_size, tp_rank)
         shared = range(own[0] // group, own[-1] // group + 1)
         return tuple(len(range(max(own[0], h * group), min(own[-1] + 1, (h + 1) * group))) for h in shared)
+
+    def width(self, unit: Unit, tp_size: int, tp_rank: int) -> int:
+        """Features of heads that a projection hands to attention on one rank, repeated ones included."""
+        local = self.local(tp_size, tp_rank)
+        query, key_value = local["query_width"], local["key_value_heads"] * self.head_dim
+        return {Unit.QUERY_HEADS: query, Unit.KEY_VALUE_HEADS: key_value}.get(unit, query + 2 * key_value)
 
     def local(self, tp_size: int, tp_rank: int) -> dict[str, int]:
         """The quantities that attention modules keep, on one rank.

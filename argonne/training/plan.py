@@ -318,13 +318,12 @@ def document(what: Subject, chosen: LayoutPlan) -> dict[str, Any]:
             kind: {"calls": count, "bytes": size} for kind, (count, size) in chosen.traffic.items()
         },
         "flops_per_token": flops_per_token(what),
-        "imbalance": chosen.imbalance,
         "steps": steps,
         "tokens": steps * tokens,
         "checkpoint_bytes": estimate_checkpoint_bytes(what.outline.slice_map),
         "device_memory": what.device_memory,
         "fits": chosen.fits,
-    }
+    } | ({} if chosen.imbalance == 1.0 else {"imbalance": chosen.imbalance})
 
 
 def misfit(what: Subject, layout: Layout) -> str | None:

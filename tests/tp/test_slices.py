@@ -10,8 +10,9 @@ from torch import Tensor
 
 from argonne.testing.models import SMALL, small_model
 from argonne.tp.architectures import ARGONNE_PLAN
+from argonne.tp.head_cuts import head_cut
 from argonne.tp.plan import build_slice_map
-from argonne.tp.slices import Cut, Shape, SliceMap, even_cut, fused_cut, head_cut, padded_slice_size
+from argonne.tp.slices import Cut, Shape, SliceMap, even_cut, fused_cut, padded_slice_size
 from tp_shard import take_slice
 
 
