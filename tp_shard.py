@@ -142,7 +142,6 @@ def shard_tensor_parallel(
     if sequence_parallel and not plan.sequence_parallel:
         raise ConfigError(f"--sequence-parallel does not work with {type(model).__name__}; leave it out")
     slice_map = build_slice_map(model, plan, group.size)
-    evenly = slice_map.shares_evenly
     sequence, head_sequence = SequenceState(sequence_parallel and group.size > 1), SequenceState()
     _attach(model, plan, slice_map, group, (sequence, head_sequence), loss_chunk_tokens)
     guard_saving(model, slice_map, group.size)
@@ -152,10 +151,18 @@ def shard_tensor_parallel(
         sequence=sequence,
         plan=plan,
         summed=summed_parameters(model, plan, sequence_parallel=sequence_parallel) if group.size > 1 else (),
-        sharers=group.subgroup(slice_map.sharers) if evenly and slice_map.copied else None,
-        copies=None if evenly else CopiedGradients(slice_map, group),
+        **_holders_of_copies(slice_map, group),
     )
     return model
+
+
+def _holders_of_copies(slice_map: SliceMap, group: TPGroup) -> dict[str, Any]:
+    """Who completes the gradients of copied heads: one subgroup, or where heads lie unevenly, an exchange."""
+    if not slice_map.copied:
+        return {"sharers": None}
+    if slice_map.shares_evenly:
+        return {"sharers": group.subgroup(slice_map.sharers)}
+    return {"sharers": None, "copies": CopiedGradients(slice_map, group)}
 
 
 def _attach(

@@ -206,7 +206,12 @@ def test_collectives_are_those_of_the_formula(
     reference = measure(copy.deepcopy(model), ids)
     ranks, slice_map = measure_simulated(model, ids, size, sequence_parallel=sequence_parallel)
     cost = tensor_parallel_cost(
-        ModelOutline.of(model), model, size, tuple(ids.shape), 8, sequence_parallel=sequence_parallel
+        ModelOutline.of(model),
+        model,
+        size,
+        (ids.shape[0], ids.shape[1]),
+        8,
+        sequence_parallel=sequence_parallel,
     )
     for rank, measured in enumerate(ranks):
         assert measured.step == cost.step
