@@ -20,11 +20,13 @@ from argonne.errors import ConfigError
 from argonne.tp.architectures import plan_for
 from argonne.tp.calls import attach_call_hooks
 from argonne.tp.chunked_loss import attach_head_loss
-from argonne.tp.costs import ModelOutline, SplitCost
+from argonne.tp.copied_gradients import CopiedGradients
+from argonne.tp.costs import ModelOutline, SplitCost, sent_share
 from argonne.tp.costs import tensor_parallel as tensor_parallel_cost
 from argonne.tp.dropout import attach_dropout
 from argonne.tp.entrances import attach_entrances
 from argonne.tp.group import ProcessTPGroup, SimulatedTPGroup, TPGroup, as_tp_group
+from argonne.tp.imbalance import head_imbalance, work_imbalance
 from argonne.tp.initial_values import initialise_parameters
 from argonne.tp.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from argonne.tp.loss import attach_loss, vocab_parallel_cross_entropy
@@ -58,6 +60,7 @@ from argonne.tp.state import (
     unsharded_state_dict,
 )
 from argonne.tp.swap import rewrite_head_counts, swap_layers
+from argonne.tp.uneven_heads import attach_head_copies
 
 __all__ = [
     "DTYPES",
@@ -84,11 +87,13 @@ __all__ = [
     "gather_sequence",
     "gather_state_dict",
     "gather_unsharded",
+    "head_imbalance",
     "initialise_parameters",
     "rank_memory",
     "reduce_from_region",
     "reduce_scatter_sequence",
     "scatter_to_region",
+    "sent_share",
     "shape_only",
     "shard_tensor_parallel",
     "split_sequence",
@@ -96,6 +101,7 @@ __all__ = [
     "tensor_parallel_cost",
     "unsharded_state_dict",
     "vocab_parallel_cross_entropy",
+    "work_imbalance",
 ]
 
 
@@ -136,7 +142,6 @@ def shard_tensor_parallel(
     if sequence_parallel and not plan.sequence_parallel:
         raise ConfigError(f"--sequence-parallel does not work with {type(model).__name__}; leave it out")
     slice_map = build_slice_map(model, plan, group.size)
-    summed = summed_parameters(model, plan, sequence_parallel=sequence_parallel)
     sequence, head_sequence = SequenceState(sequence_parallel and group.size > 1), SequenceState()
     _attach(model, plan, slice_map, group, (sequence, head_sequence), loss_chunk_tokens)
     guard_saving(model, slice_map, group.size)
@@ -145,10 +150,19 @@ def shard_tensor_parallel(
         slice_map=slice_map,
         sequence=sequence,
         plan=plan,
-        summed=summed if group.size > 1 else (),
-        sharers=group.subgroup(slice_map.sharers) if slice_map.sharers > 1 else None,
+        summed=summed_parameters(model, plan, sequence_parallel=sequence_parallel) if group.size > 1 else (),
+        **_holders_of_copies(slice_map, group),
     )
     return model
+
+
+def _holders_of_copies(slice_map: SliceMap, group: TPGroup) -> dict[str, Any]:
+    """Who completes the gradients of copied heads: one subgroup, or where heads lie unevenly, an exchange."""
+    if not slice_map.copied:
+        return {"sharers": None}
+    if slice_map.shares_evenly:
+        return {"sharers": group.subgroup(slice_map.sharers)}
+    return {"sharers": None, "copies": CopiedGradients(slice_map, group)}
 
 
 def _attach(
@@ -162,8 +176,9 @@ def _attach(
     """Put the layers, loss and hooks of ``plan`` in place; ``sequences``: the body's, the head's."""
     sequence, head_sequence = sequences
     swap_layers(model, plan, slice_map, group, sequence, head_sequence)
-    rewrite_head_counts(model, plan, group.size)
+    rewrite_head_counts(model, plan, group)
     attach_entrances(model, plan, group, sequence)
+    attach_head_copies(model, plan, group)
     attach_loss(model, plan, group)
     if loss_chunk_tokens != 0 and hasattr(model, "head_loss"):
         attach_head_loss(model, plan, group, head_sequence, loss_chunk_tokens)

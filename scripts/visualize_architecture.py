@@ -144,12 +144,16 @@ def slice_lines(layout: Layout, half: Half) -> list[str]:
     weights = (*half.columns, *half.rows)
     columns = []
     for weight in weights:
-        held: dict[int, list[str]] = {rank: [] for rank in range(layout.tp_size)}
+        held: dict[int, list[tuple[int, int, str]]] = {rank: [] for rank in range(layout.tp_size)}
         for (start, stop), ranks in holders(layout, weight):
             for rank in ranks:
-                held[rank].append(f"{start}:{stop}" + ("*" if rank != ranks[0] else ""))
+                copied = "*" if rank != ranks[0] else ""
+                if held[rank] and held[rank][-1][1:] == (start, copied):
+                    start = held[rank].pop()[0]
+                held[rank].append((start, stop, copied))
         cells = [weight.short, weight.cut_of, _by(weight.shape), _by(weight.local_shape)]
-        columns.append(cells + ["+".join(held[rank]) or "padding" for rank in range(layout.tp_size)])
+        runs = ["+".join(f"{start}:{stop}{copied}" for start, stop, copied in held[r]) for r in held]
+        columns.append(cells + [run or "padding" for run in runs])
     labels = ["", "cut by", "unsharded", "on a rank"] + [f"rank {rank}" for rank in range(layout.tp_size)]
     widths = [max(map(len, column)) + 2 for column in columns]
     order = "inputs x outputs" if weights[0].dimension == 1 else "outputs x inputs"
@@ -167,6 +171,8 @@ def slice_lines(layout: Layout, half: Half) -> list[str]:
         lines.append("  * a copy of key/value heads that another rank owns; their gradients are summed")
     if any(weight.is_padded for weight in weights):
         lines.append("  slices are of equal size; the last ones are filled up with zeros")
+    if any(weight.is_uneven for weight in weights):
+        lines.append("  ranks hold different numbers of heads; the largest slice is shown as a rank's")
     return lines
 
 

@@ -14,11 +14,15 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from argonne.ranks.world import Parallel
+from argonne.tp.copied_gradients import CopiedGradients
+from argonne.tp.group import ProcessTPGroup
+from argonne.tp.state import TensorParallelState
 
 
 def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], parallel: Parallel, dtype: torch.dtype) -> None:
@@ -33,6 +37,13 @@ def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], parallel: Parallel
     for block in blocks:
         fully_shard(block, mesh=parallel.mesh["dp"], mp_policy=policy)
     fully_shard(model, mesh=parallel.mesh["dp"], mp_policy=policy)
+    state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
+    if state.copies is not None:  # two ranks' chunks of one head need not be on one replica
+        assert dist.group.WORLD is not None
+        world = ProcessTPGroup(dist.group.WORLD)
+        state.copies = CopiedGradients(
+            state.slice_map.with_data_parallel(parallel.dp_size, sharded=True), world
+        )
 
 
 def apply_ddp(model: nn.Module, parallel: Parallel) -> nn.Module:

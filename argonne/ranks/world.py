@@ -154,21 +154,21 @@ def _check_places(environment: Environment, device: torch.device, group: dist.Pr
     return math.gcd(*(told or ranks_of[name] for name, _, told in places))
 
 
-def default_tp_size(local_world_size: int, query_heads: int, key_value_heads: int) -> int:
+def default_tp_size(local_world_size: int, query_heads: int) -> int:
     """The largest degree that divides the ranks of a node and fits the heads."""
     degrees = [d for d in range(1, local_world_size + 1) if local_world_size % d == 0]
-    return max(d for d in degrees if degree_fits(query_heads, key_value_heads, d))
+    return max(d for d in degrees if degree_fits(query_heads, d))
 
 
 def resolve_tp_size(
-    requested: int | None, *, world_size: int, local_world_size: int, query_heads: int, key_value_heads: int
+    requested: int | None, *, world_size: int, local_world_size: int, query_heads: int
 ) -> int:
     """The tensor-parallel degree; raises ConfigError naming the degrees that work."""
     if requested is None:
-        return default_tp_size(local_world_size, query_heads, key_value_heads)
-    check_degree(query_heads, key_value_heads, requested, world_size)
+        return default_tp_size(local_world_size, query_heads)
+    check_degree(query_heads, requested, processes=world_size)
     if world_size % requested:
-        degrees = fitting_degrees(query_heads, key_value_heads)
+        degrees = fitting_degrees(query_heads)
         raise ConfigError(
             f"--tensor-parallel-size {requested} does not divide the {world_size} processes started; use "
             f"{degree_list([degree for degree in degrees if world_size % degree == 0])}, or start a multiple "

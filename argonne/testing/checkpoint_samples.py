@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from argonne.checkpoint.save import SaveReport, save_checkpoint
-from argonne.tp.slices import Cut, SliceMap, even_cut, head_cut
+from argonne.tp.head_cuts import head_cut
+from argonne.tp.slices import Cut, SliceMap, even_cut
 
 HIDDEN, HEADS, KEY_VALUE_HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY, LAYERS = 24, 4, 2, 6, 50, 101, 2
 MODEL_CONFIG: dict[str, Any] = {
@@ -53,7 +54,7 @@ def sample_map(tp_size: int, *, dp_size: int = 1, tied: bool = True) -> SliceMap
         if "q_proj" in name or "o_proj" in name:
             return head_cut(HEADS, HEAD_DIM, tp_size, int("o_proj" in name))
         if "k_proj" in name or "v_proj" in name:
-            return head_cut(KEY_VALUE_HEADS, HEAD_DIM, tp_size, 0)
+            return head_cut(KEY_VALUE_HEADS, HEAD_DIM, tp_size, 0, query_heads=HEADS)
         if "norm" in name:
             return None
         dimension = int("down_proj" in name)

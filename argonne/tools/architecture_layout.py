@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -29,16 +31,15 @@ class Weight:
     """The dimension that is cut, of the weight as it is stored."""
     is_copied: bool
     """Whether several ranks hold the same key/value heads."""
+    is_padded: bool
+    """Whether the last ranks' slices are filled up with zeros."""
+    is_uneven: bool
+    """Whether ranks hold different numbers of heads; ``local_shape`` is the largest slice."""
 
     @property
     def cut_of(self) -> str:
         """ "rows" or "columns" of the stored weight."""
         return "rows" if self.dimension == 0 else "columns"
-
-    @property
-    def is_padded(self) -> bool:
-        """Whether the last ranks' slices are filled up with zeros."""
-        return not self.is_copied and self.shape[self.dimension] % self.local_shape[self.dimension] != 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +138,17 @@ class Layout:
 
 def holders(layout: Layout, weight: Weight) -> list[tuple[tuple[int, int], list[int]]]:
     """((start, stop) along the cut dimension, tensor-parallel ranks that hold it), in order of start."""
-    found: dict[tuple[int, int], list[int]] = {}
-    for rank in range(layout.tp_size):
-        for box in layout.slice_map.rectangles(weight.name, rank):
-            start = box.start[weight.dimension]
-            found.setdefault((start, start + box.size[weight.dimension]), []).append(rank)
-    return sorted(found.items())
+    boxes = [
+        (rank, box)
+        for rank in range(layout.tp_size)
+        for box in layout.slice_map.rectangles(weight.name, rank)
+    ]
+    along = [(rank, box.start[weight.dimension], box.size[weight.dimension]) for rank, box in boxes]
+    edges = sorted({edge for _, start, size in along for edge in (start, start + size)})
+    return [
+        ((first, stop), [rank for rank, start, size in along if start <= first < start + size])
+        for first, stop in pairwise(edges)
+    ]
 
 
 def _weights(model: nn.Module, plan: TensorParallelPlan, slice_map: SliceMap) -> list[Weight]:
@@ -161,9 +167,11 @@ def _weights(model: nn.Module, plan: TensorParallelPlan, slice_map: SliceMap) ->
                 short=module_name.rpartition(".")[2],
                 style=rule.style,
                 shape=slice_map.shape(name),
-                local_shape=slice_map.tp_local_shape(name, 0),
+                local_shape=max(slice_map.tp_local_shape(name, rank) for rank in range(slice_map.tp_size)),
                 dimension=cut.dimension if cut else int(column == transposed),
                 is_copied=cut is not None and cut.sharers > 1,
+                is_padded=cut is not None and cut.is_padded,
+                is_uneven=cut is not None and len(set(cut.local_sizes)) > 1,
             )
         )
     return weights
@@ -218,6 +226,11 @@ def _halves(
     return attention, mlp
 
 
+def _either(numbers: Iterable[int]) -> str:
+    """``3``, or ``3 or 4`` where ranks differ."""
+    return " or ".join(map(str, sorted(set(numbers))))
+
+
 def lay_out(
     model: nn.Module,
     title: str,
@@ -234,8 +247,9 @@ def lay_out(
         raise ConfigError(f"--sp does not work with {type(model).__name__}; leave it out")
     slice_map = build_slice_map(model, plan, tp_size)
     weights = _weights(model, plan, slice_map)
-    heads = HeadCounts.from_config(getattr(model, "config", None)).local(tp_size)
-    counts = f"{heads['query_heads']} query, {heads['key_value_heads']} key/value"
+    heads = HeadCounts.from_config(getattr(model, "config", None))
+    grouped = [heads.grouped(tp_size, rank) for rank in range(tp_size)]
+    counts = f"{_either(map(sum, grouped))} query, {_either(map(len, grouped))} key/value"
     embedding = next(weight for weight in weights if weight.name == f"{plan.embedding}.weight")
     config: Any = model.config
     ranks = f"{tp_size} tensor-parallel ranks" if tp_size > 1 else "one rank"

@@ -189,7 +189,8 @@ def _weight(canvas: Canvas, layout: Layout, weight: Weight, x: float, y: float, 
     kept = ", padded" if weight.is_padded else ", copies" if weight.is_copied else ""
     canvas.text(x + width / 2, y + height + 3.1, weight.short, 9.5, bold=True, width=width + 3)
     canvas.text(x + width / 2, y + height + 1.2, shape, 8.5, width=width + 3, color=_FAINT)
-    canvas.text(x + width / 2, y - 1.5, f"{local} a rank{kept}", 8.5, width=width + 3.2)
+    most = "at most " if weight.is_uneven else ""
+    canvas.text(x + width / 2, y - 1.5, f"{most}{local} a rank{kept}", 8.5, width=width + 3.2)
 
 
 def _gate(canvas: Canvas, name: str, pair: tuple[str, str], x: float, y: float, width: float) -> None:

@@ -16,7 +16,7 @@ from argonne.checkpoint.shape import infer_model_config
 from argonne.config.presets import REFERENCE, check_stored_config, load_model_settings
 from argonne.errors import CheckpointError, ConfigError
 from argonne.tp.architectures import plan_for
-from argonne.tp.plan import HeadCounts, check_degree, degree_fits
+from argonne.tp.plan import HeadCounts, check_degree
 from model import ArgonneConfig, ArgonneModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
@@ -130,7 +130,7 @@ def tiny_settings(family: str, tp_size: int, *, vocab_size: int, layers: int) ->
             "eos_token_id": None,
         }
     key_value = next(
-        n for n in (heads // 2, tp_size, heads) if heads % n == 0 and degree_fits(heads, n, tp_size)
+        n for n in (heads // 2, tp_size, heads) if heads % n == 0 and (n % tp_size == 0 or tp_size % n == 0)
     )
     return {
         "vocab_size": vocab_size,
@@ -214,7 +214,7 @@ def parameter_count(source: ModelSource) -> int:
 def check_heads(source: ModelSource, tp_size: int) -> None:
     """Raise ConfigError, naming the degrees that work, where ``tp_size`` does not fit the heads."""
     heads = HeadCounts.from_config(source.build_empty().config)
-    check_degree(heads.query_heads, heads.key_value_heads, tp_size)
+    check_degree(heads.query_heads, tp_size)
 
 
 def check_sequence(source: ModelSource, seq_len: int, *, sequence_parallel: bool) -> None:

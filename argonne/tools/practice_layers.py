@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from argonne.tp.plan import fitting_degrees
 from tp_shard import ColumnParallelLinear, RowParallelLinear, TPGroup, copy_to_region
 
 HIDDEN, FEATURES = 64, 192
@@ -32,7 +31,7 @@ Pair = Callable[[TPGroup], tuple[nn.Module, nn.Module]]
 
 def degrees() -> list[int]:
     """Numbers of ranks, 2 and more, that get whole query and key/value heads each."""
-    return [n for n in fitting_degrees(QUERY_HEADS, KEY_VALUE_HEADS) if 2 <= n <= KEY_VALUE_HEADS]
+    return [n for n in range(2, KEY_VALUE_HEADS + 1) if QUERY_HEADS % n == 0 and KEY_VALUE_HEADS % n == 0]
 
 
 # ---------------------------------------------------------------------------------------------------

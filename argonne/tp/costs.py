@@ -16,7 +16,17 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from argonne.tp.architectures import plan_for
-from argonne.tp.plan import Style, TensorParallelPlan, build_slice_map, stores_transposed, summed_parameters
+from argonne.tp.copied_gradients import exchanged_elements
+from argonne.tp.imbalance import local_features
+from argonne.tp.plan import (
+    HeadCounts,
+    Style,
+    TensorParallelPlan,
+    Unit,
+    build_slice_map,
+    stores_transposed,
+    summed_parameters,
+)
 from argonne.tp.slices import SliceMap
 
 STATE_BYTES = 16
@@ -41,6 +51,7 @@ class Projection:
     out_features: int
     in_features: int
     style: Style
+    unit: Unit = Unit.FEATURES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +74,9 @@ class ModelOutline:
     plan: TensorParallelPlan
     slice_map: SliceMap
     """At degree 1: names and shapes."""
-    normed_features: int = 0
-    """Outputs of a block's column layers that norms on heads take: kept for the backward pass as well."""
+    heads: HeadCounts
+    normed: tuple[Projection, ...] = ()
+    """Column layers whose outputs norms on heads take: kept for the backward pass as well."""
     output_norms: int = 0
     """Norms of a block on what attention and MLP return (sandwich norms)."""
 
@@ -89,6 +101,7 @@ class ModelOutline:
                         out_features=out_features,
                         in_features=in_features,
                         style=rule.style,
+                        unit=rule.unit,
                     )
                 )
         blocks_prefix = plan.first_block.rpartition(".")[0] + "."
@@ -109,7 +122,8 @@ class ModelOutline:
             divided=tuple(_divided(modules, plan, slice_map)),
             plan=plan,
             slice_map=slice_map,
-            normed_features=sum(p.out_features for p in projections if _is_normed(p, first, plan)),
+            heads=HeadCounts.from_config(model.config),
+            normed=tuple(p for p in projections if _is_normed(p, first, plan)),
             output_norms=max(0, _residual_norms(first, plan) - 2),
         )
 
@@ -175,14 +189,22 @@ class SplitCost:
     @property
     def sent_bytes(self) -> int:
         """Bytes each rank sends in a step."""
-        factors = {
-            "all_reduce": 2 * (self.ranks - 1) / self.ranks,
-            "all_gather": (self.ranks - 1) / self.ranks,
-            "reduce_scatter": (self.ranks - 1) / self.ranks,
-            "send": 1.0,
-            SHARED: 2 * (self.sharers - 1) / self.sharers,
-        }
-        return round(sum(factors[kind] * payload for kind, (_, payload) in self.step.items()))
+        ranks = {SHARED: self.sharers}
+        return round(
+            sum(
+                sent_share(kind, ranks.get(kind, self.ranks)) * payload
+                for kind, (_, payload) in self.step.items()
+            )
+        )
+
+
+def sent_share(kind: str, ranks: int) -> float:
+    """The part of a collective's payload bytes that one of ``ranks`` ranks sends."""
+    if kind == "send":
+        return 1.0
+    if kind.startswith("all_to_all"):  # the payload is what all send; on average
+        return 1 / ranks
+    return (ranks - 1) / ranks * (2 if kind.startswith("all_reduce") else 1)
 
 
 def calls(traffic: Traffic) -> int:
@@ -213,13 +235,12 @@ def activation_bytes(outline: ModelOutline, tokens: int, tp_size: int, *, sequen
     computes again (``argonne.tp.fused``). Once for the model: the final norm's input and the head's (2 h).
     Sequence parallelism divides what is counted in h too.
     """
-    columns = sum(p.out_features for p in outline.projections if p.style is Style.COLUMN)
-    columns += outline.normed_features
     remade = () if outline.plan.gated_exit is None else outline.plan.gated_exit.members
-    kept = (p for p in outline.projections if p.style is Style.ROW and p.name not in remade)
-    rows = sum(p.in_features for p in kept)
+    kept = [p for p in outline.projections if p.name not in remade]
     width = outline.hidden_size / (tp_size if sequence_parallel else 1)
-    per_layer = (4 + outline.output_norms) * width + (columns + rows) / tp_size
+    per_layer = (4 + outline.output_norms) * width + local_features(
+        outline, [*kept, *outline.normed], tp_size
+    )
     return round(2 * tokens * (outline.num_layers * per_layer + 2 * width))
 
 
@@ -291,7 +312,9 @@ def _completing_traffic(slice_map: SliceMap, summed: Iterable[str], gradient_byt
     traffic: Traffic = {}
     if elements := slice_map.numel(summed):
         traffic["all_reduce"] = (1, elements * gradient_bytes)
-    if slice_map.copied:
+    if not slice_map.shares_evenly:
+        traffic["all_to_all"] = (1, exchanged_elements(slice_map) * gradient_bytes)
+    elif slice_map.copied:
         traffic[SHARED] = (1, _local_numel(slice_map, slice_map.copied, 0) * gradient_bytes)
     return traffic
 

@@ -12,11 +12,14 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
 
 
 class CollectiveCounters:
@@ -92,6 +95,16 @@ class TPGroup:
         self._count("reduce_scatter", tensor.numel() * tensor.element_size())
         return self._reduce_scatter(tensor)
 
+    def exchange(self, tensor: Tensor, sizes: list[int], payload_bytes: int) -> Tensor:
+        """Swap parts with each rank: (sum of sizes,), the part of ``sizes[r]`` elements being rank r's.
+
+        Two ranks send each other as much. ``payload_bytes``: what all ranks send, for the count.
+        """
+        if self.size == 1:
+            return tensor
+        self._count("all_to_all", payload_bytes)
+        return self.wait(self._all_to_all(tensor, sizes))
+
     def wait(self, tensor: Tensor) -> Tensor:
         """Finish a started collective."""
         return tensor
@@ -131,6 +144,9 @@ class TPGroup:
     def _reduce_scatter(self, tensor: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _all_to_all(self, tensor: Tensor, sizes: list[int]) -> Tensor:
+        raise NotImplementedError
+
 
 class ProcessTPGroup(TPGroup):
     """A group of processes, over ``torch.distributed``."""
@@ -166,6 +182,9 @@ class ProcessTPGroup(TPGroup):
             tensor.contiguous(), "sum", self.size, self._name
         )
 
+    def _all_to_all(self, tensor: Tensor, sizes: list[int]) -> Tensor:
+        return torch.ops._c10d_functional.all_to_all_single(tensor.contiguous(), sizes, sizes, self._name)
+
 
 def as_tp_group(mesh: DeviceMesh | dist.ProcessGroup | TPGroup | None) -> TPGroup:
     """The group object of a mesh's dimension "tp" (or its only one), of a process group, or of the world."""
@@ -185,7 +204,7 @@ class _Rendezvous:
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size)
-        self.slots: list[Tensor | None] = [None] * size
+        self.slots: list[Any] = [None] * size
         self.subgroups: dict[tuple[int, int], _Rendezvous] = {}
         self.lock = threading.Lock()
 
@@ -215,9 +234,9 @@ class SimulatedTPGroup(TPGroup):
         for part in self._rendezvous.subgroups.values():
             part.barrier.abort()
 
-    def _exchange(self, tensor: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    def _exchange(self, given: T, combine: Callable[[list[T]], Tensor]) -> Tensor:
         slots = self._rendezvous.slots
-        slots[self.rank] = tensor.detach()
+        slots[self.rank] = given
         self._rendezvous.barrier.wait()
         result = combine([slot for slot in slots if slot is not None])
         self._rendezvous.barrier.wait()
@@ -233,10 +252,14 @@ class SimulatedTPGroup(TPGroup):
                     total.add_(part)
             return total
 
-        return self._exchange(tensor, combine)
+        return self._exchange(tensor.detach(), combine)
 
     def _all_gather(self, tensor: Tensor) -> Tensor:
-        return self._exchange(tensor, torch.cat)
+        return self._exchange(tensor.detach(), torch.cat)
+
+    def _all_to_all(self, tensor: Tensor, sizes: list[int]) -> Tensor:
+        parts = tensor.detach().split(sizes)
+        return self._exchange(parts, lambda sent: torch.cat([parts[self.rank] for parts in sent]))
 
     def _reduce_scatter(self, tensor: Tensor) -> Tensor:
         local = tensor.shape[0] // self.size
@@ -247,4 +270,4 @@ class SimulatedTPGroup(TPGroup):
                 total.add_(part.narrow(0, self.rank * local, local))
             return total
 
-        return self._exchange(tensor, combine)
+        return self._exchange(tensor.detach(), combine)

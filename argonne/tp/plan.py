@@ -8,6 +8,7 @@ drives splitting, gathering, initial values, clipping and checkpoints, through t
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -16,7 +17,8 @@ from typing import Any
 from torch import nn
 
 from argonne.errors import ConfigError
-from argonne.tp.slices import Cut, Shape, SliceMap, even_cut, fused_cut, head_cut
+from argonne.tp.head_cuts import head_cut, head_range
+from argonne.tp.slices import Cut, Shape, SliceMap, even_cut, fused_cut
 
 
 class Style(Enum):
@@ -112,51 +114,63 @@ class HeadCounts:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
         return cls(query_heads=query_heads, key_value_heads=key_value_heads, head_dim=head_dim)
 
-    def local(self, tp_size: int) -> dict[str, int]:
-        """The quantities that attention modules keep, per rank."""
-        query_heads = self.query_heads // tp_size
-        key_value_heads = max(1, self.key_value_heads // tp_size)
+    def grouped(self, tp_size: int, tp_rank: int) -> tuple[int, ...]:
+        """How many of one rank's query heads belong to each of its key/value heads, in order."""
+        group = self.query_heads // self.key_value_heads
+        own = head_range(self.query_heads, tp_size, tp_rank)
+        shared = range(own[0] // group, own[-1] // group + 1)
+        return tuple(len(range(max(own[0], h * group), min(own[-1] + 1, (h + 1) * group))) for h in shared)
+
+    def width(self, unit: Unit, tp_size: int, tp_rank: int) -> int:
+        """Features of heads that a projection hands to attention on one rank, repeated ones included."""
+        local = self.local(tp_size, tp_rank)
+        query, key_value = local["query_width"], local["key_value_heads"] * self.head_dim
+        return {Unit.QUERY_HEADS: query, Unit.KEY_VALUE_HEADS: key_value}.get(unit, query + 2 * key_value)
+
+    def local(self, tp_size: int, tp_rank: int) -> dict[str, int]:
+        """The quantities that attention modules keep, on one rank.
+
+        Key/value heads as attention sees them: where query heads are not in groups of one size, the heads
+        that ``argonne.tp.uneven_heads`` makes of those that the rank holds.
+        """
+        counts = self.grouped(tp_size, tp_rank)
+        groups = math.gcd(*counts)
         return {
-            "query_heads": query_heads,
-            "key_value_heads": key_value_heads,
-            "groups": query_heads // key_value_heads,
-            "query_width": query_heads * self.head_dim,
+            "query_heads": sum(counts),
+            "key_value_heads": sum(counts) // groups,
+            "groups": groups,
+            "query_width": sum(counts) * self.head_dim,
         }
 
 
-def degree_fits(query_heads: int, key_value_heads: int, tp_size: int) -> bool:
-    """Whether each rank gets whole query heads, and key/value heads either whole or shared evenly."""
-    return query_heads % tp_size == 0 and (key_value_heads % tp_size == 0 or tp_size % key_value_heads == 0)
+def degree_fits(query_heads: int, tp_size: int) -> bool:
+    """Whether each rank gets a query head, and with it the key/value head that it needs."""
+    return 1 <= tp_size <= query_heads
 
 
-def fitting_degrees(query_heads: int, key_value_heads: int) -> list[int]:
+def fitting_degrees(query_heads: int) -> list[int]:
     """All tensor-parallel degrees the heads allow, ascending."""
-    return [
-        degree for degree in range(1, query_heads + 1) if degree_fits(query_heads, key_value_heads, degree)
-    ]
+    return list(range(1, query_heads + 1))
 
 
-def check_degree(query_heads: int, key_value_heads: int, tp_size: int, processes: int = 0) -> None:
+def check_degree(query_heads: int, tp_size: int, *, processes: int = 0) -> None:
     """Raise ConfigError where ``tp_size`` does not fit the heads.
 
     It names the degrees that work; where the number of ``processes`` is given, those that divide it too.
     """
-    if degree_fits(query_heads, key_value_heads, tp_size):
+    if degree_fits(query_heads, tp_size):
         return
-    degrees = [degree for degree in fitting_degrees(query_heads, key_value_heads) if processes % degree == 0]
-    more = (
-        ", nor is it a multiple of them"
-        if query_heads % tp_size == 0
-        else f" or {query_heads} attention heads"
-    )
+    degrees = [degree for degree in fitting_degrees(query_heads) if processes % degree == 0]
     raise ConfigError(
-        f"--tensor-parallel-size {tp_size} does not divide {key_value_heads} key/value heads{more}; "
+        f"--tensor-parallel-size {tp_size} leaves ranks without any of the {query_heads} attention heads; "
         f"use {degree_list(degrees)}"
     )
 
 
 def degree_list(degrees: Sequence[int]) -> str:
-    """Degrees as a message names them: ``1, 2 or 4``."""
+    """Degrees as a message names them: ``1, 2 or 4``, or ``1 to 24``."""
+    if len(degrees) > 2 and degrees[-1] - degrees[0] == len(degrees) - 1:
+        return f"{degrees[0]} to {degrees[-1]}"
     *others, last = [str(degree) for degree in degrees]
     return f"{', '.join(others)} or {last}" if others else last
 
@@ -167,7 +181,9 @@ def _weight_cut(rule: Rule, shape: Shape, heads: HeadCounts, tp_size: int, dimen
     query = head_cut(heads.query_heads, heads.head_dim, tp_size, dimension)
     if rule.unit is Unit.QUERY_HEADS:
         return query
-    key_value = head_cut(heads.key_value_heads, heads.head_dim, tp_size, dimension)
+    key_value = head_cut(
+        heads.key_value_heads, heads.head_dim, tp_size, dimension, query_heads=heads.query_heads
+    )
     if rule.unit is Unit.KEY_VALUE_HEADS:
         return key_value
     widths = [heads.query_heads * heads.head_dim] + 2 * [heads.key_value_heads * heads.head_dim]
@@ -204,7 +220,7 @@ def build_slice_map(model: nn.Module, plan: TensorParallelPlan, tp_size: int) ->
     Raises ConfigError where the degree does not fit the heads.
     """
     heads = HeadCounts.from_config(getattr(model, "config", None))
-    check_degree(heads.query_heads, heads.key_value_heads, tp_size)
+    check_degree(heads.query_heads, tp_size)
     modules = dict(model.named_modules())
     cuts: dict[str, tuple[Shape, Cut | None]] = {}
     for name, parameter in model.named_parameters():

@@ -16,6 +16,8 @@ from torch import nn
 
 from argonne.tp.chunked_loss import chunk_tokens
 from argonne.tp.costs import ModelOutline, activation_bytes
+from argonne.tp.head_cuts import head_range
+from argonne.tp.imbalance import local_features
 from argonne.tp.plan import Style, build_slice_map
 from argonne.tp.slices import SliceMap
 
@@ -105,8 +107,12 @@ class _Sizes:
         """Float32 numbers of one layer: a norm's one a row, the softmax's one a query head."""
         outline, tokens, size = self.outline, self.layout.tokens, self.layout.tp_size
         norms = tokens * (2 + outline.output_norms) / self.divided
-        rows = outline.normed_features / self.config.head_dim
-        heads = (rows + self.config.num_attention_heads) / size
+        head_dim = outline.heads.head_dim
+        heads = max(
+            sum(outline.heads.width(p.unit, size, rank) for p in outline.normed) / head_dim
+            + len(head_range(outline.heads.query_heads, size, rank))
+            for rank in range(size)
+        )
         return round(_FLOAT32 * (norms + tokens * heads))
 
     def layer(self) -> int:
@@ -126,15 +132,19 @@ class _Sizes:
             return self.layer()
         if layout.recomputation == "full":
             return self.stream
-        columns = sum(p.out_features for p in outline.projections if p.style is Style.COLUMN)
-        products = layout.tokens * columns * layout.element_bytes // layout.tp_size
+        columns = [p for p in outline.projections if p.style is Style.COLUMN]
+        features = local_features(outline, columns, layout.tp_size)
+        products = round(layout.tokens * features * layout.element_bytes)
         # The two exits; with sequence parallelism their products stay whole, and both gathers are kept.
         exits = 2 * self.stream if self.divided == 1 else 2 * self.stream + 4 * self.whole_stream
         return self.stream + products + exits
 
 
 def _local_numel(slice_map: SliceMap, names: tuple[str, ...] | list[str]) -> int:
-    return sum(math.prod(slice_map.tp_local_shape(name, 0)) for name in names)
+    return max(
+        sum(math.prod(slice_map.tp_local_shape(name, rank)) for name in names)
+        for rank in range(slice_map.tp_size)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ Ranks here are world ranks: ``rank = dp_rank * tp_size + tp_rank``.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,7 +73,22 @@ class Cut:
     pieces: tuple[tuple[Piece, ...], ...]
     """What each tensor-parallel rank holds; indices in no piece of a rank's local extent are padding."""
     sharers: int = 1
-    """How many consecutive tensor-parallel ranks hold the same copy (replicated key/value heads)."""
+    """How many tensor-parallel ranks at most hold the same elements (copied key/value heads)."""
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some slice is filled up with zeros."""
+        held = [sum(piece.size for piece in pieces) for pieces in self.pieces]
+        return held != list(self.local_sizes)
+
+    @property
+    def shares_evenly(self) -> bool:
+        """Whether ranks form runs of ``sharers`` that hold the same slice and share with no other run."""
+        held = [tuple((piece.start, piece.size) for piece in pieces) for pieces in self.pieces]
+        runs = [held[first : first + self.sharers] for first in range(0, len(held), self.sharers)]
+        alike = all(len(run) == self.sharers and len(set(run)) == 1 for run in runs)
+        sizes = [size for run in runs for _, size in run[0]]
+        return alike and sum(sizes) == sum(p.size for pieces in self.pieces for p in pieces if p.owned)
 
 
 def padded_slice_size(size: int, tp_size: int) -> int:
@@ -96,31 +112,6 @@ def even_cut(size: int, tp_size: int, dimension: int) -> Cut:
         held = min(start + local, size) - start
         pieces.append((Piece(start=start, size=held, local_start=0),) if held else ())
     return Cut(dimension=dimension, local_sizes=(local,) * tp_size, pieces=tuple(pieces))
-
-
-def head_cut(num_heads: int, head_dim: int, tp_size: int, dimension: int) -> Cut:
-    """Whole heads per rank. With fewer heads than ranks each head is copied to the ranks that share it.
-
-    The first rank of those that share a head owns it. Raises ValueError where neither number divides
-    the other; callers check degrees first (``argonne.tp.plan.check_degree``).
-    """
-    if num_heads % tp_size == 0:
-        return even_cut(num_heads * head_dim, tp_size, dimension)
-    if tp_size % num_heads:
-        raise ValueError(f"{num_heads} heads cannot be laid over {tp_size} ranks")
-    sharers = tp_size // num_heads
-    pieces = tuple(
-        (
-            Piece(
-                start=(tp_rank // sharers) * head_dim,
-                size=head_dim,
-                local_start=0,
-                owned=tp_rank % sharers == 0,
-            ),
-        )
-        for tp_rank in range(tp_size)
-    )
-    return Cut(dimension=dimension, local_sizes=(head_dim,) * tp_size, pieces=pieces, sharers=sharers)
 
 
 def fused_cut(parts: Sequence[Cut], part_sizes: Sequence[int]) -> Cut:
@@ -201,8 +192,30 @@ class SliceMap:
 
     @property
     def sharers(self) -> int:
-        """How many tensor-parallel ranks hold the same key/value head; 1 where none is copied."""
+        """How many tensor-parallel ranks at most hold the same key/value head; 1 where none is copied."""
         return max((cut.sharers for _, cut in self._parameters.values() if cut), default=1)
+
+    @property
+    def shares_evenly(self) -> bool:
+        """Whether copied slices are whole slices of ``sharers`` neighbouring ranks each."""
+        return all(cut.shares_evenly for name in self.copied if (cut := self.cut(name)) is not None)
+
+    def copies(self, name: str) -> tuple[dict[int, Rectangle], ...]:
+        """The parts of ``name`` that more than one world rank holds, each with its box by rank.
+
+        Boxes are cut wherever one of them begins or ends, so that those of a part are the same elements.
+        """
+        boxes = [(rank, box) for rank in range(self.world_size) for box in self.rectangles(name, rank)]
+        bounds = [
+            sorted({edge for _, box in boxes for edge in (box.start[d], box.start[d] + box.size[d])})
+            for d in range(len(self.shape(name)))
+        ]
+        parts = []
+        for cell in itertools.product(*(itertools.pairwise(edges) for edges in bounds)):
+            held = {rank: part for rank, box in boxes if (part := _within(box, cell)) is not None}
+            if len(held) > 1:
+                parts.append(held)
+        return tuple(parts)
 
     def numel(self, names: Iterable[str] | None = None) -> int:
         """Number of unsharded elements, of all parameters or of those named."""
@@ -276,4 +289,18 @@ def _intersect_rows(box: Rectangle, first: int, last: int) -> Rectangle | None:
         start=_with(box.start, 0, box.start[0] + low - box.local_start[0]),
         size=_with(box.size, 0, high - low),
         local_start=_with(box.local_start, 0, low - first),
+    )
+
+
+def _within(box: Rectangle, cell: tuple[tuple[int, int], ...]) -> Rectangle | None:
+    """The part of ``box`` in a cell ((first, stop) per dimension) that no box is cut by; None outside."""
+    start = tuple(first for first, _ in cell)
+    offsets = tuple(first - begin for first, begin in zip(start, box.start, strict=True))
+    if not all(0 <= offset < extent for offset, extent in zip(offsets, box.size, strict=True)):
+        return None
+    return replace(
+        box,
+        start=start,
+        size=tuple(stop - first for first, stop in cell),
+        local_start=tuple(begin + offset for begin, offset in zip(box.local_start, offsets, strict=True)),
     )

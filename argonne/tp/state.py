@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from argonne.tp.copied_gradients import CopiedGradients
 from argonne.tp.group import TPGroup
 from argonne.tp.plan import TensorParallelPlan
 from argonne.tp.regions import SequenceState
@@ -38,12 +39,14 @@ class TensorParallelState:
     summed: tuple[str, ...]
     """Replicated parameters whose gradients are partial: summed over the whole group once a step."""
     sharers: TPGroup | None
-    """The ranks that hold copies of the same key/value heads; None where no head is copied."""
+    """The ranks that hold the same key/value heads, where they all hold the same ones; else None."""
+    copies: CopiedGradients | None = None
+    """Where copied heads lie unevenly: who holds what of them."""
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """Parameters of which other ranks hold copies: their gradients are summed over ``sharers``."""
-        return self.slice_map.copied if self.sharers is not None else ()
+        """Parameters of which other ranks hold copies: their gradients are summed over those ranks."""
+        return self.slice_map.copied
 
     def sum_partial_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Complete, in place, the gradients of replicated parameters; once per optimizer step.
@@ -54,6 +57,8 @@ class TensorParallelState:
         _reduce_bucket([gradients[name] for name in self.summed if name in gradients], self.group)
         if self.sharers is not None:
             _reduce_bucket([gradients[name] for name in self.shared if name in gradients], self.sharers)
+        if self.copies is not None:
+            self.copies.sum(gradients)
 
 
 def _reduce_bucket(gradients: list[Tensor], group: TPGroup) -> None:
@@ -73,12 +78,22 @@ def _reduce_bucket(gradients: list[Tensor], group: TPGroup) -> None:
 def gather_unsharded(local: Tensor, name: str, state: TensorParallelState) -> Tensor:
     """The unsharded tensor of parameter ``name``, from its slices on all ranks; collective over the group."""
     group, slice_map = state.group, state.slice_map
-    parts = group.all_gather(local.contiguous().unsqueeze(0)) if group.size > 1 else local.unsqueeze(0)
+    parts = group.all_gather(_padded(local, name, slice_map)[None]) if group.size > 1 else local[None]
     whole = torch.full(slice_map.shape(name), math.nan, dtype=local.dtype, device=local.device)
     for rank in range(group.size):
         for box in slice_map.owned(name, rank):
             whole[box.unsharded_index] = parts[rank][box.local_index]
     return whole
+
+
+def _padded(local: Tensor, name: str, slice_map: SliceMap) -> Tensor:
+    """``local`` with zeros up to the largest slice of any rank: a gather takes equal shapes."""
+    cut = slice_map.cut(name)
+    missing = 0 if cut is None else max(cut.local_sizes) - local.shape[cut.dimension]
+    if cut is None or not missing:
+        return local.contiguous()
+    shape = (*local.shape[: cut.dimension], missing, *local.shape[cut.dimension + 1 :])
+    return torch.cat([local, local.new_zeros(shape)], dim=cut.dimension)
 
 
 def gather_state_dict(model: nn.Module, *, gradients: bool = False) -> dict[str, Tensor]:

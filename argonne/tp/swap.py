@@ -140,12 +140,12 @@ def _fill(
             setattr(layer, leaf, nn.Parameter(part, requires_grad=parameter.requires_grad))
 
 
-def rewrite_head_counts(model: nn.Module, plan: TensorParallelPlan, tp_size: int) -> None:
-    """Set the head counts that the model's attention modules keep to those of one rank.
+def rewrite_head_counts(model: nn.Module, plan: TensorParallelPlan, group: TPGroup) -> None:
+    """Set the head counts that the model's attention modules keep to those of this rank.
 
     Raises AttributeError where an attention module lacks an attribute that the plan names.
     """
-    local = HeadCounts.from_config(getattr(model, "config", None)).local(tp_size)
+    local = HeadCounts.from_config(getattr(model, "config", None)).local(group.size, group.rank)
     for attention in matching(model, plan.attention):
         for attribute, quantity in plan.head_attributes:
             if not hasattr(attention, attribute):

@@ -102,7 +102,6 @@ def choose_tp_size(settings: Mapping[str, Any], requested: int | None, world: Wo
         world_size=world.world_size,
         local_world_size=world.local_world_size,
         query_heads=settings["num_attention_heads"],
-        key_value_heads=settings["num_key_value_heads"],
     )
 
 

@@ -7,10 +7,8 @@ and no file is written.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -29,8 +27,10 @@ from tp_shard import (
     SplitCost,
     fitting_degrees,
     rank_memory,
+    sent_share,
     shape_only,
     tensor_parallel_cost,
+    work_imbalance,
 )
 
 PUBLISHED_VOCABULARY = 151_665
@@ -64,6 +64,12 @@ class Subject:
     """Ranks are processes of this host: compute is float32 by default and nothing lies outside."""
 
     @property
+    def local_world_size(self) -> int:
+        """Ranks of each node; fewer than a node has are one node."""
+        few = self.world_size <= self.node_size
+        return self.world_size if few else math.gcd(self.world_size, self.node_size)
+
+    @property
     def element_bytes(self) -> int:
         """Of the compute dtype."""
         dtype = self.config.training.dtype or ("fp32" if self.on_cpu else "bf16")
@@ -84,6 +90,8 @@ class LayoutPlan:
     """Estimate of a step at the assumed rates; for comparing layouts."""
     traffic: Traffic
     """Kind of collective -> calls and payload bytes of one optimizer step."""
+    imbalance: float
+    """Multiplications of the slowest rank of a replica over the mean."""
 
 
 def subject_of(config: RunConfig, tokenizer_length: int | None = None) -> Subject:
@@ -118,37 +126,34 @@ def subject(
 
 def chosen_layout(what: Subject) -> Layout:
     """The layout that the flags ask for. Raises ConfigError where there is none."""
-    config, settings = what.config, what.settings
+    config = what.config
     tp_size = resolve_tp_size(
         config.parallel.tensor_parallel_size,
         world_size=what.world_size,
-        local_world_size=math.gcd(what.world_size, what.node_size),
-        query_heads=settings["num_attention_heads"],
-        key_value_heads=settings["num_key_value_heads"],
+        local_world_size=what.local_world_size,
+        query_heads=what.settings["num_attention_heads"],
     )
     dp_size = what.world_size // tp_size
     return Layout(
-        tp_size=tp_size,
-        dp_size=dp_size,
+        tp_size=tp_size, dp_size=dp_size,
         fsdp=config.parallel.data_parallel == "fsdp",
         sequence_parallel=config.parallel.sequence_parallel and tp_size > 1,
         recomputation=config.parallel.activation_checkpointing,
         batch_size=config.training.batch_size,
         block_size=config.training.block_size,
         accumulation=derive_accumulation(config.training, dp_size),
-        element_bytes=what.element_bytes,
-        loss_chunk_tokens=config.training.loss_chunk_tokens,
-    )
+        element_bytes=what.element_bytes, loss_chunk_tokens=config.training.loss_chunk_tokens,
+    )  # fmt: skip
 
 
 def flops_per_token(what: Subject) -> float:
     """As ``argonne.training.build.flops_per_token``: 6 N + 6 L s h a, causal attention at half."""
-    outline, settings = what.outline, what.settings
+    outline = what.outline
     weights = outline.parameters
     if f"{outline.plan.head}.weight" in outline.slice_map.names:
         weights -= outline.slice_map.numel([f"{outline.plan.embedding}.weight"])
     shape: Any = what.model.config
-    width = settings["num_attention_heads"] * shape.head_dim
+    width = shape.num_attention_heads * shape.head_dim
     return 6.0 * weights + 6.0 * outline.num_layers * what.config.training.block_size * width
 
 
@@ -169,7 +174,8 @@ def plan_layout(what: Subject, layout: Layout) -> LayoutPlan:
     tokens = layout.tokens * layout.dp_size * layout.accumulation
     flops = flops_per_token(what) * tokens / what.world_size * _EXTRA_WORK[layout.recomputation]
     peak = PEAK_FLOPS.get(what.config.planning.plan_device.upper(), PEAK_FLOPS["H100"])
-    computing = flops / (_PRODUCT_SHARE * peak)
+    imbalance = work_imbalance(what.outline, what.model, layout.tp_size, layout.block_size)
+    computing = flops * imbalance / (_PRODUCT_SHARE * peak)
     across = NVLINK if what.world_size <= RANKS_OF_A_NODE else NETWORK
     hidden_behind = max(0.0, _sent(traffic, layout, replicas=True) / across - computing / 2)
     return LayoutPlan(
@@ -180,6 +186,7 @@ def plan_layout(what: Subject, layout: Layout) -> LayoutPlan:
         fits=needed <= what.device_memory,
         seconds=computing + _sent(traffic, layout, replicas=False) / NVLINK + hidden_behind,
         traffic=traffic,
+        imbalance=imbalance,
     )
 
 
@@ -231,7 +238,7 @@ def _sent(traffic: Traffic, layout: Layout, *, replicas: bool) -> float:
     total = 0.0
     for kind, (_, size) in traffic.items():
         if kind.endswith(_REPLICAS) == replicas:
-            total += size * (ranks - 1) / ranks * (2 if kind.startswith("all_reduce") else 1)
+            total += size * sent_share(kind, ranks)
     return total
 
 
@@ -241,8 +248,8 @@ def other_layouts(what: Subject, layout: Layout) -> Iterator[Layout]:
     More sequences of a step go into accumulation where a replica takes fewer at a time.
     """
     samples = layout.batch_size * layout.accumulation * layout.dp_size
-    heads = (what.settings["num_attention_heads"], what.settings["num_key_value_heads"])
-    degrees = [d for d in fitting_degrees(*heads) if what.world_size % d == 0 and d <= what.node_size]
+    heads = what.settings["num_attention_heads"]
+    degrees = [d for d in fitting_degrees(heads) if what.world_size % d == 0 and d <= what.node_size]
     for batch in range(layout.batch_size, 0, -1):
         for tp_size in sorted(degrees, key=lambda degree: (degree != layout.tp_size, -degree)):
             dp_size = what.world_size // tp_size
@@ -316,15 +323,7 @@ def document(what: Subject, chosen: LayoutPlan) -> dict[str, Any]:
         "checkpoint_bytes": estimate_checkpoint_bytes(what.outline.slice_map),
         "device_memory": what.device_memory,
         "fits": chosen.fits,
-    }
-
-
-def free_disk(folder: Path) -> int:
-    """Bytes free where the output folder is or will be."""
-    place = folder.resolve()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    } | ({} if chosen.imbalance == 1.0 else {"imbalance": chosen.imbalance})
 
 
 def misfit(what: Subject, layout: Layout) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,13 +19,12 @@ from argonne.training.plan import (
     document,
     flags_of,
     flops_per_token,
-    free_disk,
     misfit,
     run_plan,
     steps_of,
     tokens_per_step,
 )
-from tp_shard import OUTSIDE_BYTES, build_slice_map
+from tp_shard import OUTSIDE_BYTES, build_slice_map, head_imbalance, sent_share
 
 MFU_SHOWN = (0.2, 0.3, 0.4)
 LAYOUTS_SHOWN = 6
@@ -76,6 +76,14 @@ def _heading(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
         f"A step: {samples} sequences of {layout.block_size:,} = {samples * layout.block_size:,} tokens; "
         f"{layout.accumulation} x {layout.batch_size} a replica"
     )
+    heads = what.settings["num_attention_heads"]
+    fewest = heads // layout.tp_size
+    if heads % layout.tp_size:
+        yield (
+            f"Heads: {fewest} or {fewest + 1} of {heads} query heads a rank, the most "
+            f"{head_imbalance(heads, layout.tp_size):.2f} x the mean; in all the slowest rank multiplies "
+            f"{chosen.imbalance:.2f} x"
+        )
 
 
 def _layers(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
@@ -87,7 +95,8 @@ def _layers(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
         in_blocks = name.startswith(f"{prefix}.")
         if in_blocks and not name.startswith(f"{outline.plan.first_block}."):
             continue
-        shape, local = slice_map.shape(name), slice_map.tp_local_shape(name, 0)
+        shape = slice_map.shape(name)
+        local = max(slice_map.tp_local_shape(name, rank) for rank in range(tp_size))
         count = outline.num_layers if in_blocks else 1
         shown = name.replace(f"{outline.plan.first_block}.", f"{prefix}.* x {count} ") if in_blocks else name
         total = count
@@ -125,7 +134,7 @@ def _collectives(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
         yield "  none"
     for kind, (count, size) in chosen.traffic.items():
         ranks = layout.dp_size if kind.endswith("replicas") else layout.tp_size
-        sent = size * (ranks - 1) / ranks * (2 if kind.startswith("all_reduce") else 1)
+        sent = size * sent_share(kind, ranks)
         shares = "  ".join(
             f"{name} {sent / rate:7.3f} s ({sent / rate / (chosen.seconds + sent / rate):4.0%})"
             for name, rate in (("NVLink", NVLINK), ("network", NETWORK))
@@ -182,10 +191,18 @@ def _text_bytes(globs: Sequence[str], column: str) -> tuple[int, int] | None:
     return (len(paths), round(size * len(paths) / read)) if size else None
 
 
+def _free_disk(folder: Path) -> int:
+    """Bytes free where the output folder is or will be."""
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
 def _disk(what: Subject, size: int) -> Iterator[str]:
     folder = Path(what.config.output.output_dir)
     count = what.config.checkpoint.keep_checkpoints + 1
-    free = free_disk(folder)
+    free = _free_disk(folder)
     yield (
         f"Checkpoints: {_gigabytes(size)} each, {count} at a time (those kept and one more): "
         f"{_gigabytes(count * size)}; {folder} has {_gigabytes(free)} free"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,8 +44,8 @@ def check_replicas(parameters: Mapping[str, Tensor], slice_map: SliceMap, parall
     """Compare checksums of all copies of weights: norms, shared key/value heads, and all of them under DDP.
 
     ``parameters`` are local plain tensors (``argonne.ranks.replicas.local_parameters``), ``slice_map`` the
-    run's, with its data parallelism. Collective over all ranks (8 bytes a parameter). Returns how many
-    parameters have copies.
+    run's, with its data parallelism. Collective over all ranks (8 bytes for each part that several hold).
+    Returns how many parameters have copies.
 
     Raises:
         PeerError: on all ranks, naming the first parameter whose copies differ and the rank that differs.
@@ -54,16 +53,18 @@ def check_replicas(parameters: Mapping[str, Tensor], slice_map: SliceMap, parall
     names = shared_parameters(slice_map)
     if not names or parallel.control_group is None:
         return 0
-    own = torch.stack([checksum(parameters[name]) for name in names]).cpu()
+    parts = [(name, part) for name in names for part in slice_map.copies(name)]
+    none = torch.zeros((), dtype=torch.int64, device=parameters[names[0]].device)
+    own = torch.stack(
+        [
+            checksum(parameters[name][part[parallel.rank].local_index]) if parallel.rank in part else none
+            for name, part in parts
+        ]
+    ).cpu()
     sums = [torch.empty_like(own) for _ in range(parallel.world_size)]
     dist.all_gather(sums, own, group=parallel.control_group)
-    for index, name in enumerate(names):
-        copies: dict[Any, dict[int, int]] = {}
-        for rank in range(parallel.world_size):
-            held = tuple((box.start, box.size) for box in slice_map.rectangles(name, rank))
-            copies.setdefault(held, {})[rank] = int(sums[rank][index])
-        for holders in copies.values():
-            _check_equal(name, holders)
+    for index, (name, part) in enumerate(parts):
+        _check_equal(name, {rank: int(sums[rank][index]) for rank in part})
     return len(names)
 
 

@@ -11,32 +11,35 @@ from argonne.ranks.world import choose_device, default_tp_size, resolve_tp_size
 
 
 def test_default_degree_is_the_largest_that_fits_a_node() -> None:
-    assert default_tp_size(8, 24, 8) == 8
-    assert default_tp_size(6, 24, 8) == 2
-    assert default_tp_size(3, 24, 8) == 1
-    assert default_tp_size(6, 6, 2) == 6
+    assert default_tp_size(8, 24) == 8
+    assert default_tp_size(7, 24) == 7
+    assert default_tp_size(6, 24) == 6
+    assert default_tp_size(3, 24) == 3
+    assert default_tp_size(8, 6) == 4
+    assert default_tp_size(6, 6) == 6
+    assert default_tp_size(7, 6) == 1
 
 
 def test_degree_that_does_not_divide_the_processes_is_refused() -> None:
-    with pytest.raises(ConfigError, match="does not divide the 6 processes started; use 1 or 2"):
-        resolve_tp_size(4, world_size=6, local_world_size=6, query_heads=8, key_value_heads=4)
+    with pytest.raises(ConfigError, match="does not divide the 6 processes started; use 1, 2, 3 or 6"):
+        resolve_tp_size(4, world_size=6, local_world_size=6, query_heads=8)
 
 
 @pytest.mark.parametrize(
     ("requested", "processes", "text"),
     [
-        (3, 4, "3 does not divide 8 key/value heads, nor is it a multiple of them; use 1, 2 or 4"),
-        (5, 6, "5 does not divide 8 key/value heads or 24 attention heads; use 1 or 2"),
-        (16, 16, "16 does not divide 8 key/value heads or 24 attention heads; use 1, 2, 4 or 8"),
-        (3, 3, "3 does not divide 8 key/value heads, nor is it a multiple of them; use 1"),
-        (8, 12, "8 does not divide the 12 processes started; use 1, 2 or 4, or start a multiple of 8"),
+        (3, 4, "3 does not divide the 4 processes started; use 1, 2 or 4, or start a multiple of 3"),
+        (5, 6, "5 does not divide the 6 processes started; use 1, 2, 3 or 6, or start a multiple of 5"),
+        (32, 32, "32 leaves ranks without any of the 24 attention heads; use 1, 2, 4, 8 or 16"),
+        (25, 25, "25 leaves ranks without any of the 24 attention heads; use 1 or 5"),
+        (8, 12, "8 does not divide the 12 processes started; use 1, 2, 3, 4, 6 or 12, or start a multiple"),
         (24, 8, "24 does not divide the 8 processes started; use 1, 2, 4 or 8, or start a multiple of 24"),
     ],
 )
 def test_refused_degrees_name_those_that_fit_heads_and_processes(
     requested: int, processes: int, text: str
 ) -> None:
-    heads = {"query_heads": 24, "key_value_heads": 8}
+    heads = {"query_heads": 24}
     with pytest.raises(ConfigError) as refusal:
         resolve_tp_size(requested, world_size=processes, local_world_size=processes, **heads)
     assert f"--tensor-parallel-size {text}" in str(refusal.value)

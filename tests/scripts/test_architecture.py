@@ -130,7 +130,7 @@ def test_blocks_and_ends_add_up_to_the_counted_collectives() -> None:
     ("flags", "code", "message"),
     [
         (["--model", "nope"], 2, "--model-config nope is neither a preset nor a file"),
-        (["--tp", "3"], 2, "--tensor-parallel-size 3 does not divide 8 key/value heads, nor"),
+        (["--tp", "25"], 2, "--tensor-parallel-size 25 leaves ranks without any of the 24"),
         (["--model", "gpt2", "--tp", "2", "--sp"], 2, "--sp does not work with GPT2LMHeadModel"),
         (["--checkpoint-path", "missing.pth"], 1, "--checkpoint-path missing.pth is not a file"),
         (["--checkpoint-path", FIXTURE, "--tp", "2"], 1, "24 query and 8 key/value heads"),

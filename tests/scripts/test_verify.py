@@ -178,7 +178,11 @@ def test_a_collective_too_many_fails(verify: Report, monkeypatch: pytest.MonkeyP
     ("flags", "code", "message"),
     [
         (["--model", "nope"], 2, "--model-config nope is neither a preset nor a file"),
-        (["-N", "3"], 2, "--tensor-parallel-size 3 does not divide 4 key/value heads or 8 attention heads"),
+        (
+            ["-N", "9"],
+            2,
+            "--tensor-parallel-size 9 leaves ranks without any of the 8 attention heads; use 1 to 8",
+        ),
         (["--model", "gpt2", "--sequence-parallel"], 2, "--sequence-parallel does not work with gpt2"),
         (["--model", "gpt2", "--seq-len", "513"], 2, "--seq-len 513: this model has 512 positions"),
         (["--checkpoint-path", "missing.pth"], 1, "--checkpoint-path missing.pth is not a file"),

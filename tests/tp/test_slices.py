@@ -10,8 +10,9 @@ from torch import Tensor
 
 from argonne.testing.models import SMALL, small_model
 from argonne.tp.architectures import ARGONNE_PLAN
+from argonne.tp.head_cuts import head_cut
 from argonne.tp.plan import build_slice_map
-from argonne.tp.slices import Cut, Shape, SliceMap, even_cut, fused_cut, head_cut, padded_slice_size
+from argonne.tp.slices import Cut, Shape, SliceMap, even_cut, fused_cut, padded_slice_size
 from tp_shard import take_slice
 
 
@@ -72,10 +73,12 @@ def test_heads_are_whole_and_copies_have_one_owner(heads: int, tp_size: int) -> 
         assert piece.owned == (tp_rank % cut.sharers == 0)
 
 
-@pytest.mark.parametrize(("heads", "tp_size"), [(6, 4), (4, 6), (3, 2)])
-def test_heads_that_cannot_be_laid_out_are_refused(heads: int, tp_size: int) -> None:
-    with pytest.raises(ValueError, match=f"{heads} heads cannot be laid over {tp_size} ranks"):
-        head_cut(heads, 2, tp_size, 0)
+@pytest.mark.parametrize(("heads", "queries", "tp_size"), [(6, 6, 7), (4, 6, 2), (4, None, 6)])
+def test_heads_that_cannot_be_laid_out_are_refused(heads: int, queries: int | None, tp_size: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"{heads} heads of . query heads cannot be laid over {tp_size} ranks"
+    ):
+        head_cut(heads, 2, tp_size, 0, query_heads=queries)
 
 
 @pytest.mark.parametrize(("query", "key_value", "tp_size"), [(4, 4, 2), (6, 2, 2), (6, 2, 6)])

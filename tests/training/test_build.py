@@ -130,7 +130,7 @@ def test_the_degree_fits_heads_and_processes() -> None:
     settings = {"num_attention_heads": 24, "num_key_value_heads": 8}
     assert choose_tp_size(settings, None, world) == 4  # a node's ranks
     assert choose_tp_size(settings, 8, world) == 8
-    with pytest.raises(ConfigError, match="--tensor-parallel-size 5"):
+    with pytest.raises(ConfigError, match="--tensor-parallel-size 5 does not divide the 8 processes"):
         choose_tp_size(settings, 5, world)
 
 
