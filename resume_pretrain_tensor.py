@@ -236,7 +236,7 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
         stages=stages,
         settings=start.settings,
         trained=trained,
-        one_step=TrainingStep(trained, config.training, stage.accumulation, spikes.judge),
+        one_step=TrainingStep(trained, config.training, stage.accumulation, spikes.judge_of_steps),
         feed=feed,
         data=RunData(opened=data, report=report),
         tokenizer=tokenizer,
