@@ -194,7 +194,7 @@ def write(report: Report, output_dir: Path) -> list[Path]:
     document = {
         "name": report.name,
         "title": report.title,
-        **(report.headline or {"machine": machine()}),
+        **(dict[str, Any](report.headline) or {"machine": machine()}),
         "rows": [{**asdict(row), "ratio": row.ratio, "met": row.met} for row in report.rows],
         "remarks": report.remarks,
         "data": report.data,

@@ -166,7 +166,8 @@ def moved_bytes(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], res
         if name.startswith("_fused_adam"):
             written = sum(map(_touched, _tensors((args[0], args[2], args[3]))))
     distinct = {id(tensor): tensor for tensor in _tensors((inputs, kwargs))}
-    return written + sum(map(_touched, distinct.values())) + (nbytes(*_tensors(result)) if name in LOOKUPS else 0)
+    looked_up = nbytes(*_tensors(result)) if name in LOOKUPS else 0
+    return written + looked_up + sum(map(_touched, distinct.values()))
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -197,7 +197,8 @@ def _write_plain_gradient(
     if not valid:
         return
     for chunk in _row_chunks(logits):
-        held, normalizer, index = logits[chunk, :valid], log_normalizer[chunk, None], places.local[chunk, None]
+        held, normalizer = logits[chunk, :valid], log_normalizer[chunk, None]
+        index = places.local[chunk, None]
         of_targets = (held.gather(1, index) - normalizer).exp_()
         of_targets -= places.mine[chunk, None].to(rule.dtype)
         part = into[chunk, :valid]

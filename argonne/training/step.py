@@ -40,6 +40,11 @@ class Votes:
         """1 for yes and 0 for no, to be summed over the ranks."""
         return [float(vote) for vote in astuple(self)]
 
+    def and_of(self, other: Votes) -> Votes:
+        """What was said in either."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Votes(**dict(zip(self.__dataclass_fields__, map(any, pairs), strict=True)))
+
     @classmethod
     def of_any(cls, sums: Sequence[float]) -> Votes:
         """From the sums of all ranks' ``numbers``."""

@@ -56,6 +56,7 @@ def test_rotation_in_bfloat16_rounds_once() -> None:
         weight = torch.randn(rotated.shape, generator=generator, dtype=torch.bfloat16)
         rotated.backward(weight)
         expected.backward(weight.double())
+        assert leaf.grad is not None and exact.grad is not None
         assert rotated.stride() == given.stride() and rotated.dtype == torch.bfloat16
         torch.testing.assert_close(rotated.double(), expected, rtol=2**-8, atol=1e-6)
         torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=2**-8, atol=1e-6)
