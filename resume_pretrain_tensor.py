@@ -236,7 +236,7 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
         stages=stages,
         settings=start.settings,
         trained=trained,
-        one_step=TrainingStep(trained, config.training, stage.accumulation, spikes.judge),
+        one_step=TrainingStep(trained, config.training, stage.accumulation, spikes.judge_of_steps),
         feed=feed,
         data=RunData(opened=data, report=report),
         tokenizer=tokenizer,
@@ -258,7 +258,7 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
 def loop(run: Run) -> bool:
     """Train until the last step of the stage or until a rank is asked to stop; True where it was stopped."""
     from argonne.training import between_steps
-    from argonne.training.rewind import rewind_if_asked
+    from argonne.training.ledger import StepLedger
     from argonne.training.state import stopwatch
     from argonne.training.step import Votes
 
@@ -271,22 +271,22 @@ def loop(run: Run) -> bool:
     control.begin(run.step)
     between_steps.validate_if_missed(run)
     run.garbage.begin()
-    stop = False
+    stop, steps = False, StepLedger(run)
     while run.step < last_step and not stop:
         run.profiler.before_step(run.step + 1)
-        started = stopwatch()
+        since = stopwatch()
         batch = run.feed.next()
         mine = Votes(stop=control.stop_flag, busy=keeper.busy, spoiled=keeper.spoiled())
-        result = run.one_step.run(batch, run.stage_step, votes=mine)
-        stop = result.votes.stop
-        if rewind_if_asked(run, batch, result):
-            continue  # the checkpoint has all that a step's end would save
-        run.complete(batch, result, stopwatch() - started)
+        votes = steps.take(batch, mine, since=since)
+        if votes is None:
+            continue  # gone back: the checkpoint has all that a step's end would save
+        stop = votes.stop
         between_steps.end_step(run)
         if not stop:
             between_steps.validate_if_due(run)
         last = stop or run.step == last_step
-        if last or keeper.due(run.step, result.votes):
+        if last or keeper.due(run.step, votes):
+            stop = steps.settle().stop or stop
             run.save()
         if not stop:
             between_steps.sample_if_due(run)

@@ -3,6 +3,7 @@
     python scripts/benchmark.py step            # optimizer step against DTensor and against one process
     python scripts/benchmark.py memory          # parameters, saved activations, loss
     python scripts/benchmark.py collectives     # calls and bytes against the formula and DTensor's
+    python scripts/benchmark.py traffic         # bytes that a GPU's rank moves outside its products
     python scripts/benchmark.py data | checkpoint | startup | gpu
     python scripts/benchmark.py all             # everything but gpu, and the tables of docs/performance.md
 
@@ -35,6 +36,7 @@ PARTS = {
     "step": "argonne.benchmarks.step",
     "memory": "argonne.benchmarks.memory",
     "collectives": "argonne.benchmarks.collectives",
+    "traffic": "argonne.benchmarks.traffic",
     "data": "argonne.benchmarks.data",
     "checkpoint": "argonne.benchmarks.checkpoint",
     "startup": "argonne.benchmarks.startup",

@@ -65,6 +65,8 @@ class Report:
     rows: tuple[Row, ...]
     remarks: tuple[str, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
+    headline: Mapping[str, float] = field(default_factory=dict)
+    """Counts that stand at the top of the JSON. A report with one depends on no machine and names none."""
 
 
 def interleaved(
@@ -192,7 +194,7 @@ def write(report: Report, output_dir: Path) -> list[Path]:
     document = {
         "name": report.name,
         "title": report.title,
-        "machine": machine(),
+        **(dict[str, Any](report.headline) or {"machine": machine()}),
         "rows": [{**asdict(row), "ratio": row.ratio, "met": row.met} for row in report.rows],
         "remarks": report.remarks,
         "data": report.data,

@@ -54,13 +54,13 @@ def in_steps(call: Callable[[Any, int], None]) -> None:
     """Run ``call(training step, step)`` before each optimizer step; ``step`` counts from 1."""
     from argonne.training.step import TrainingStep
 
-    run = TrainingStep.run
+    start = TrainingStep.start
 
-    def faulty_run(self: Any, batch: Any, step: int, **kwargs: Any) -> Any:
+    def faulty_start(self: Any, batch: Any, step: int, **kwargs: Any) -> Any:
         call(self, step + 1)
-        return run(self, batch, step, **kwargs)
+        return start(self, batch, step, **kwargs)
 
-    TrainingStep.run = faulty_run  # type: ignore[method-assign]
+    TrainingStep.start = faulty_start  # type: ignore[method-assign]
 
 
 def kill(fault: Fault) -> None:
@@ -102,13 +102,13 @@ def nan(fault: Fault) -> None:
             while len(handles) > 1:
                 handles.pop(0).remove()
             return
-        accumulate = type(one_step)._accumulate
+        accumulate = type(one_step).accumulate
 
         def spoiled(batch: Any) -> Any:
             loss, by_source = accumulate(one_step, batch)
             return loss * (float("nan") if spoils else 1.0), by_source
 
-        one_step._accumulate = spoiled
+        one_step.accumulate = spoiled
 
     handles: list[Any] = []
     in_steps(spoil)

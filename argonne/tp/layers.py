@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from argonne.tp.cpu_products import linear
 from argonne.tp.fused import column_products
 from argonne.tp.group import TPGroup
-from argonne.tp.precision import autocast_dtype
+from argonne.tp.precision import autocast_dtype, can_be_read
 from argonne.tp.regions import (
     SequenceState,
     gather_from_region,
@@ -263,7 +263,7 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         if self.group.size == 1:
             return F.embedding(ids, self.weight, self.padding_idx)
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if can_be_read(ids):
             wrong = (ids < 0) | (ids >= self.num_embeddings)
             if bool(wrong.any()):
                 raise IndexError(f"an id is outside the vocabulary of {self.num_embeddings}")
@@ -274,9 +274,9 @@ class VocabParallelEmbedding(nn.Module):
             padding = None
         part = F.embedding(local.masked_fill(outside, 0), self.weight, padding)
         dtype = autocast_dtype(part)
-        part = part.masked_fill(outside[..., None], 0.0)
         if dtype is not None:
             part = part.to(dtype)
+        part.masked_fill_(outside[..., None], 0.0)  # rows that nobody else holds
         if self.sequence is not None and self.sequence.enabled:
             return reduce_scatter_sequence(part, self.group)
         return reduce_from_region(part, self.group)

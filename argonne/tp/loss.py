@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from argonne.tp.group import TPGroup
 from argonne.tp.plan import TensorParallelPlan
+from argonne.tp.precision import can_be_read
 
 IGNORE_INDEX = -100
 _CHUNK_ELEMENTS = 1 << 24
@@ -113,8 +114,11 @@ def slice_sums(logits: Tensor, places: Places, rule: LossRule) -> tuple[Tensor, 
     largest = _capped(held.amax(dim=1), rule.dtype, rule.cap)
     base = largest.clamp_min(torch.finfo(rule.dtype).min)  # a slice may forbid all of its ids: -inf
     for chunk in _row_chunks(held):
-        part = _capped(held[chunk], rule.dtype, rule.cap)
-        sums[0, chunk] = part.sub_(base[chunk, None]).exp_().sum(dim=1)
+        if rule.cap:
+            part = _capped(held[chunk], rule.dtype, rule.cap).sub_(base[chunk, None])
+        else:
+            part = held[chunk] - base[chunk, None]  # widened on the way
+        sums[0, chunk] = part.exp_().sum(dim=1)
     picked = _capped(held.gather(1, places.local[:, None]).squeeze(1), rule.dtype, rule.cap)
     sums[1] = torch.where(places.mine, picked, 0.0)
     return largest, sums
@@ -155,6 +159,9 @@ def write_gradient(
     valid, dtype, cap = rule.valid, rule.dtype, rule.cap
     into[:, valid:] = 0
     in_place = into.dtype == dtype
+    if not (in_place or cap or rule.z_loss_weight or weight is not None):
+        _write_plain_gradient(logits, into, places, log_normalizer, rule)
+        return
     for chunk in _row_chunks(logits):
         normalizer, mine = log_normalizer[chunk, None], places.mine[chunk, None]
         held, ignored = logits[chunk, :valid], places.ignored[chunk]
@@ -175,10 +182,29 @@ def write_gradient(
             part.mul_(weight[chunk, None])
         # An ignored row may hold a non-finite logit that must not reach the gradient as NaN * 0. Asking
         # whether there is one costs more than the pass on a GPU.
-        if part.device.type != "cpu" or bool(ignored.any()):
+        if not can_be_read(ignored) or bool(ignored.any()):
             part.masked_fill_(ignored[:, None], 0.0)
         if not in_place:
             into[chunk, :valid] = part.to(into.dtype)
+
+
+def _write_plain_gradient(
+    logits: Tensor, into: Tensor, places: Places, log_normalizer: Tensor, rule: LossRule
+) -> None:
+    """As `write_gradient` for a narrower ``into`` and nothing but cross entropy: the same numbers, rounded
+    as the exponential is written, with the targets' own beside it."""
+    valid = rule.valid
+    if not valid:
+        return
+    for chunk in _row_chunks(logits):
+        held, normalizer = logits[chunk, :valid], log_normalizer[chunk, None]
+        index = places.local[chunk, None]
+        of_targets = (held.gather(1, index) - normalizer).exp_()
+        of_targets -= places.mine[chunk, None].to(rule.dtype)
+        part = into[chunk, :valid]
+        torch.exp(held - normalizer, out=part)
+        part.scatter_(1, index, of_targets.to(part.dtype))  # where a target is elsewhere, what is there
+        part.masked_fill_(places.ignored[chunk, None], 0.0)  # also of a logit that is not finite
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -204,7 +230,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Raise IndexError for a target outside the vocabulary; on the CPU, where it costs no waiting."""
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_be_read(targets):
         outside = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
         if bool(outside.any()):
             raise IndexError(f"a target is outside the vocabulary of {vocab_size}")

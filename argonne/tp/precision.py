@@ -8,6 +8,12 @@ from torch import Tensor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether asking for a value costs no waiting: on the CPU, in eager code, and not of a fake tensor."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return tensor.device.type == "cpu" and plain and not torch.compiler.is_compiling()
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype autocast asks for on the tensor's device; None outside autocast and for float64."""
     kind = tensor.device.type

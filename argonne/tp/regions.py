@@ -153,8 +153,8 @@ def start_gather_sequence(tensor: Tensor, group: TPGroup) -> Tensor:
 
 
 def finish_gather_sequence(started: Tensor, group: TPGroup, seq_len: int) -> Tensor:
-    """-> (batch, seq_len, hidden), the padding stripped."""
-    return group.wait(started)[:seq_len].movedim(0, SEQUENCE_DIM)
+    """-> (batch, seq_len, hidden), padding stripped, put in order once and not by each product made of it."""
+    return group.wait(started)[:seq_len].movedim(0, SEQUENCE_DIM).contiguous()
 
 
 def start_scatter_sequence(tensor: Tensor, group: TPGroup) -> Tensor:
@@ -163,8 +163,8 @@ def start_scatter_sequence(tensor: Tensor, group: TPGroup) -> Tensor:
 
 
 def finish_scatter_sequence(started: Tensor, group: TPGroup) -> Tensor:
-    """-> (batch, local_seq_len, hidden)."""
-    return group.wait(started).movedim(0, SEQUENCE_DIM)
+    """-> (batch, local_seq_len, hidden), in that order in memory: what follows runs over it many times."""
+    return group.wait(started).movedim(0, SEQUENCE_DIM).contiguous()
 
 
 class _SplitSequence(torch.autograd.Function):

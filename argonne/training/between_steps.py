@@ -20,6 +20,18 @@ def end_step(run: Run) -> None:
     check_replicas_if_due(run)
 
 
+def is_anything_due(run: Run) -> bool:
+    """Whether something that looks at the run may follow the step just taken: on all ranks alike."""
+    config, step = run.config, run.step
+    intervals = (
+        config.checkpoint.checkpoint_interval,
+        config.evaluation.eval_interval,
+        config.output.sample_interval,
+        config.parallel.replica_check_interval,
+    )
+    return step == run.stages.last_step or any(every and step % every == 0 for every in intervals)
+
+
 def check_replicas_if_due(run: Run) -> None:
     """Compare what several ranks hold alike; PeerError on all ranks where a copy has drifted."""
     interval = run.config.parallel.replica_check_interval

@@ -97,8 +97,8 @@ class GradientTotals:
         votes: Sequence[float] = (),
         scale: float = 1.0,
         source_losses: Tensor | None = None,
-    ) -> StepTotals:
-        """One all-reduce over all ranks.
+    ) -> DeviceTotals:
+        """One all-reduce over all ranks; nothing waits for it.
 
         Args:
             gradients: local gradients by parameter name, complete but not clipped, times ``scale``.
@@ -113,28 +113,82 @@ class GradientTotals:
         if parts:
             norms = torch.stack(torch._foreach_norm(parts)).to(torch.float64)
             squares = norms.square().sum()
-        numbers = torch.tensor(votes, dtype=torch.float64, device=device)
-        parts_of_all = [squares[None], loss_share.detach().double()[None], numbers]
+        parts_of_all = [squares[None], loss_share.detach().double()[None], on_device(votes, device)]
         if source_losses is not None:
             parts_of_all.append(source_losses.double())
         totals = torch.cat(parts_of_all)
         if self._group is not None and dist.get_world_size(self._group) > 1:
             dist.all_reduce(totals, group=self._group)
-        square_sum, loss, *sums = totals.tolist()
-        voted, by_source = sums[: len(votes)], sums[len(votes) :]
-        norm = math.sqrt(square_sum) / scale if square_sum >= 0 else math.nan
+        return DeviceTotals(totals, votes=len(votes), scale=scale)
+
+
+class DeviceTotals:
+    """The totals of a step where they were made: what follows from them is decided there, without waiting.
+
+    On a GPU a copy to pinned memory is under way from the beginning, so that `read` one step later finds it.
+
+    Args:
+        sums: float64: the sum of squares of the scaled gradient, the mean loss, the votes, and the losses of
+            each source.
+        votes: how many of them are votes.
+        scale: the loss scale that the gradients carry.
+    """
+
+    def __init__(self, sums: Tensor, *, votes: int, scale: float) -> None:
+        self._sums, self._votes, self._scale = sums, votes, scale
+        self._ready: torch.cuda.Event | None = None
+        self._on_host = sums
+        if sums.device.type == "cuda":
+            self._on_host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            self._on_host.copy_(sums, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def factor(self, max_norm: float) -> Tensor:
+        """0-d float32: what undoes the loss scale and clips to ``max_norm`` (0: no clipping)."""
+        norm = self._sums[0].sqrt() / self._scale
+        factor = torch.ones_like(norm) / self._scale
+        if max_norm > 0:  # not max_norm / norm: torch would multiply by the reciprocal, rounded twice
+            factor *= torch.full_like(norm, max_norm).div_(norm + 1e-6).clamp_max_(1.0)
+        return factor.float()
+
+    def not_finite(self) -> Tensor:
+        """0-d float32: 1 where loss or gradient is not finite and the step must not be applied, else 0."""
+        norm_and_loss = torch.stack((self._sums[0].sqrt(), self._sums[1]))
+        return norm_and_loss.isfinite().all().logical_not().float()
+
+    def read(self) -> StepTotals:
+        """The numbers. Waits for the device where it has not come so far."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        square_sum, loss, *sums = self._on_host.tolist()
+        voted, by_source = sums[: self._votes], sums[self._votes :]
+        norm = math.sqrt(square_sum) / self._scale if square_sum >= 0 else math.nan
         return StepTotals(grad_norm=norm, loss=loss, votes=tuple(voted), source_losses=tuple(by_source))
 
 
-def scale_gradients(
-    gradients: Mapping[str, Tensor], *, grad_norm: float, max_norm: float, scale: float
-) -> None:
-    """Undo the loss scale and clip to ``max_norm`` (0: no clipping), in place, with one multiplication."""
-    factor = 1.0 / scale
-    if max_norm > 0:
-        factor *= min(1.0, max_norm / (grad_norm + 1e-6))
-    if factor != 1.0:
+def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """float64 numbers on ``device``, which the host does not wait for: they cross from pinned memory."""
+    pinned = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.float64, pin_memory=pinned).to(device, non_blocking=True)
+
+
+def scale_gradients(gradients: Mapping[str, Tensor], factor: Tensor) -> None:
+    """Multiply by a 0-d ``factor``, in place."""
+    if gradients:
         torch._foreach_mul_(list(gradients.values()), factor)
+
+
+def apply_update(
+    optimizer: torch.optim.AdamW, gradients: Mapping[str, Tensor], totals: DeviceTotals, *, max_norm: float
+) -> None:
+    """Unscale and clip the gradients, and step, unless the totals are not finite; decided on the device.
+
+    AdamW's fused kernel leaves weights and moments alone where its ``found_inf`` is 1.
+    """
+    scale_gradients(gradients, totals.factor(max_norm))
+    optimizer.found_inf = totals.not_finite()  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 class LossScaler:

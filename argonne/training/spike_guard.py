@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,13 @@ class SpikeGuard:
         self._behind: dict[str, Any] = {}
         self._note: dict[str, Any] = {}
 
+    @property
+    def judge_of_steps(self) -> Callable[[StepTotals], Spike | None] | None:
+        """`judge`, or None where nothing is done about a spike: a step then need not wait for its totals."""
+        return None if self.action == "none" else self.judge
+
     def judge(self, totals: StepTotals) -> Spike | None:
-        """The spike of a step whose totals are finite; None also where nothing is to be done about one."""
-        if self.action == "none":
-            return None
+        """The spike of a step whose totals are finite."""
         return self._rule.judge({"loss": totals.loss, "grad_norm": totals.grad_norm})
 
     def begin_stage(self) -> None:

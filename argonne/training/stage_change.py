@@ -54,7 +54,8 @@ def enter_next_stage(run: Run) -> bool:
         run.validation_sets = validation_sets(stage.config, run.tokenizer, world)
     run.data.begin()
     run.spikes.begin_stage()
-    run.one_step = TrainingStep(run.trained, stage.config.training, stage.accumulation, run.spikes.judge)
+    judge = run.spikes.judge_of_steps
+    run.one_step = TrainingStep(run.trained, stage.config.training, stage.accumulation, judge)
     run.one_step.scaler.load_state_dict(scaler)
     begin_stage(run, metadata)
     return True

@@ -45,6 +45,28 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+@dataclass(frozen=True, kw_only=True)
+class Advance:
+    """Where a step brings the run, known when it is started."""
+
+    step: int
+    """Its number, from 1."""
+    tokens: int
+    """Trained on in it."""
+    tokens_processed: int
+    """Up to its end."""
+    before: dict[str, Any]
+    """Data position that it started from."""
+    position: dict[str, Any]
+    """Data position that it ends at."""
+    samples_of_sources: tuple[int, ...] | None
+    """Of a mixture: its samples of each source."""
+    wait_seconds: float
+    """For its batch."""
+    extra: dict[str, Any]
+    """Further keys of its metrics line."""
+
+
 @dataclass(eq=False, kw_only=True)
 class Run:
     """Everything the loop works with. ``tokenizer`` is rank 0's, None elsewhere."""
@@ -128,52 +150,65 @@ class Run:
         )
 
     def complete(self, batch: StepBatch, result: StepResult, step_seconds: float) -> None:
-        """Count and record a step; NonFiniteError on all ranks where too many in a row were skipped."""
+        """`advance` and `record` in one."""
+        self.record(self.advance(batch), result, step_seconds)
+
+    def advance(self, batch: StepBatch) -> Advance:
+        """Count a step that has been started, whatever it comes to."""
         self.step += 1
         tokens = self.samples_per_step * self.config.training.block_size
         self.tokens_processed += tokens
-        self.loss = result.totals.loss
         before = self.data.position()
-        extra = {
-            **self.stages.label(),
-            **self.data.advance(batch.progress),
-            **self._source_losses(batch, result),
-            **self.spikes.take_note(),
-        }
-        position = self.data.position()
+        extra = {**self.stages.label(), **self.data.advance(batch.progress)}
+        sources = None if batch.sources is None else tuple(torch.bincount(batch.sources).tolist())
+        return Advance(
+            step=self.step,
+            tokens=tokens,
+            tokens_processed=self.tokens_processed,
+            before=before,
+            position=self.data.position(),
+            samples_of_sources=sources,
+            wait_seconds=batch.wait_seconds,
+            extra={**extra, **self.spikes.take_note()},
+        )
+
+    def record(self, step: Advance, result: StepResult, step_seconds: float) -> None:
+        """Record what a step came to; NonFiniteError on all ranks where too many in a row were skipped."""
+        self.loss = result.totals.loss
+        extra = {**step.extra, **self._source_losses(step, result)}
         if result.spike is not None:
-            extra |= self.spikes.skipped(result.spike, self.step, before, position, self.report)
+            extra |= self.spikes.skipped(result.spike, step.step, step.before, step.position, self.report)
         if result.skipped:
             extra["skipped"] = "non-finite loss or gradient"
             self.report.warn(
-                "a step was skipped: loss or gradient is not finite", f"(step {self.step}, loss {self.loss})"
+                "a step was skipped: loss or gradient is not finite", f"(step {step.step}, loss {self.loss})"
             )
         self.report.step(
             StepRecord(
-                step=self.step,
+                step=step.step,
                 loss=self.loss,
                 lr=result.lr,
                 grad_norm=result.totals.grad_norm,
-                tokens=tokens,
-                tokens_processed=self.tokens_processed,
+                tokens=step.tokens,
+                tokens_processed=step.tokens_processed,
                 step_seconds=step_seconds,
-                data_wait_seconds=batch.wait_seconds,
+                data_wait_seconds=step.wait_seconds,
                 peak_memory_bytes=peak_memory_bytes(self.trained.parallel.device),
-                position=position,
+                position=step.position,
                 extra=extra,
             )
         )
-        self.control.boundary(self.step)
+        self.control.boundary(step.step)
         if result.too_many_skipped:
             raise NonFiniteError(
-                f"loss or gradient was not finite in too many steps in a row, up to step {self.step} "
+                f"loss or gradient was not finite in too many steps in a row, up to step {step.step} "
                 f"(loss {self.loss}): lower --learning-rate, or check the data with scripts/inspect_data.py"
             )
 
-    def _source_losses(self, batch: StepBatch, result: StepResult) -> dict[str, Any]:
-        if batch.sources is None:
+    def _source_losses(self, step: Advance, result: StepResult) -> dict[str, Any]:
+        samples = step.samples_of_sources
+        if samples is None:
             return {}
-        samples = torch.bincount(batch.sources).tolist()
         block_size = self.config.training.block_size
         return self.data.source_losses(samples, result.totals.source_losses, block_size)
 

@@ -12,11 +12,12 @@ from argonne.config.options import TrainingOptions
 from argonne.ranks.replicas import forward_context, gradient_sync, local_gradients
 from argonne.training.build import TrainedModel
 from argonne.training.optimizer import (
+    DeviceTotals,
     GradientTotals,
     LossScaler,
     NonFiniteRule,
     StepTotals,
-    scale_gradients,
+    apply_update,
     set_learning_rate,
 )
 from argonne.training.schedule import Schedule
@@ -38,6 +39,11 @@ class Votes:
     def numbers(self) -> list[float]:
         """1 for yes and 0 for no, to be summed over the ranks."""
         return [float(vote) for vote in astuple(self)]
+
+    def and_of(self, other: Votes) -> Votes:
+        """What was said in either."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Votes(**dict(zip(self.__dataclass_fields__, map(any, pairs), strict=True)))
 
     @classmethod
     def of_any(cls, sums: Sequence[float]) -> Votes:
@@ -62,11 +68,25 @@ class StepResult:
     """A loss or norm beyond the threshold, for which the weights were left alone."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StartedStep:
+    """A step that the device was given whole; its totals may still be on their way."""
+
+    totals: DeviceTotals
+    lr: float
+    read: StepTotals | None = None
+    """The totals where the host had to see them before the update."""
+    spike: Spike | None = None
+
+
 class TrainingStep:
     """Takes the batch of one step through the model.
 
     Micro-batch m of data-parallel rank d is the batch_size samples from (m * dp_size + d) * batch_size on.
-    ``judge`` finds a spike in totals that are finite.
+    Whether a step that is not finite is left out, and how much it is clipped, is decided on the device, so
+    that `start` waits for nothing; `finish` reads the totals, and may do so when the next step is under way.
+    The host sees them before the update where it must: ``judge`` finds spikes in totals that are finite
+    (None: no judge), and the loss scale of float16 follows each step.
     """
 
     def __init__(
@@ -74,7 +94,7 @@ class TrainingStep:
         trained: TrainedModel,
         options: TrainingOptions,
         accumulation: int,
-        judge: Callable[[StepTotals], Spike | None] = lambda totals: None,
+        judge: Callable[[StepTotals], Spike | None] | None = None,
     ) -> None:
         self._judge = judge
         self._trained = trained
@@ -87,11 +107,31 @@ class TrainingStep:
         self.scaler = LossScaler(enabled=trained.dtype is torch.float16)
         self._rule = NonFiniteRule()
 
+    @property
+    def reads_late(self) -> bool:
+        """Whether a step may be finished after the start of the next; a CPU would gain nothing."""
+        return self._trained.parallel.device.type == "cuda" and not self.decides_on_host
+
+    @property
+    def decides_on_host(self) -> bool:
+        """Whether each step's totals are read before its update or the next step."""
+        return self._judge is not None or self.scaler.enabled
+
     def run(self, batch: StepBatch, step: int, *, votes: Votes) -> StepResult:
         """Optimizer step ``step`` (0-based); ``votes`` are this rank's, summed in the step's all-reduce."""
+        return self.finish(self.start(batch, step, votes=votes))
+
+    def start(self, batch: StepBatch, step: int, *, votes: Votes) -> StartedStep:
+        """Give the device all of the step, the update included."""
+        self._trained.optimizer.zero_grad(set_to_none=True)
+        loss, source_losses = self.accumulate(batch)
+        return self.update(loss, source_losses, step, votes=votes)
+
+    def update(
+        self, loss: torch.Tensor, source_losses: torch.Tensor | None, step: int, *, votes: Votes
+    ) -> StartedStep:
+        """The second half of `start`: totals, clipping and AdamW, from what `accumulate` returned."""
         options, trained = self._options, self._trained
-        trained.optimizer.zero_grad(set_to_none=True)
-        loss, source_losses = self._accumulate(batch)
         gradients = local_gradients(trained.model)
         trained.tensor_parallel.sum_partial_gradients(gradients)
         # Equal on the ranks of a replica, different between replicas: this rank's share of the mean.
@@ -106,25 +146,28 @@ class TrainingStep:
         )
         lr = self._schedule.rate(step)
         set_learning_rate(trained.optimizer, lr)
-        spike = self._judge(totals) if totals.finite else None
-        if totals.finite and spike is None:
-            scale_gradients(
-                gradients, grad_norm=totals.grad_norm, max_norm=options.grad_clip, scale=self.scaler.scale
-            )
-            trained.optimizer.step()
+        read = totals.read() if self.decides_on_host else None
+        spike = self._judge(read) if self._judge is not None and read is not None and read.finite else None
+        if spike is None:
+            apply_update(trained.optimizer, gradients, totals, max_norm=options.grad_clip)
+        return StartedStep(totals=totals, lr=lr, read=read, spike=spike)
+
+    def finish(self, started: StartedStep) -> StepResult:
+        """Read what the step came to. Steps are finished in the order in which they were started."""
+        totals = started.totals.read() if started.read is None else started.read
         searching = self.scaler.enabled and self.scaler.scale > 1.0
         too_many = self._rule.record(skipped=not totals.finite and not searching)
         self.scaler.update(totals.finite)
         return StepResult(
             totals=totals,
             votes=Votes.of_any(totals.votes),
-            lr=lr,
+            lr=started.lr,
             skipped=not totals.finite,
             too_many_skipped=too_many,
-            spike=spike,
+            spike=started.spike,
         )
 
-    def _accumulate(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def accumulate(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Forward and backward of all micro-batches.
 
         Returns this replica's mean loss, 0-d on the device, and of a mixture the sum of the losses of its
@@ -133,9 +176,7 @@ class TrainingStep:
         trained, parallel = self._trained, self._trained.parallel
         total = torch.zeros((), device=parallel.device)
         by_source = None
-        if (
-            batch.sources is not None
-        ):  # its sources are numbered alike on all ranks, which hold the whole step
+        if batch.sources is not None:  # numbered alike on all ranks, which hold the whole step
             by_source = torch.zeros(int(batch.sources.max()) + 1, device=parallel.device)
         for micro_step in range(self._accumulation):
             place: dict[str, Any] = {

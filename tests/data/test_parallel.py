@@ -22,7 +22,7 @@ from argonne.testing.distributed import make_parallel, run_ranks
 from argonne.testing.models import loss_of, random_tokens, relative_error, small_model
 from argonne.tp.group import SimulatedTPGroup
 from argonne.tp.initial_values import initialise_parameters
-from argonne.training.optimizer import GradientTotals, build_adamw, scale_gradients
+from argonne.training.optimizer import DeviceTotals, GradientTotals, build_adamw, scale_gradients
 from argonne.verification.simulate import simulate
 from tp_shard import SliceMap, TensorParallelModel, shard_tensor_parallel
 
@@ -124,9 +124,10 @@ def test_copies_stay_equal_to_the_bit(size: int, sequence_parallel: bool) -> Non
             loss_of(model, random_tokens(seed=step)).backward()
             model.sum_partial_gradients()
             gradients = local_gradients(model.model)
-            own = totals.reduce(gradients, loss_share=torch.zeros(()))
+            own = totals.reduce(gradients, loss_share=torch.zeros(())).read()
             norms.append(math.sqrt(group.all_reduce(torch.tensor(own.grad_norm**2)).item()))
-            scale_gradients(gradients, grad_norm=norms[-1], max_norm=CLIP, scale=1.0)
+            sums = torch.tensor([norms[-1] ** 2, 0.0], dtype=torch.float64)
+            scale_gradients(gradients, DeviceTotals(sums, votes=0, scale=1.0).factor(CLIP))
             optimizer.step()
         return local_parameters(model.model), slice_map, norms
 
@@ -208,10 +209,11 @@ def curve_rank(
         gradients = local_gradients(model)
         model.tensor_parallel.sum_partial_gradients(gradients)
         with Reductions() as reductions:
-            result = totals.reduce(gradients, loss_share=share)
+            on_device = totals.reduce(gradients, loss_share=share)
         assert len(reductions.dtypes) == 1, "norm, loss and stop travel together"
-        scale_gradients(gradients, grad_norm=result.grad_norm, max_norm=CLIP, scale=1.0)
+        scale_gradients(gradients, on_device.factor(CLIP))
         optimizer.step()
+        result = on_device.read()
         losses.append(result.loss)
         norms.append(result.grad_norm)
     weights = local_parameters(model)

@@ -78,8 +78,12 @@ def layout_rank(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     context = forward_context(layout, dtype, sharded=sharded)
     losses = train(model, wrapped, step_tokens(), context, optimizer, (layout.dp_rank, layout.dp_size))
-    totals = GradientTotals(slice_map, rank, layout.world_group).reduce(
-        local_gradients(model), loss_share=torch.tensor(losses[-1] / world_size), votes=[float(rank == 1)]
+    totals = (
+        GradientTotals(slice_map, rank, layout.world_group)
+        .reduce(
+            local_gradients(model), loss_share=torch.tensor(losses[-1] / world_size), votes=[float(rank == 1)]
+        )
+        .read()
     )
     assert totals.votes == (float(world_size > 1),)
     mean = torch.tensor(losses) / layout.dp_size / layout.tp_size

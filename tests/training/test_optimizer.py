@@ -37,12 +37,13 @@ def test_clipping_is_torchs(scale: float, max_norm: float) -> None:
         parameter.grad = grad.clone()
         grad.mul_(scale)
     norm = torch.nn.utils.clip_grad_norm_(reference, max_norm or math.inf)
-    totals = GradientTotals(slice_map, 0, None).reduce(
+    on_device = GradientTotals(slice_map, 0, None).reduce(
         gradients, loss_share=torch.tensor(2.5), votes=[0.0, 1.0], scale=scale
     )
+    totals = on_device.read()
     assert totals.grad_norm == pytest.approx(norm.item(), rel=1e-6)
     assert (totals.loss, totals.votes, totals.finite) == (2.5, (0.0, 1.0), True)
-    scale_gradients(gradients, grad_norm=totals.grad_norm, max_norm=max_norm, scale=scale)
+    scale_gradients(gradients, on_device.factor(max_norm))
     for grad, parameter in zip(gradients.values(), reference, strict=True):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-5, atol=0)
 
@@ -51,12 +52,16 @@ def test_clipping_is_torchs(scale: float, max_norm: float) -> None:
 def test_one_value_that_is_not_finite_is_seen(value: float) -> None:
     gradients, slice_map = gradients_and_map()
     gradients["norm.weight"][3] = value
-    totals = GradientTotals(slice_map, 0, None).reduce(
+    on_device = GradientTotals(slice_map, 0, None).reduce(
         gradients, loss_share=torch.tensor(1.0), votes=[1.0], scale=2.0
     )
+    totals = on_device.read()
+    assert on_device.not_finite() == 1
     assert not totals.finite and totals.votes == (1.0,)
     clean, _ = gradients_and_map()
-    totals = GradientTotals(slice_map, 0, None).reduce(clean, loss_share=torch.tensor(value))
+    on_device = GradientTotals(slice_map, 0, None).reduce(clean, loss_share=torch.tensor(value))
+    totals = on_device.read()
+    assert on_device.not_finite() == 1
     assert not totals.finite and math.isfinite(totals.grad_norm)
 
 

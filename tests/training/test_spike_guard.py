@@ -31,7 +31,8 @@ def judged(guard: SpikeGuard, *losses: float) -> list[bool]:
 
 def test_nothing_is_judged_without_an_action() -> None:
     guard = SpikeGuard("none")
-    assert judged(guard, *[2.0] * 6, 90.0) == [False] * 7 and guard.metadata() == {}
+    assert guard.judge_of_steps is None and guard.metadata() == {}
+    assert SpikeGuard("skip").judge_of_steps is not None
 
 
 def test_a_resume_judges_alike_and_a_stage_begins_anew() -> None:
