@@ -1,8 +1,8 @@
 """Checkpoints as the run sees them: choose, open on all ranks, load, save, verify, prune, export.
 
 The order of use: ``require_safe_torch``, ``clean_temporary_files`` (rank 0), ``open_chosen`` (all ranks),
-``load_slices``, then ``save_checkpoint`` at intervals and ``BackgroundVerifier`` / ``prune`` (rank 0) after
-each save.
+``load_slices``, then at intervals ``save_checkpoint``, or ``HostCopy`` and ``BackgroundSave`` around it, and
+``BackgroundVerifier`` / ``prune`` (rank 0) after each save.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from argonne.checkpoint.background import BackgroundSave
 from argonne.checkpoint.commit import clean_temporary_files
 from argonne.checkpoint.contents import estimate_checkpoint_bytes
 from argonne.checkpoint.export_hf import check_export_folder, export_hf
 from argonne.checkpoint.folder import find_checkpoints, later_checkpoints, own_checkpoints, prune
+from argonne.checkpoint.host_copy import HostCopy, host_copy_bytes
 from argonne.checkpoint.load import LoadReport, load_slices
 from argonne.checkpoint.parts import open_any
 from argonne.checkpoint.pretrained_folder import is_weights_folder, open_folder
@@ -33,10 +35,12 @@ from argonne.errors import CheckpointError, ConfigError, DeviceError
 from argonne.files import OutputFolder, checkpoint_name, checkpoint_step
 
 __all__ = [
+    "BackgroundSave",
     "BackgroundVerifier",
     "CheckpointChoice",
     "CheckpointReader",
     "CheckpointView",
+    "HostCopy",
     "InitialWeights",
     "LoadReport",
     "SaveEstimate",
@@ -51,6 +55,7 @@ __all__ = [
     "estimate_save",
     "export_hf",
     "find_checkpoints",
+    "host_copy_bytes",
     "infer_model_config",
     "is_weights_folder",
     "later_checkpoints",

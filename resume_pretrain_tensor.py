@@ -221,15 +221,15 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     stages = choose_stage(recipe, metadata, step, parallel, report)
     stage, config = stages.current, stages.current.config
     require_memory(config, start.settings, parallel)
-    new, tokenizer, ids = step == stages.first_step, start.tokenizer, start.settings["vocab_size"]
-    place = (config, tokenizer, metadata, step, stage.samples_per_step)
-    data, feed = setup.open_feed(*place, report, world, ids, new_stage=new)
-    held_out = setup.validation_sets(config, tokenizer, parallel)
+    place = (config, start.tokenizer, metadata, step, stage.samples_per_step, report, world)
+    data, feed = setup.open_feed(*place, start.settings["vocab_size"], new_stage=step == stages.first_step)
+    held_out = setup.validation_sets(config, start.tokenizer, parallel)
     trained = build_model(start.settings, config.parallel, config.training, parallel)
     setup.check_room_on_rank_0(config, trained, stages, step, world)
     setup.load_weights(trained, view, config.training.seed, report)
     control.progress.collectives = trained.tensor_parallel.group.counters
-    introduce(report, stages, trained, data, launch=control.launch, first_step=step, start=start.reason)
+    keeper = CheckpointKeeper(trained, config, control, report)
+    introduce(report, stages, trained, data, control.launch, step, start=start.reason, saving=keeper.mode)
     setup.verify_if_asked(config, trained, control, report)
     spikes = SpikeGuard(config.control.spike_action)
     run = Run(
@@ -239,8 +239,8 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
         one_step=TrainingStep(trained, config.training, stage.accumulation, spikes.judge_of_steps),
         feed=feed,
         data=RunData(opened=data, report=report),
-        tokenizer=tokenizer,
-        keeper=CheckpointKeeper(trained, config.checkpoint, Path(config.output.output_dir), control, report),
+        tokenizer=start.tokenizer,
+        keeper=keeper,
         control=control,
         report=report,
         validation_sets=held_out,
@@ -260,7 +260,6 @@ def loop(run: Run) -> bool:
     from argonne.training import between_steps
     from argonne.training.ledger import StepLedger
     from argonne.training.state import stopwatch
-    from argonne.training.step import Votes
 
     control, keeper, last_step = run.control, run.keeper, run.stages.last_step
     if run.step >= last_step:
@@ -276,10 +275,11 @@ def loop(run: Run) -> bool:
         run.profiler.before_step(run.step + 1)
         since = stopwatch()
         batch = run.feed.next()
-        mine = Votes(stop=control.stop_flag, busy=keeper.busy, spoiled=keeper.spoiled())
-        votes = steps.take(batch, mine, since=since)
+        votes = steps.take(batch, keeper.votes(stop=control.stop_flag), since=since)
         if votes is None:
             continue  # gone back: the checkpoint has all that a step's end would save
+        if votes.failed:
+            keeper.wait()  # raises what went wrong in the background
         stop = votes.stop
         between_steps.end_step(run)
         if not stop:
@@ -287,7 +287,7 @@ def loop(run: Run) -> bool:
         last = stop or run.step == last_step
         if last or keeper.due(run.step, votes):
             stop = steps.settle().stop or stop
-            run.save()
+            run.save(whole=stop or run.step == run.stages.end)
         if not stop:
             between_steps.sample_if_due(run)
     return stop

@@ -12,6 +12,7 @@ from argonne.config.tracker_packages import TRACKERS
 SPIKE_ACTIONS = ("none", "skip", "rewind")
 NO_CHECKPOINT = "NONE"
 """``--checkpoint-path`` of a run that starts from scratch."""
+ASYNC_CHOICES = ("auto", "on", "off")
 STREAMING_CHECKPOINT_INTERVAL = 300
 EPOCH_CHECKPOINT_INTERVAL = 2000
 """Default of ``--checkpoint-interval`` with ``--no-streaming``."""
@@ -44,6 +45,11 @@ class CheckpointOptions:
     keep_checkpoints: int = flag(3, "how many of the newest checkpoints to keep", kind=int, at_least=1)
     keep_every: int = flag(
         0, "also keep every checkpoint at a multiple of this step; 0: none", kind=int, at_least=0
+    )
+    async_checkpoint: str = flag(
+        "auto",
+        "write checkpoints in the background, from a copy in host memory; auto: with GPUs, where it has room",
+        choices=ASYNC_CHOICES,
     )
 
 

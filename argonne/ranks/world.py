@@ -57,9 +57,11 @@ class World:
     """Ranks on each host; the greatest common divisor where the hosts differ."""
     device: torch.device
     control_group: dist.ProcessGroup | None
-    """All ranks over gloo, for agreement, checkpoints and errors; None in a single process."""
+    """All ranks over gloo, for agreement, loading and errors; None in a single process."""
     feed_group: dist.ProcessGroup | None
     """All ranks over gloo, for the broadcast of tokens in the background."""
+    save_group: dist.ProcessGroup | None = None
+    """All ranks over gloo, for checkpoints that are written in the background."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ def connect(
     collective of the model. Raises DeviceError naming the endpoint, or the ranks that share a GPU.
     """
     local_world_size = 1
-    control = feed = None
+    control = feed = save = None
     if store is not None:
         try:
             dist.init_process_group(
@@ -112,6 +114,7 @@ def connect(
             raise cannot_join(environment, error) from error
         control = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
         feed = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
+        save = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
         local_world_size = _check_places(environment, device, control)
     return World(
         rank=environment.rank,
@@ -121,6 +124,7 @@ def connect(
         device=device,
         control_group=control,
         feed_group=feed,
+        save_group=save,
     )
 
 

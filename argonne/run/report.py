@@ -34,10 +34,27 @@ class StepRecord:
     data_wait_seconds: float
     """part of the step spent waiting for its tokens"""
     peak_memory_bytes: int
+    checkpoint_seconds: float = 0.0
+    """how long saves have held up the loop since the step before was recorded"""
     position: Mapping[str, Any] = field(default_factory=dict)
     """``DataPosition.to_dict()`` after this step"""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """further keys of the metrics line"""
+
+    def line(self) -> dict[str, Any]:
+        """Its part of the metrics line, without ``extra``."""
+        return {
+            "step": self.step,
+            "loss": self.loss,
+            "lr": self.lr,
+            "grad_norm": self.grad_norm,
+            "tokens_processed": self.tokens_processed,
+            "step_seconds": self.step_seconds,
+            "tokens_per_second": self.tokens / self.step_seconds if self.step_seconds > 0 else 0.0,
+            "data_wait_seconds": self.data_wait_seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "checkpoint_seconds": self.checkpoint_seconds,
+        }
 
 
 class RunReport:
@@ -144,20 +161,9 @@ class RunReport:
             )
 
     def _metrics_line(self, record: StepRecord) -> dict[str, Any]:
-        per_second = record.tokens / record.step_seconds if record.step_seconds > 0 else 0.0
-        line: dict[str, Any] = {
-            "step": record.step,
-            "loss": record.loss,
-            "lr": record.lr,
-            "grad_norm": record.grad_norm,
-            "tokens_processed": record.tokens_processed,
-            "step_seconds": record.step_seconds,
-            "tokens_per_second": per_second,
-            "data_wait_seconds": record.data_wait_seconds,
-            "peak_memory_bytes": record.peak_memory_bytes,
-        }
+        line = record.line()
         if self.flops_per_token and self._peak:
-            line["mfu"] = self.flops_per_token * per_second / self._peak
+            line["mfu"] = self.flops_per_token * line["tokens_per_second"] / self._peak
         if self._first_step and record.step == self._first_step + 1:
             line["resumed"] = True
         return {**line, **record.extra}
@@ -191,19 +197,33 @@ class RunReport:
             if file is not None:
                 file.rewind(step)
 
+    def facts(self) -> dict[str, Any]:
+        """What the statistics files say of the step that was recorded last."""
+        return {"step": self._step, "steps_this_run": self._step - self._first_step, **self._last}
+
     def checkpoint_saved(
-        self, step: int, path: Path, *, bytes: int, seconds: float, share: float | None = None
+        self,
+        step: int,
+        path: Path,
+        *,
+        bytes: int,
+        seconds: float,
+        share: float | None = None,
+        facts: Mapping[str, Any] | None = None,
+        background: bool = False,
     ) -> None:
         """Print a save and write ``stats/current_training_stats_tensor_parallel_step_{step}.json``.
 
-        ``share``: of the time since the save before, or since the start.
+        ``share``: of the time since the save before, or since the start, that the loop was held up.
+        ``facts``: what `facts` said when the save began.
         """
         if not self.active:
             return
         of_the_time = "" if share is None else f", {share:.1%} of the time"
-        self.info(f"Saved {path} ({bytes / 1e9:.2f} GB in {seconds:.1f} s{of_the_time})")
+        where = " in the background" if background else ""
+        self.info(f"Saved {path} ({bytes / 1e9:.2f} GB in {seconds:.1f} s{where}{of_the_time})")
         details = {"checkpoint": str(path), "checkpoint_bytes": bytes, "checkpoint_seconds": seconds}
-        self._write_stats(self._output.current_stats(step), details)
+        self._write_stats(self._output.current_stats(step), {**(facts or {}), **details})
 
     def finish(self, state: str, reason: str | None = None) -> None:
         """Count the warnings; write ``final_training_stats_tensor_parallel_{timestamp}.json``."""

@@ -11,12 +11,14 @@ The fault is ``{"kind": ..., "rank": ..., ...}`` and happens on that rank only:
   in this process; the rule judges from ``least`` steps on.
 - ``perturb``: one element of ``name`` changes before step ``step``.
 - ``spoil``: a bit of every checkpoint flips on its way to the disk (``times`` times).
+- ``slow_save``: every save takes ``seconds`` more.
 - ``slow``: reading a checkpoint back takes ``seconds`` more.
 - ``clock``: the wall clock jumps by days at every look.
 - ``exit``: the process ends without a word in step ``step`` (of attempt ``attempt`` of the launch only).
 - ``bug``: an exception that no one expected in step ``step``.
 - ``early``: SIGKILL before the first step, when ``function`` of ``module`` is called (of attempt 0 only).
-- ``signal``: the process sends itself ``number`` inside ``phase``.
+- ``signal``: the process sends itself ``number`` inside ``phase`` (step, save, copy, sample), the
+  ``count``-th time.
 """
 
 import errno
@@ -39,15 +41,15 @@ Fault = dict[str, Any]
 
 def in_saves(call: Callable[[], None]) -> None:
     """Run ``call`` when a save begins on this rank."""
-    import argonne.training.keeper as keeper
+    import argonne.training.saving as saving
 
-    save = keeper.save_checkpoint
+    save = saving.save_checkpoint
 
     def faulty_save(*args: Any, **kwargs: Any) -> Any:
         call()
         return save(*args, **kwargs)
 
-    keeper.save_checkpoint = faulty_save
+    saving.save_checkpoint = faulty_save
 
 
 def in_steps(call: Callable[[Any, int], None]) -> None:
@@ -163,6 +165,24 @@ def slow(fault: Fault) -> None:
     checkpointing.verify_checkpoint = slow_verify
 
 
+def slow_save(fault: Fault) -> None:
+    in_saves(lambda: time.sleep(fault["seconds"]))
+
+
+def in_copies(call: Callable[[], None]) -> None:
+    """Run ``call`` in the middle of each copy to host memory."""
+    from checkpointing import HostCopy
+
+    take = HostCopy.take
+
+    def faulty_take(self: Any, parameters: Any, adam: Any) -> None:
+        take(self, parameters, {})
+        call()
+        take(self, parameters, adam)
+
+    HostCopy.take = faulty_take  # type: ignore[method-assign]
+
+
 def clock(fault: Fault) -> None:
     wall, looks = time.time, itertools.count()
     time.time = lambda: wall() + (next(looks) * 7919 % 41 - 20) * 86400.0
@@ -197,13 +217,15 @@ def send(fault: Fault) -> None:
     number = signal.Signals[fault["number"]]
 
     def once() -> None:
-        if not sent:
-            sent.append(True)
+        sent.append(True)
+        if len(sent) == fault.get("count", 1):
             os.kill(os.getpid(), number)
 
     sent: list[bool] = []
     if fault["phase"] == "save":
         in_saves(once)
+    elif fault["phase"] == "copy":
+        in_copies(once)
     elif fault["phase"] == "sample":
         from argonne.training import between_steps
 
@@ -226,6 +248,7 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "perturb": perturb,
     "spoil": spoil,
     "slow": slow,
+    "slow_save": slow_save,
     "clock": clock,
     "exit": leave,
     "bug": bug,

@@ -44,17 +44,23 @@ def introduce(
     stages: Stages,
     trained: TrainedModel,
     opened: OpenedStream | None,
-    *,
     launch: Launch,
     first_step: int,
+    *,
     start: str,
+    saving: str,
 ) -> None:
-    """Open the metrics, warn of what lies ahead and print the header; ``start`` as in `run_facts`."""
+    """Open the metrics, warn of what lies ahead and print the header.
+
+    ``start`` as in `run_facts`; ``saving`` says how checkpoints are written.
+    """
     config, samples = stages.current.config, stages.current.samples_per_step
     open_metrics(report, config, trained, first_step, stages.end)
     save = estimated_save(report, config, trained)
     warn_ahead(report, config, launch, save, first_step)
-    report.header(run_facts(config, trained, opened, samples_per_step=samples, start=start, save=save))
+    report.header(
+        run_facts(config, trained, opened, samples_per_step=samples, start=start, save=save, saving=saving)
+    )
 
 
 def estimated_save(report: RunReport, config: RunConfig, trained: TrainedModel) -> SaveEstimate | None:
@@ -85,8 +91,9 @@ def run_facts(
     samples_per_step: int,
     start: str,
     save: SaveEstimate | None,
+    saving: str = "",
 ) -> RunFacts:
-    """The header's facts; ``start`` says in one line where the run starts from."""
+    """The header's facts; ``start``: where the run starts from, ``saving``: how checkpoints are written."""
     parallel, training = trained.parallel, config.training
     return RunFacts(
         model=config.model.model_config or "argonne",
@@ -105,6 +112,7 @@ def run_facts(
         save_seconds=save.seconds if save is not None else None,
         save_share=save.share if save is not None else None,
         extra={
+            **({"Checkpoints": saving} if saving else {}),
             "Schedule": str(Schedule.of(training)),
             **source_lines(config.data, opened),
             **switches(config.parallel),

@@ -53,7 +53,7 @@ class StepLedger:
             return result.votes
         before = self.settle()
         self._open = _OpenStep(started=started, advance=run.advance(batch), since=since)
-        if before.stop or before.spoiled or is_anything_due(run):
+        if before.stop or before.spoiled or before.failed or is_anything_due(run):
             return before.and_of(self.settle())
         return before
 

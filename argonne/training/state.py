@@ -194,12 +194,14 @@ class Run:
                 step_seconds=step_seconds,
                 data_wait_seconds=step.wait_seconds,
                 peak_memory_bytes=peak_memory_bytes(self.trained.parallel.device),
+                checkpoint_seconds=self.keeper.take_held_seconds(),
                 position=step.position,
                 extra=extra,
             )
         )
         self.control.boundary(step.step)
         if result.too_many_skipped:
+            self.keeper.wait()
             raise NonFiniteError(
                 f"loss or gradient was not finite in too many steps in a row, up to step {step.step} "
                 f"(loss {self.loss}): lower --learning-rate, or check the data with scripts/inspect_data.py"
@@ -215,9 +217,9 @@ class Run:
     def _settings(self) -> dict[str, Any]:
         return run_settings(self.config.training, self.trained.dtype, self.samples_per_step)
 
-    def save(self) -> Path:
-        """Write a checkpoint of the run as it stands; collective."""
-        return self.keeper.save(self.step, self.checkpoint_metadata())
+    def save(self, *, whole: bool = True) -> Path:
+        """Write a checkpoint of the run as it stands; collective. ``whole``: as `CheckpointKeeper.save`."""
+        return self.keeper.save(self.step, self.checkpoint_metadata(), whole=whole)
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         """The keys of a checkpoint beside weights and optimizer; the data's are there on rank 0 only."""

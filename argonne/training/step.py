@@ -35,6 +35,8 @@ class Votes:
     """It is still verifying the last checkpoint."""
     spoiled: bool = False
     """It found the last checkpoint spoiled, which is to be saved again."""
+    failed: bool = False
+    """Its part of the save in the background ended with an error."""
 
     def numbers(self) -> list[float]:
         """1 for yes and 0 for no, to be summed over the ranks."""
@@ -48,8 +50,8 @@ class Votes:
     @classmethod
     def of_any(cls, sums: Sequence[float]) -> Votes:
         """From the sums of all ranks' ``numbers``."""
-        stop, busy, spoiled = (count > 0 for count in sums)
-        return cls(stop=stop, busy=busy, spoiled=spoiled)
+        stop, busy, spoiled, failed = (count > 0 for count in sums)
+        return cls(stop=stop, busy=busy, spoiled=spoiled, failed=failed)
 
 
 @dataclass(frozen=True, kw_only=True)

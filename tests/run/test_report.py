@@ -158,6 +158,7 @@ def test_metrics_have_the_agreed_keys(stats: Path) -> None:
         "tokens_per_second": 2000.0,
         "data_wait_seconds": 0.01,
         "peak_memory_bytes": 10,
+        "checkpoint_seconds": 0.0,
         "mfu": 0.5,
         "skipped": True,
         "epoch": 2,

@@ -12,7 +12,7 @@ from argonne.errors import CheckpointError
 from argonne.training.keeper import CheckpointKeeper
 from argonne.training.step import Votes
 from checkpointing import verify_checkpoint
-from tests.training.small_run import control_and_report, trained_model
+from tests.training.small_run import control_and_report, run_config, trained_model
 
 
 class Verifier:
@@ -49,7 +49,7 @@ class Kept:
     """A keeper, the verifier behind it and what it reported."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-        monkeypatch.setattr("argonne.training.keeper.BackgroundVerifier", Verifier)
+        monkeypatch.setattr("argonne.training.trust.BackgroundVerifier", Verifier)
         control, report = control_and_report(folder)
         self.warnings: list[str] = []
         monkeypatch.setattr(report, "warn", lambda text, detail="": self.warnings.append(f"{text} {detail}"))
@@ -57,10 +57,10 @@ class Kept:
         monkeypatch.setattr(control, "record", lambda **fields: self.recorded.append(fields))
         self.folder = folder / "pretrained"
         common: dict[str, Any] = {"checkpoint_interval": 4, "keep_checkpoints": 2}
-        self.keeper = CheckpointKeeper(
-            trained_model(), CheckpointOptions(**{**common, **options}), folder, control, report
-        )
-        self.verifier: Any = self.keeper._verifier
+        config = run_config(folder, checkpoint=CheckpointOptions(**{**common, **options}))
+        self.keeper = CheckpointKeeper(trained_model(), config, control, report)
+        self.verifier: Any = self.keeper._trust._verifier
+        self.recorded.clear()
 
     def save(self, step: int) -> Path:
         return self.keeper.save(step, {"global_step": step})

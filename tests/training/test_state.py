@@ -61,7 +61,7 @@ def small_run(folder: Path, **groups: Any) -> Run:
         feed=None,  # type: ignore[arg-type]
         data=RunData(opened=Source(progress_at(0)), report=report),  # type: ignore[arg-type]
         tokenizer=None,
-        keeper=CheckpointKeeper(trained, config.checkpoint, folder, control, report),
+        keeper=CheckpointKeeper(trained, config, control, report),
         control=control,
         report=report,
     )

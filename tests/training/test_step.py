@@ -73,11 +73,17 @@ def test_documents_of_the_batch_reach_the_model() -> None:
 
 def test_votes_of_one_rank_come_back() -> None:
     step = TrainingStep(trained_model(), training_options(), accumulation=1)
-    for votes in (Votes(stop=True), Votes(busy=True), Votes(spoiled=True), Votes(stop=True, spoiled=True)):
+    for votes in (
+        Votes(stop=True),
+        Votes(busy=True),
+        Votes(spoiled=True),
+        Votes(failed=True),
+        Votes(stop=True, spoiled=True),
+    ):
         assert step.run(batch_of(2), 0, votes=votes).votes == votes
 
 
 def test_any_ranks_vote_counts() -> None:
     ranks = (Votes(), Votes(busy=True), Votes(busy=True, stop=True))
     sums = [sum(column) for column in zip(*(votes.numbers() for votes in ranks), strict=True)]
-    assert sums == [1.0, 2.0, 0.0] and Votes.of_any(sums) == Votes(stop=True, busy=True)
+    assert sums == [1.0, 2.0, 0.0, 0.0] and Votes.of_any(sums) == Votes(stop=True, busy=True)
