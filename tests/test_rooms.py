@@ -45,7 +45,7 @@ MAY_IMPORT |= {
 
 TOP_LEVEL = {
     *(f"{door}.py" for door in (ENTRY, *DOORS)),
-    *("argonne", "docs", "recipes", "scripts", "tests"),
+    *("argonne", "benchmarks", "docs", "recipes", "scripts", "tests"),
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "constraints.txt"),
 }
 """Names beside those that begin with a dot."""

@@ -159,9 +159,13 @@ def _check_places(environment: Environment, device: torch.device, group: dist.Pr
 
 
 def default_tp_size(local_world_size: int, query_heads: int) -> int:
-    """The largest degree that divides the ranks of a node and fits the heads."""
+    """The largest degree that divides the ranks of a node and the query heads.
+
+    Where that is 1, the largest that divides the ranks and fits: a node that has lost a card trains on.
+    """
     degrees = [d for d in range(1, local_world_size + 1) if local_world_size % d == 0]
-    return max(d for d in degrees if degree_fits(query_heads, d))
+    even = max(d for d in degrees if query_heads % d == 0)
+    return even if even > 1 else max(d for d in degrees if degree_fits(query_heads, d))
 
 
 def resolve_tp_size(

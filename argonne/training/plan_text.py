@@ -205,13 +205,11 @@ def _disk(what: Subject, size: int) -> Iterator[str]:
     free = _free_disk(folder)
     yield (
         f"Checkpoints: {_gigabytes(size)} each, {count} at a time (those kept and one more): "
-        f"{_gigabytes(count * size)}; {folder} has {_gigabytes(free)} free"
-        + (
-            ""
-            if free >= count * size
-            else ", TOO LITTLE: lower --keep-checkpoints or give another --output-dir"
-        )
+        f"{_gigabytes(count * size)}"
     )
+    yield f"  {_gigabytes(free)} free in {folder}"
+    if free < count * size:
+        yield "  TOO LITTLE: lower --keep-checkpoints or give another --output-dir"
 
 
 def _layouts(what: Subject, chosen: LayoutPlan) -> Iterator[str]:

@@ -15,7 +15,7 @@ def test_default_degree_is_the_largest_that_fits_a_node() -> None:
     assert default_tp_size(7, 24) == 7
     assert default_tp_size(6, 24) == 6
     assert default_tp_size(3, 24) == 3
-    assert default_tp_size(8, 6) == 4
+    assert default_tp_size(8, 6) == 2
     assert default_tp_size(6, 6) == 6
     assert default_tp_size(7, 6) == 1
 

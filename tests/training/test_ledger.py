@@ -59,7 +59,7 @@ def test_a_step_asks_for_no_value(as_on_a_gpu: None, monkeypatch: pytest.MonkeyP
         started = step.start(batch_of(4), 0, votes=Votes(busy=True))
         assert asked.count == 0 and listed == []
     result = step.finish(started)
-    assert listed == [torch.Size([5])] and result.votes == Votes(busy=True) and not result.skipped
+    assert listed == [torch.Size([6])] and result.votes == Votes(busy=True) and not result.skipped
 
 
 def test_the_counter_sees_a_value_asked_for() -> None:
