@@ -182,7 +182,8 @@ class ParallelOptions:
         "ranks that share one model replica",
         kind=int,
         at_least=1,
-        default_text="the largest that divides a node's ranks and the query heads, or if only 1 does, that fits",
+        default_text="the largest that divides the ranks of a node and the query heads; "
+        "where only 1 does, the largest that fits them",
     )
     sequence_parallel: bool = flag(False, "shard norms and the residual stream along the sequence")
     data_parallel: str = flag("fsdp", "data parallelism over the replicas", choices=("fsdp", "ddp"))
