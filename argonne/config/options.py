@@ -182,8 +182,7 @@ class ParallelOptions:
         "ranks that share one model replica",
         kind=int,
         at_least=1,
-        default_text="the largest that divides the ranks of a node and the query heads; "
-        "where only 1 does, the largest that fits them",
+        default_text="the largest that divides the ranks of a node and fits the heads",
     )
     sequence_parallel: bool = flag(False, "shard norms and the residual stream along the sequence")
     data_parallel: str = flag("fsdp", "data parallelism over the replicas", choices=("fsdp", "ddp"))

@@ -155,15 +155,9 @@ def _check_places(environment: Environment, device: torch.device, group: dist.Pr
 
 
 def default_tp_size(local_world_size: int, query_heads: int) -> int:
-    """The largest degree that divides the ranks of a node and fits the heads.
-
-    One that divides the heads is taken first, so that no rank waits for another with more of them; where only
-    1 does (24 heads on the 7 cards that are left of a node), heads lie in unequal shares.
-    """
+    """The largest degree that divides the ranks of a node and fits the heads."""
     degrees = [d for d in range(1, local_world_size + 1) if local_world_size % d == 0]
-    fitting = [d for d in degrees if degree_fits(query_heads, d)]
-    even = max(d for d in fitting if query_heads % d == 0)
-    return even if even > 1 else max(fitting)
+    return max(d for d in degrees if degree_fits(query_heads, d))
 
 
 def resolve_tp_size(

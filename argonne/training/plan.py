@@ -323,7 +323,7 @@ def document(what: Subject, chosen: LayoutPlan) -> dict[str, Any]:
         "checkpoint_bytes": estimate_checkpoint_bytes(what.outline.slice_map),
         "device_memory": what.device_memory,
         "fits": chosen.fits,
-    }
+    } | ({} if chosen.imbalance == 1.0 else {"imbalance": chosen.imbalance})
 
 
 def misfit(what: Subject, layout: Layout) -> str | None:
