@@ -97,7 +97,12 @@ ACCUMULATED = ["--batch-size", 1, "--gradient-accumulation-steps", 2]
 
 
 @pytest.mark.parametrize(
-    ("processes", "more"), [(1, ACCUMULATED), pytest.param(4, [], marks=pytest.mark.slow)]
+    ("processes", "more"),
+    [
+        (1, ACCUMULATED),
+        pytest.param(4, [], marks=pytest.mark.slow),
+        pytest.param(3, ["--replica-check-interval", 1], marks=pytest.mark.slow),  # does not divide the heads
+    ],
 )
 def test_resume_at_another_degree_agrees(
     tmp_path: Path, unbroken: Path, data: list[str], processes: int, more: list[Any]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from argonne.tp.slices import Cut, Piece
 
 
@@ -14,6 +16,7 @@ def head_range(num_heads: int, tp_size: int, tp_rank: int) -> range:
     return range(tp_rank * num_heads // tp_size, (tp_rank + 1) * num_heads // tp_size)
 
 
+@lru_cache(maxsize=256)
 def head_cut(
     num_heads: int, head_dim: int, tp_size: int, dimension: int, *, query_heads: int | None = None
 ) -> Cut:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -20,6 +21,7 @@ def head_imbalance(query_heads: int, tp_size: int) -> float:
     return -(-query_heads // tp_size) * tp_size / query_heads
 
 
+@lru_cache(maxsize=64)
 def work_imbalance(outline: ModelOutline, model: nn.Module, tp_size: int, seq_len: int) -> float:
     """Multiplications of the slowest rank over the mean: its products, padding included, and its heads.
 

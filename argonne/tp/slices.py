@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 Shape = tuple[int, ...]
 
@@ -81,7 +82,7 @@ class Cut:
         held = [sum(piece.size for piece in pieces) for pieces in self.pieces]
         return held != list(self.local_sizes)
 
-    @property
+    @cached_property
     def shares_evenly(self) -> bool:
         """Whether ranks form runs of ``sharers`` that hold the same slice and share with no other run."""
         held = [tuple((piece.start, piece.size) for piece in pieces) for pieces in self.pieces]

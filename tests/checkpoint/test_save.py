@@ -66,6 +66,25 @@ def test_any_layout_to_any_other_bit_for_bit(tmp_path: Path) -> None:
 
 
 @small_chunks()
+def _uneven_save(rank: int, world_size: int, folder: str, dp_size: int) -> bytes:
+    """Save where the degree does not divide the heads; load that, and what one rank has saved."""
+    tp_size = world_size // dp_size
+    path, _ = save_sample(Path(folder) / f"uneven{world_size}", rank=rank, tp_size=tp_size, dp_size=dp_size)
+    for one in (path, Path(folder) / "tp1" / path.name):
+        assert_loaded(open_view(str(one), rank), rank, tp_size, dp_size)
+    return path.read_bytes() if rank == 0 else b""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "dp_size"), [(3, 1), (6, 2)])
+def test_a_degree_that_does_not_divide_the_heads(tmp_path: Path, world_size: int, dp_size: int) -> None:
+    expected = run_ranks(_save_and_load, 1, str(tmp_path))[0]
+    assert run_ranks(_uneven_save, world_size, str(tmp_path), dp_size)[0] == expected
+    path = tmp_path / f"uneven{world_size}" / "tensor_parallel_checkpoint_step_7.pth"
+    assert_loaded(open_view(str(path), 0), 0, 1)
+
+
+@small_chunks()
 def _failing_saves(rank: int, world_size: int, folder: str) -> dict[str, str]:
     """Every way a save can fail on rank 0 or by another rank's values; then one that succeeds."""
     told: dict[str, str] = {}

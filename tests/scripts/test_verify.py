@@ -179,9 +179,9 @@ def test_a_collective_too_many_fails(verify: Report, monkeypatch: pytest.MonkeyP
     [
         (["--model", "nope"], 2, "--model-config nope is neither a preset nor a file"),
         (
-            ["-N", "9"],
+            ["--model", "argonne-4.0", "-N", "7"],
             2,
-            "--tensor-parallel-size 9 leaves ranks without any of the 8 attention heads; use 1 to 8",
+            "--tensor-parallel-size 7 leaves ranks without any of the 6 attention heads; use 1 to 6",
         ),
         (["--model", "gpt2", "--sequence-parallel"], 2, "--sequence-parallel does not work with gpt2"),
         (["--model", "gpt2", "--seq-len", "513"], 2, "--seq-len 513: this model has 512 positions"),
