@@ -383,6 +383,8 @@ def rotary_tables(frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype)
     Computed in float32 like Llama's, whatever the model's dtype, and never below it: a float64 model gets the
     same numbers widened, a bfloat16 model is rotated in float32.
     """
+    if position_ids.device.type == "cuda" and not frequencies.is_cuda:
+        frequencies = frequencies.pin_memory()  # from pageable memory the copy would make the host wait
     frequencies = frequencies.to(position_ids.device, non_blocking=True)
     angles = position_ids[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)

@@ -71,7 +71,7 @@ class StepBatch:
         if self.sources is None:
             return None
         start = (micro_step * dp_size + dp_rank) * batch_size
-        return self.sources[start : start + batch_size].to(device)
+        return self.sources[start : start + batch_size].to(device, non_blocking=True)
 
     def micro_documents(
         self, micro_step: int, *, batch_size: int, dp_rank: int, dp_size: int, device: torch.device | str
@@ -194,6 +194,8 @@ class StepFeed:
         if self._pin_memory:
             tokens, documents = tokens.pin_memory(), None if documents is None else documents.pin_memory()
         sources = content[samples * length :].long() if message[1] else None
+        if sources is not None and self._pin_memory:
+            sources = sources.pin_memory()
         return _StepTokens(tokens, sources, documents, stream_hash, progress)
 
     def _run(self) -> None:

@@ -145,12 +145,12 @@ class DeviceTotals:
             self._ready.record()
 
     def factor(self, max_norm: float) -> Tensor:
-        """0-d float32: what undoes the loss scale and clips to ``max_norm`` (0: no clipping)."""
+        """0-d float64: what undoes the loss scale and clips to ``max_norm`` (0: no clipping)."""
         norm = self._sums[0].sqrt() / self._scale
         factor = torch.ones_like(norm) / self._scale
         if max_norm > 0:  # not max_norm / norm: torch would multiply by the reciprocal, rounded twice
             factor *= torch.full_like(norm, max_norm).div_(norm + 1e-6).clamp_max_(1.0)
-        return factor.float()
+        return factor
 
     def not_finite(self) -> Tensor:
         """0-d float32: 1 where loss or gradient is not finite and the step must not be applied, else 0."""
@@ -174,9 +174,10 @@ def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
 
 
 def scale_gradients(gradients: Mapping[str, Tensor], factor: Tensor) -> None:
-    """Multiply by a 0-d ``factor``, in place."""
+    """Multiply by a 0-d ``factor``, in place; all have one dtype."""
     if gradients:
-        torch._foreach_mul_(list(gradients.values()), factor)
+        tensors = list(gradients.values())
+        torch._foreach_mul_(tensors, factor.to(tensors[0].dtype))
 
 
 def apply_update(
