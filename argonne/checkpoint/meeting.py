@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,11 @@ class _Stop:
 class Meeting:
     """Gatherings of all ranks of a save over its own group; a single rank meets itself."""
 
-    def __init__(self, group: dist.ProcessGroup | None, world_size: int) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, world_size: int, pulse: Callable[[], None] = lambda: None
+    ) -> None:
+        """``pulse`` is called after each gathering."""
+        self._pulse = pulse
         self._group = group
         self._world_size = world_size
         self._heard: CheckpointError | None = None
@@ -39,6 +44,7 @@ class Meeting:
                 raise PeerError(
                     f"a rank left while a checkpoint was saved ({one_line(error)[:80]}): see its output"
                 ) from error
+        self._pulse()
         for told in values:
             if isinstance(told, _Stop):
                 self._heard = CheckpointError(told.message)

@@ -12,7 +12,7 @@ import contextlib
 import os
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,14 @@ def save_copies(
     tied: bool,
     control_group: dist.ProcessGroup | None,
     spare_bytes: int = 0,
+    pulse: Callable[[], None] = lambda: None,
 ) -> SaveReport | None:
     """Write one whole checkpoint of what the ranks' copies hold; collective over ``control_group`` (gloo).
 
-    The file, the report and the errors are those of `save_checkpoint`.
+    The file, the report and the errors are those of `save_checkpoint`. ``pulse`` is called as it goes on.
     """
     started = time.monotonic()
-    meeting = Meeting(control_group, slice_map.world_size)
+    meeting = Meeting(control_group, slice_map.world_size, pulse)
     team = Team(copy, slice_map, rank, control_group, meeting)
     need = estimate_checkpoint_bytes(slice_map, with_adam=bool(copy.adam)) + spare_bytes
     size = 0

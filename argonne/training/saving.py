@@ -73,8 +73,9 @@ class Saver:
     Saves have a process group of their own: what the loop does meanwhile never meets their messages.
     """
 
-    def __init__(self, trained: TrainedModel, *, background: bool) -> None:
-        self._trained = trained
+    def __init__(self, trained: TrainedModel, pulse: Callable[[], None], *, background: bool) -> None:
+        """``pulse`` is called as a save goes on; ``background``: saves may go on in the background."""
+        self._trained, self._pulse = trained, pulse
         self.running = BackgroundSave()
         """The save in the background."""
         parallel = trained.parallel
@@ -105,7 +106,7 @@ class Saver:
         common = self._common(metadata)
         for key in ("param_group", "metadata"):  # the loop changes what it holds while this is written
             common[key] = copy.deepcopy(common[key])
-        return partial(save_copies, path, copy=self._copy, **common)
+        return partial(save_copies, path, copy=self._copy, pulse=self._pulse, **common)
 
     def _common(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         trained = self._trained

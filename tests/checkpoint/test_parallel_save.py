@@ -161,7 +161,7 @@ def _closed_file(rank: int, world_size: int, folder: str) -> bool:
             raise OSError(errno.EACCES, "Permission denied")
         return opened(path, *args, **kwargs)
 
-    os.open = refused if rank == 1 else opened  # type: ignore[assignment]
+    os.open = refused if rank == 1 else opened
     try:
         save_sample(Path(folder), rank=rank, tp_size=world_size, from_copies=True)
     finally:
