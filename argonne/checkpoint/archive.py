@@ -33,7 +33,7 @@ ALIGNMENT = 64
 COMMENT_PREFIX = b"tensor-parallel-checkpoint sha256:"
 ARCHIVE = "archive"
 _DIGEST_HEX = 64
-_BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
 """What a core's own cache holds: a block is read from memory once for all that is done with it."""
 _HASH_BYTES = 1 << 20
 _ZIP64_LIMIT = 0xFFFFFFFF
@@ -47,11 +47,13 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 @dataclass
-class _Record:
+class Record:
+    """One entry of the archive, as its headers tell it."""
+
     name: bytes
     size: int
     header_offset: int
-    values: str | None
+    values: str | None = None
     crc: int = 0
 
 
@@ -64,7 +66,7 @@ class ArchiveWriter:
 
     def __init__(self, descriptor: int) -> None:
         self._file = StreamedFile(descriptor)
-        self._records: list[_Record] = []
+        self._records: list[Record] = []
         self._remaining = 0
         self._digest = hashlib.sha256()
 
@@ -81,8 +83,8 @@ class ArchiveWriter:
         self._end_record()
         encoded = f"{ARCHIVE}/{name}".encode()
         position = self._file.position
-        self._records.append(_Record(encoded, size, position, values))
-        self._put(_local_header(encoded, size, position))
+        self._records.append(Record(encoded, size, position, values))
+        self._put(local_header(encoded, size, position))
         self._remaining = size
 
     def write(self, data: memoryview) -> None:
@@ -94,8 +96,8 @@ class ArchiveWriter:
             raise ValueError("more bytes than the record announced")
         self._remaining -= len(data)
         record = self._records[-1]
-        for start in range(0, len(data), _BLOCK_BYTES):
-            block = data[start : start + _BLOCK_BYTES]
+        for start in range(0, len(data), BLOCK_BYTES):
+            block = data[start : start + BLOCK_BYTES]
             record.crc = zlib.crc32(block, record.crc)
             if record.values is not None:
                 require_finite(torch.frombuffer(block, dtype=torch.float32), record.values)
@@ -105,8 +107,8 @@ class ArchiveWriter:
         """Write directory, end records and digest; return the size of the file in bytes."""
         self._end_record()
         start = self._file.position
-        directory = b"".join(_directory_entry(record) for record in self._records)
-        self._put(directory + _end_records(len(self._records), len(directory), start) + COMMENT_PREFIX)
+        directory = b"".join(directory_entry(record) for record in self._records)
+        self._put(directory + end_records(len(self._records), len(directory), start) + COMMENT_PREFIX)
         self._file.append(self._digest.hexdigest().encode())
         self._file.finish()
         return self._file.position
@@ -119,7 +121,7 @@ class ArchiveWriter:
         if self._remaining:
             raise ValueError("fewer bytes than the record announced")
         if self._records:
-            self._put(_data_descriptor(self._records[-1]))
+            self._put(data_descriptor(self._records[-1]))
 
     def _put(self, data: bytes) -> None:
         """Append what lies outside the records."""
@@ -132,7 +134,8 @@ def _shown(number: int) -> int:
     return number if number < _ZIP64_LIMIT else 0xFFFFFFFF
 
 
-def _local_header(name: bytes, size: int, offset: int) -> bytes:
+def local_header(name: bytes, size: int, offset: int) -> bytes:
+    """What stands before a record that begins at ``offset``; its bytes begin at a multiple of 64."""
     extra = struct.pack("<HHQQ", 1, 16, 0, 0) if size >= _ZIP64_LIMIT else b""
     start = offset + 30 + len(name) + len(extra) + 4
     padding = -start % ALIGNMENT
@@ -147,12 +150,14 @@ def _local_header(name: bytes, size: int, offset: int) -> bytes:
     )  # fmt: skip
 
 
-def _data_descriptor(record: _Record) -> bytes:
+def data_descriptor(record: Record) -> bytes:
+    """What stands behind a record: its CRC-32 and size."""
     sizes = "2Q" if record.size >= _ZIP64_LIMIT else "2L"
     return struct.pack(f"<4sL{sizes}", b"PK\7\x08", record.crc, record.size, record.size)
 
 
-def _directory_entry(record: _Record) -> bytes:
+def directory_entry(record: Record) -> bytes:
+    """A record's entry in the directory."""
     large = [number for number in (record.size, record.size) if record.size >= _ZIP64_LIMIT]
     if record.header_offset >= _ZIP64_LIMIT:
         large.append(record.header_offset)
@@ -169,7 +174,8 @@ def _directory_entry(record: _Record) -> bytes:
     )  # fmt: skip
 
 
-def _end_records(count: int, size: int, start: int) -> bytes:
+def end_records(count: int, size: int, start: int) -> bytes:
+    """What ends the directory of ``count`` entries and ``size`` bytes at ``start``, up to the comment."""
     end64 = b""
     if start + size >= _ZIP64_LIMIT or count >= 0xFFFF:
         end64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,11 @@ class TensorEntry:
     name: str
     key: str
     shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes in float32."""
+        return 4 * math.prod(self.shape)
 
     @property
     def label(self) -> str:
@@ -100,16 +106,26 @@ def _full_group(options: Mapping[str, Any], count: int) -> dict[str, Any]:
     return group
 
 
+def first_records(tree: bytes) -> list[tuple[str, bytes]]:
+    """Names and bytes of the records that torch expects before the tensors; ``tree``: the pickled tree."""
+    fixed = [(".format_version", b"1"), (".storage_alignment", b"64"), ("byteorder", b"little")]
+    return [("data.pkl", tree), *fixed]
+
+
+def last_records(steps: Sequence[bytes]) -> list[tuple[str, bytes]]:
+    """Names and bytes of the records behind the tensors: Adam's step counts, then what torch expects."""
+    counts = [(f"data/step_{index}", step) for index, step in enumerate(steps)]
+    return [*counts, ("version", b"3\n"), (".data/serialization_id", b"0" * 40)]
+
+
 def begin_archive(writer: ArchiveWriter, tree: dict[str, Any]) -> None:
     """Write the records that torch expects before the tensors."""
-    writer.add("data.pkl", dump_tree(tree))
-    writer.add(".format_version", b"1")
-    writer.add(".storage_alignment", b"64")
-    writer.add("byteorder", b"little")
+    for name, data in first_records(dump_tree(tree)):
+        writer.add(name, data)
 
 
 def finish_archive(writer: ArchiveWriter) -> int:
     """Write the records that torch expects after the tensors, and the directory; return the file's bytes."""
-    writer.add("version", b"3\n")
-    writer.add(".data/serialization_id", b"0" * 40)
+    for name, data in last_records([]):
+        writer.add(name, data)
     return writer.close()

@@ -1,4 +1,4 @@
-"""A file written once from front to back, past the page cache.
+"""A file, or a part of one, written once from front to back, past the page cache.
 
 Buffered writes copy every byte into fresh pages of the kernel, which a large checkpoint never reads again and
 for which it drops what was cached: memory bandwidth, system time, and then the disk still has to be waited
@@ -27,22 +27,24 @@ _ALIGNMENT = 4096
 
 
 class StreamedFile:
-    """Appends bytes to an empty file, given by a descriptor that the caller owns (fsync and close included).
+    """Writes bytes from ``start`` on to a descriptor that the caller owns (fsync and close included).
 
     OSError of a write is raised by a later call, at the latest by `finish`. The descriptor must stay open
     until `finish` or `abandon` has returned; as a context manager it abandons what was not finished.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, start: int = 0) -> None:
         self._descriptor = descriptor
-        self._direct = _set_direct(descriptor, True)
+        self._direct = self._can_direct = _set_direct(descriptor, True)
+        self._at = os.lseek(descriptor, start, os.SEEK_SET)
         self._buffers = [memoryview(mmap.mmap(-1, BUFFER_BYTES, mmap.MAP_PRIVATE)) for _ in range(BUFFERS)]
         self._filled = 0
+        self._room = BUFFER_BYTES - start % _ALIGNMENT  # after the first buffer all begin aligned
         self._writes: deque[Future[None]] = deque()
         self._failed = False
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
-        self.position = 0
-        """Bytes appended so far."""
+        self.position = start
+        """Where the next byte goes."""
 
     def __enter__(self) -> Self:
         return self
@@ -54,12 +56,12 @@ class StreamedFile:
         """Take over the bytes of ``data``, which may change once this has returned."""
         rest = memoryview(data)
         while rest:
-            part = rest[: BUFFER_BYTES - self._filled]
+            part = rest[: self._room - self._filled]
             self._buffers[0][self._filled : self._filled + len(part)] = part
             self._filled += len(part)
             self.position += len(part)
             rest = rest[len(part) :]
-            if self._filled == BUFFER_BYTES:
+            if self._filled == self._room:
                 self._write_buffer()
 
     def finish(self) -> None:
@@ -68,6 +70,7 @@ class StreamedFile:
             self._write_buffer()
         self._wait(0)
         self.abandon()
+        self._direct = _set_direct(self._descriptor, False)
 
     def abandon(self) -> None:
         """Let the write under way end, drop the rest."""
@@ -77,7 +80,7 @@ class StreamedFile:
         full = self._buffers.pop(0)
         self._writes.append(self._pool.submit(self._write, full[: self._filled]))
         self._buffers.append(full)
-        self._filled = 0
+        self._filled, self._room = 0, BUFFER_BYTES
         self._wait(len(self._buffers) - 1)
 
     def _wait(self, left: int) -> None:
@@ -86,17 +89,19 @@ class StreamedFile:
 
     def _write(self, data: memoryview) -> None:
         while data and not self._failed:  # a failure is raised by the write that met it
-            if self._direct and len(data) % _ALIGNMENT:  # the end of the file
-                self._direct = _set_direct(self._descriptor, False)
+            aligned = not (len(data) % _ALIGNMENT or self._at % _ALIGNMENT)
+            if self._direct != (self._can_direct and aligned):  # both ends of what is written
+                self._direct = _set_direct(self._descriptor, self._can_direct and aligned)
             try:
-                data = data[os.write(self._descriptor, data) :]
+                count = os.write(self._descriptor, data)
             except OSError as error:
                 if not self._direct or error.errno != errno.EINVAL:
                     self._failed = True
                     raise
-                self._direct = _set_direct(
-                    self._descriptor, False
-                )  # a disk that asks for more than alignment
+                self._can_direct = False  # a disk that asks for more than alignment
+            else:
+                self._at += count
+                data = data[count:]
 
 
 def is_direct(descriptor: int) -> bool:

@@ -161,15 +161,24 @@ def _receive(
     """Start receiving what each peer owns of these rows."""
     arriving = []
     for rank in peers.ranks:
-        count = _message_numel(owned[rank], rows)
+        count = message_numel(owned[rank], rows)
         if count:
             buffer = torch.empty(count, dtype=torch.float32)
             arriving.append((rank, buffer, peers.receive(buffer, rank)))
     return arriving
 
 
-def _message_numel(rectangles: Sequence[Rectangle], rows: tuple[int, int]) -> int:
+def message_numel(rectangles: Sequence[Rectangle], rows: tuple[int, int]) -> int:
+    """Elements of a message with these rows of what a rank owns."""
     return sum((high - low) * math.prod(box.size[1:]) for box, low, high in clip_rows(rectangles, *rows))
+
+
+def pack_message(
+    local: torch.Tensor, owned: Sequence[Rectangle], first: int, last: int
+) -> torch.Tensor | None:
+    """What a rank owns of rows ``first`` to ``last``, box after box, flat; None where that is nothing."""
+    parts = [local_part(local, *clipped).reshape(-1) for clipped in clip_rows(owned, first, last)]
+    return torch.cat(parts).to("cpu", torch.float32) if parts else None
 
 
 def send_slices(
@@ -188,10 +197,9 @@ def send_slices(
         owned = slice_map.owned(entry.name, rank)
         sending: list[tuple[torch.Tensor, dist.Work]] = []
         for first, last in row_chunks(entry.shape):
-            parts = [local_part(local, *clipped).reshape(-1) for clipped in clip_rows(owned, first, last)]
-            if not parts:
+            message = pack_message(local, owned, first, last)
+            if message is None:
                 continue
-            message = torch.cat(parts).to("cpu", torch.float32)
             if sending:
                 peers.wait(sending.pop()[1], 0)
             sending.append((message, peers.send(message, 0)))

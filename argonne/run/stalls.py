@@ -45,6 +45,11 @@ class Progress:
             self.step = step
         self._marks += 1
 
+    def pulse(self) -> None:
+        """A save in the background goes on; it counts while the loop waits for it, and only then."""
+        if self.phase == "save":
+            self._marks += 1
+
     @property
     def work(self) -> int:
         """Grows with every mark and every collective."""

@@ -1,7 +1,8 @@
 """What can go wrong below a save: a kill at any file operation, and a disk that forgets what was not synced.
 
-Run as a program (``checkpoint_crash.py FOLDER``) it saves step 7 over step 5, verifies, prunes, once for
-every file operation, in a child that kills itself there, and checks what is left each time.
+Run as a program (``checkpoint_crash.py FOLDER [copies]``) it saves step 7 over step 5 (from copies in host
+memory), verifies, prunes, once for every file operation, in a child that kills itself there, and checks what
+is left each time.
 """
 
 import contextlib
@@ -28,9 +29,9 @@ BUFFER_BYTES = 4096
 """Of a save here, in place of megabytes: so that a small checkpoint takes many writes."""
 
 
-def save_verify_prune(folder: Path) -> None:
+def save_verify_prune(folder: Path, *, from_copies: bool = False) -> None:
     """The life of one save."""
-    path, _ = save_sample(folder, step=NEW)
+    path, _ = save_sample(folder, step=NEW, from_copies=from_copies)
     verify_checkpoint(path)
     prune(folder, newest_verified=path, keep=1)
 
@@ -55,9 +56,9 @@ def kill_at(operation: int) -> list[int]:
         def call(*args: Any, **kwargs: Any) -> Any:
             count[0] += 1
             if count[0] == operation:
-                if name == "write" and len(args[1]) > 1:
+                if name in ("write", "pwrite") and len(args[1]) > 1:
                     with contextlib.suppress(OSError):  # a disk that takes whole blocks only
-                        original(args[0], args[1][: len(args[1]) // 2])
+                        original(args[0], args[1][: len(args[1]) // 2], *args[2:])
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **kwargs)
 
@@ -68,7 +69,7 @@ def kill_at(operation: int) -> list[int]:
     return count
 
 
-def run_child(folder: Path, old: Path, operation: int) -> tuple[bool, int]:
+def run_child(folder: Path, old: Path, operation: int, from_copies: bool) -> tuple[bool, int]:
     """Save in a child that dies at ``operation``; whether it did, and the operations it counted if not."""
     folder.mkdir()
     shutil.copyfile(old, folder / old.name)
@@ -76,7 +77,7 @@ def run_child(folder: Path, old: Path, operation: int) -> tuple[bool, int]:
     child = os.fork()
     if child == 0:
         count = kill_at(operation)
-        save_verify_prune(folder)
+        save_verify_prune(folder, from_copies=from_copies)
         with open(writing, "w") as told:
             told.write(str(count[0]))
         os._exit(0)
@@ -87,15 +88,15 @@ def run_child(folder: Path, old: Path, operation: int) -> tuple[bool, int]:
     return os.WIFSIGNALED(status), int(counted or 0)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, from_copies: bool) -> None:
     torch.set_num_threads(1)
     streamed_file.BUFFER_BYTES = BUFFER_BYTES
     old, _ = save_sample(folder / "old", step=OLD)
-    _, total = run_child(folder / "whole", old, 0)
+    _, total = run_child(folder / "whole", old, 0, from_copies)
     seen: list[int] = []
     for operation in range(1, total + 1):
         target = folder / str(operation)
-        killed, _ = run_child(target, old, operation)
+        killed, _ = run_child(target, old, operation, from_copies)
         assert killed, f"operation {operation} of {total} did not happen"
         seen.append(assert_old_or_new(target))
         clean_temporary_files(target)
@@ -199,4 +200,4 @@ class ForgetfulDisk:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), "copies" in sys.argv[2:])

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from argonne.checkpoint.host_copy import HostCopy
+from argonne.checkpoint.parallel_save import save_copies
 from argonne.checkpoint.save import SaveReport, save_checkpoint
 from argonne.tp.head_cuts import head_cut
 from argonne.tp.slices import Cut, SliceMap, even_cut
@@ -117,24 +119,29 @@ def save_sample(
     metadata: Mapping[str, Any] | None = None,
     spoil: tuple[str, str, float] | None = None,
     spare_bytes: int = 0,
+    from_copies: bool = False,
 ) -> tuple[Path, SaveReport | None]:
-    """Save the sample at ``step``; ``spoil`` (name, key, value) puts one value into a tensor first."""
+    """Save the sample at ``step``; ``spoil`` (name, key, value) puts one value into a tensor first.
+
+    ``from_copies``: from copies in host memory, as a save in the background does.
+    """
     slice_map = sample_map(tp_size, dp_size=dp_size, tied=tied)
     parameters, adam = filled_slices(slice_map, rank, step)
     if spoil is not None:
         name, key, value = spoil
         (parameters[name] if key == "param" else adam[name][key]).view(-1)[0] = value
     path = Path(folder) / f"tensor_parallel_checkpoint_step_{step}.pth"
-    report = save_checkpoint(
-        path,
-        slice_map=slice_map,
-        rank=rank,
-        parameters=parameters,
-        adam=adam,
-        param_group=PARAM_GROUP,
-        metadata=metadata or sample_metadata(step, tied=tied),
-        tied=tied,
-        control_group=None,
-        spare_bytes=spare_bytes,
-    )
-    return path, report
+    common: dict[str, Any] = {
+        "slice_map": slice_map,
+        "rank": rank,
+        "param_group": PARAM_GROUP,
+        "metadata": metadata or sample_metadata(step, tied=tied),
+        "tied": tied,
+        "control_group": None,
+        "spare_bytes": spare_bytes,
+    }
+    if not from_copies:
+        return path, save_checkpoint(path, parameters=parameters, adam=adam, **common)
+    with HostCopy(slice_map, rank, torch.device("cpu")) as copy:
+        copy.take(parameters, adam)
+        return path, save_copies(path, copy=copy, **common)

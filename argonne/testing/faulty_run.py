@@ -43,13 +43,15 @@ def in_saves(call: Callable[[], None]) -> None:
     """Run ``call`` when a save begins on this rank."""
     import argonne.training.saving as saving
 
-    save = saving.save_checkpoint
+    def faulty(save: Callable[..., Any]) -> Callable[..., Any]:
+        def faulty_save(*args: Any, **kwargs: Any) -> Any:
+            call()
+            return save(*args, **kwargs)
 
-    def faulty_save(*args: Any, **kwargs: Any) -> Any:
-        call()
-        return save(*args, **kwargs)
+        return faulty_save
 
-    saving.save_checkpoint = faulty_save
+    saving.save_checkpoint = faulty(saving.save_checkpoint)
+    saving.save_copies = faulty(saving.save_copies)
 
 
 def in_steps(call: Callable[[Any, int], None]) -> None:

@@ -56,7 +56,7 @@ class CheckpointKeeper:
         saving = choose_saving(config.checkpoint.async_checkpoint, trained, control)
         self.mode = saving.text
         """How checkpoints are written, and why so."""
-        self._saver = Saver(trained, background=saving.background)
+        self._saver = Saver(trained, control.progress.pulse, background=saving.background)
         self._begun: _Begun | None = None
         self._trust = Trust(config.checkpoint, self._folder, control, report)
         self.newest: Path | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from argonne.ranks.agree import gather_objects
 from argonne.run.control import RunControl
 from argonne.training.build import TrainedModel
 from argonne.training.fit import available_bytes
-from checkpointing import BackgroundSave, HostCopy, SaveReport, host_copy_bytes, save_checkpoint
+from checkpointing import BackgroundSave, HostCopy, SaveReport, host_copy_bytes, save_checkpoint, save_copies
 
 FLAG = "--async-checkpoint"
 _SHARE = 0.8
@@ -73,8 +73,9 @@ class Saver:
     Saves have a process group of their own: what the loop does meanwhile never meets their messages.
     """
 
-    def __init__(self, trained: TrainedModel, *, background: bool) -> None:
-        self._trained = trained
+    def __init__(self, trained: TrainedModel, pulse: Callable[[], None], *, background: bool) -> None:
+        """``pulse`` is called as a save goes on; ``background``: saves may go on in the background."""
+        self._trained, self._pulse = trained, pulse
         self.running = BackgroundSave()
         """The save in the background."""
         parallel = trained.parallel
@@ -89,35 +90,31 @@ class Saver:
 
     def save(self, path: Path, metadata: Mapping[str, Any]) -> SaveReport | None:
         """Write the model as it is, now. The save in the background must have been waited for."""
-        trained = self._trained
-        return self._write(path, trained.parameters(), trained.adam(), trained.adam_options(), metadata)
+        if self._copy is not None:
+            return self._from_copies(path, metadata)()
+        parameters, adam = self._trained.parameters(), self._trained.adam()
+        return save_checkpoint(path, parameters=parameters, adam=adam, **self._common(metadata))
 
     def begin(self, path: Path, metadata: Mapping[str, Any]) -> None:
         """Copy the model as it is and write the copy in the background."""
-        assert self._copy is not None
-        trained = self._trained
-        self._copy.take(trained.parameters(), trained.adam())
-        # The loop changes neither while they are written.
-        options, kept = copy.deepcopy(trained.adam_options()), copy.deepcopy(dict(metadata))
-        self.running.begin(partial(self._write, path, self._copy.parameters, self._copy.adam, options, kept))
+        self.running.begin(self._from_copies(path, metadata))
 
-    def _write(
-        self,
-        path: Path,
-        parameters: Mapping[str, Any],
-        adam: Mapping[str, Any],
-        param_group: Mapping[str, Any],
-        metadata: Mapping[str, Any],
-    ) -> SaveReport | None:
+    def _from_copies(self, path: Path, metadata: Mapping[str, Any]) -> Callable[[], SaveReport | None]:
+        """Copy the model now; the call that writes the copies."""
+        assert self._copy is not None
+        self._copy.take(self._trained.parameters(), self._trained.adam())
+        common = self._common(metadata)
+        for key in ("param_group", "metadata"):  # the loop changes what it holds while this is written
+            common[key] = copy.deepcopy(common[key])
+        return partial(save_copies, path, copy=self._copy, pulse=self._pulse, **common)
+
+    def _common(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         trained = self._trained
-        return save_checkpoint(
-            path,
-            slice_map=trained.slice_map,
-            rank=trained.parallel.rank,
-            parameters=parameters,
-            adam=adam,
-            param_group=param_group,
-            metadata=metadata,
-            tied=trained.tied,
-            control_group=trained.parallel.save_group,
-        )
+        return {
+            "slice_map": trained.slice_map,
+            "rank": trained.parallel.rank,
+            "param_group": trained.adam_options(),
+            "metadata": dict(metadata),
+            "tied": trained.tied,
+            "control_group": trained.parallel.save_group,
+        }

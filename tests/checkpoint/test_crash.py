@@ -27,9 +27,10 @@ from checkpointing import clean_temporary_files
 from tests import ROOT
 
 
-def test_kill_at_every_file_operation_of_a_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [(), pytest.param(("copies",), marks=pytest.mark.slow)])
+def test_kill_at_every_file_operation_of_a_save(tmp_path: Path, how: tuple[str, ...]) -> None:
     ended = subprocess.run(
-        [sys.executable, "-m", "argonne.testing.checkpoint_crash", str(tmp_path)],
+        [sys.executable, "-m", "argonne.testing.checkpoint_crash", str(tmp_path), *how],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -40,7 +41,10 @@ def test_kill_at_every_file_operation_of_a_save(tmp_path: Path) -> None:
     assert told["operations"] > 50 and told["old"] > 40 and told["new"] >= 3, told
 
 
-def test_power_loss_after_every_file_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("from_copies", [False, True])
+def test_power_loss_after_every_file_operation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_copies: bool
+) -> None:
     folder = tmp_path / "live"
     old, _ = save_sample(folder, step=OLD)
     before = {str(old): old.read_bytes()}
@@ -48,7 +52,7 @@ def test_power_loss_after_every_file_operation(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patched:
         patched.setattr(streamed_file, "BUFFER_BYTES", BUFFER_BYTES)
         disk.install(lambda name, function: patched.setattr(os, name, function))
-        save_verify_prune(folder)
+        save_verify_prune(folder, from_copies=from_copies)
     kinds = [event[0] for event in disk.events]
     assert {"create", "write", "fsync", "rename", "unlink"} <= set(kinds)
     steps = set()
@@ -79,14 +83,15 @@ def test_a_save_without_fsync_would_be_noticed(tmp_path: Path, monkeypatch: pyte
     assert not any(str(NEW) in Path(path).name for path in names)
 
 
-def _save_for_ever(rank: int, folder: str) -> None:
+def _save_for_ever(rank: int, folder: str, from_copies: bool) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for step in range(6, 100_000):
-        save_sample(Path(folder, "pretrained"), step, rank=rank, tp_size=2)
+        save_sample(Path(folder, "pretrained"), step, rank=rank, tp_size=2, from_copies=from_copies)
 
 
 @pytest.mark.slow
-def test_kill_all_ranks_at_random_instants(tmp_path: Path) -> None:
+@pytest.mark.parametrize("from_copies", [False, True])
+def test_kill_all_ranks_at_random_instants(tmp_path: Path, from_copies: bool) -> None:
     seed = int.from_bytes(os.urandom(4), "little")
     print("seed", seed)
     rng = random.Random(seed)
@@ -94,7 +99,8 @@ def test_kill_all_ranks_at_random_instants(tmp_path: Path) -> None:
     for attempt in range(12):
         folder = tmp_path / str(attempt)
         save_sample(folder / "pretrained", step=OLD)
-        ranks = [context.Process(target=_save_for_ever, args=(rank, str(folder))) for rank in range(2)]
+        arguments = [(rank, str(folder), from_copies) for rank in range(2)]
+        ranks = [context.Process(target=_save_for_ever, args=given) for given in arguments]
         for process in ranks:
             process.start()
         while not (folder / "pretrained" / "tensor_parallel_checkpoint_step_6.pth").exists():

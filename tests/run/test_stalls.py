@@ -92,3 +92,15 @@ def test_progress_counts_marks_and_collectives() -> None:
     progress.mark("step", 4)
     progress.collectives = Counted()
     assert (progress.work, progress.collective, progress.step) == (4, "all_reduce (number 3)", 4)
+
+
+def test_a_save_in_the_background_is_progress_only_where_the_loop_waits_for_it() -> None:
+    progress = Progress()
+    progress.mark("step", 3)
+    before = progress.work
+    progress.pulse()
+    assert progress.work == before  # a loop that hangs is not excused by a save that goes on
+    progress.mark("save")
+    before = progress.work
+    progress.pulse()
+    assert progress.work > before
