@@ -92,7 +92,7 @@ def test_a_rank_killed_at_file_operations_of_a_save(
 def test_a_disk_that_fills_up_in_the_background_is_said_in_the_loop(
     tmp_path: Path, data: list[str], victim: int
 ) -> None:
-    """Each rank writes its half of a file of about 8 MB; its third one fails."""
+    """Each rank writes its half of every file; one of the later ones no longer fits."""
     fault = {"kind": "full", "rank": victim, "where": ".saving", "bytes": 13_000_000}
     flags = [*data, *ASYNC, "--output-dir", tmp_path, "--total-steps", 4000]
     finished = launch(2, *flags, fault=fault)
