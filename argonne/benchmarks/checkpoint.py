@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 import time
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from argonne.benchmarks.checkpoint_ranks import rank_rows, save_arguments
+from argonne.benchmarks.checkpoint_raw import raw_direct_write, raw_write, tensors_of
 from argonne.benchmarks.common import ROUNDS, Report, Row, interleaved, summary, timed_row
 from argonne.benchmarks.memory_probe import PeakMemory, measure_load
 from argonne.benchmarks.models import Shape, alone, our_model, split_over
@@ -24,23 +25,12 @@ SHAPE = Shape(
     hidden_size=768, layers=6, heads=12, key_value_heads=4, intermediate_size=2048, vocab_size=32768
 )
 """63 million parameters: 760 MB with Adam's state, the largest tensor 100 MB."""
-RAW_BYTES = 16 << 20
-DIRECT_BYTES = 4 << 20
 
 
 def save(trained: TrainedModel, path: Path) -> int:
     """Bytes of the checkpoint written (0 on other ranks); collective."""
-    report = save_checkpoint(
-        path,
-        slice_map=trained.slice_map,
-        rank=trained.parallel.rank,
-        parameters=trained.parameters(),
-        adam=trained.adam(),
-        param_group={"lr": 1e-4},
-        metadata={"global_step": 1, "model_config": SHAPE.settings()},
-        tied=True,
-        control_group=trained.parallel.control_group,
-    )
+    common = save_arguments(trained, SHAPE)
+    report = save_checkpoint(path, parameters=trained.parameters(), adam=trained.adam(), **common)
     return 0 if report is None else report.size
 
 
@@ -48,40 +38,6 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-def tensors_of(trained: TrainedModel) -> dict[str, torch.Tensor]:
-    """Weights and Adam's state under flat names."""
-    tensors = dict(trained.parameters())
-    for name, state in trained.adam().items():
-        tensors |= {f"{name}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}
-    return tensors
-
-
-def raw_write(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """The same bytes, one tensor after the other, in large writes, made durable."""
-    with open(path, "wb", buffering=0) as file:
-        for tensor in tensors.values():
-            data = memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-            for start in range(0, len(data), RAW_BYTES):
-                file.write(data[start : start + RAW_BYTES])
-        os.fsync(file.fileno())
-
-
-def raw_direct_write(size: int, path: Path) -> None:
-    """As many bytes, past the page cache from one aligned buffer, made durable: the disk's own limit.
-
-    Raises OSError where the file system has no O_DIRECT.
-    """
-    buffer = memoryview(mmap.mmap(-1, DIRECT_BYTES))
-    buffer[:] = os.urandom(DIRECT_BYTES)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
-    try:
-        for start in range(0, size, DIRECT_BYTES):
-            os.write(descriptor, buffer[: -(-min(DIRECT_BYTES, size - start) // 4096) * 4096])
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def writers(trained: TrainedModel, folder: Path) -> dict[str, Callable[[], float]]:
@@ -159,6 +115,7 @@ def run(rounds: int = ROUNDS) -> Report:
         folder = Path(name)
         seconds = interleaved(writers(trained, folder), rounds)
         rows, data = memory_rows(trained, folder)
+        more, of_ranks = rank_rows(folder, SHAPE, rounds)
     ours = seconds["ours"]
     return Report(
         name="checkpoint",
@@ -169,11 +126,12 @@ def run(rounds: int = ROUNDS) -> Report:
             timed_row("save / torch.save", ours, seconds["torch.save"]),
             timed_row("save / safetensors", ours, seconds["safetensors"]),
             *rows,
+            *more,
         ),
         remarks=(
             "All write and fsync. Only ours also proves what it wrote: a checksum of every record and of the "
             "directory, every value looked at for NaN, the structure read back, an atomic rename.",
             "Memory is anonymous (RssAnon): pages of the mapped file are the kernel's to take back.",
         ),
-        data=data | {variant: summary(values) for variant, values in seconds.items()},
+        data=data | of_ranks | {variant: summary(values) for variant, values in seconds.items()},
     )

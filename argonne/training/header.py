@@ -16,6 +16,7 @@ from argonne.run.metrics import peak_flops
 from argonne.run.processes import Launch
 from argonne.run.report import RunReport
 from argonne.training.build import TrainedModel, flops_per_token
+from argonne.training.saving import SavingMode
 from argonne.training.schedule import Schedule
 from argonne.training.stages import Stages
 from checkpointing import SaveEstimate, estimate_save, later_checkpoints
@@ -48,7 +49,7 @@ def introduce(
     first_step: int,
     *,
     start: str,
-    saving: str,
+    saving: SavingMode,
 ) -> None:
     """Open the metrics, warn of what lies ahead and print the header.
 
@@ -91,7 +92,7 @@ def run_facts(
     samples_per_step: int,
     start: str,
     save: SaveEstimate | None,
-    saving: str = "",
+    saving: SavingMode | None = None,
 ) -> RunFacts:
     """The header's facts; ``start``: where the run starts from, ``saving``: how checkpoints are written."""
     parallel, training = trained.parallel, config.training
@@ -110,9 +111,9 @@ def run_facts(
         output_dir=str(Path(config.output.output_dir).resolve()),
         save_bytes=save.size if save is not None else None,
         save_seconds=save.seconds if save is not None else None,
-        save_share=save.share if save is not None else None,
+        save_share=save.share if save is not None and not (saving and saving.background) else None,
         extra={
-            **({"Checkpoints": saving} if saving else {}),
+            **({"Checkpoints": saving.text} if saving else {}),
             "Schedule": str(Schedule.of(training)),
             **source_lines(config.data, opened),
             **switches(config.parallel),

@@ -53,10 +53,9 @@ class CheckpointKeeper:
         self._folder = OutputFolder(Path(config.output.output_dir)).pretrained
         self._control = control
         self._report = report
-        saving = choose_saving(config.checkpoint.async_checkpoint, trained, control)
-        self.mode = saving.text
+        self.mode = choose_saving(config.checkpoint.async_checkpoint, trained, control)
         """How checkpoints are written, and why so."""
-        self._saver = Saver(trained, control.progress.pulse, background=saving.background)
+        self._saver = Saver(trained, control.progress.pulse, background=self.mode.background)
         self._begun: _Begun | None = None
         self._trust = Trust(config.checkpoint, self._folder, control, report)
         self.newest: Path | None = None

@@ -21,6 +21,7 @@ from argonne.training.header import (
     switches,
     warn_ahead,
 )
+from argonne.training.saving import SavingMode
 from checkpointing import checkpoint_path
 from data_stream import DataPosition
 from tests.training.small_run import control_and_report, run_config, trained_model
@@ -75,6 +76,16 @@ def test_facts(tmp_path: Path) -> None:
     assert (facts.precision, facts.save_bytes, facts.checkpoint) == ("float32", save.size, "from scratch")
     assert facts.extra["Schedule"] == "cosine, 0.01 to 0.001 over 10 steps, 2 of warm-up"
     assert facts.device.startswith("CPU (") and facts.output_dir == str(tmp_path.resolve())
+    assert "Checkpoints" not in facts.extra
+    place: dict[str, Any] = {
+        "samples_per_step": 6,
+        "start": "",
+        "save": dataclasses.replace(save, share=0.25),
+    }
+    for background, share in ((False, 0.25), (True, None)):  # of the run's time nothing goes into the latter
+        mode = SavingMode(background=background, text="how and why")
+        told = run_facts(config, trained, opened_at(), saving=mode, **place)
+        assert (told.extra["Checkpoints"], told.save_share) == ("how and why", share)
     silent = RunReport(tmp_path, rank=1)
     assert estimated_save(silent, config, trained) is None
 

@@ -5,7 +5,7 @@ import zlib
 
 import pytest
 
-from argonne.checkpoint.crc import crc32_combine
+from argonne.checkpoint.part_writer import crc32_combine
 
 
 @pytest.mark.parametrize("sizes", [(0, 0), (0, 5), (5, 0), (1, 1), (3, 4097), (99_999, 65_536), (7, 9999)])
