@@ -33,7 +33,8 @@ def test_a_llama_has_the_same_sizes_and_is_read_by_transformers() -> None:
     read = LlamaConfig.from_dict(document)
     for key in (*SMALL, "tie_word_embeddings", "attention_bias", "mlp_bias", "rms_norm_eps"):
         assert getattr(read, key) == CONFIG[key], key
-    theta = read.rope_parameters["rope_theta"] if hasattr(read, "rope_parameters") else read.rope_theta
+    rope: Any = getattr(read, "rope_parameters", None)  # transformers 5; before, an attribute
+    theta = rope["rope_theta"] if rope else read.rope_theta
     assert theta == 777.0 and (read.bos_token_id, read.eos_token_id) == (1, 2)
     assert document["torch_dtype"] == document["dtype"] == "bfloat16"
     assert document["architectures"] == ["LlamaForCausalLM"]
