@@ -114,6 +114,7 @@ def run_facts(
         extra={
             **({"Checkpoints": saving} if saving else {}),
             "Schedule": str(Schedule.of(training)),
+            **({"Teacher": trained.teacher.text} if trained.teacher is not None else {}),
             **source_lines(config.data, opened),
             **switches(config.parallel),
         },
