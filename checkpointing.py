@@ -25,11 +25,12 @@ from argonne.checkpoint.host_copy import HostCopy, host_copy_bytes
 from argonne.checkpoint.load import LoadReport, load_slices
 from argonne.checkpoint.parallel_save import save_copies
 from argonne.checkpoint.parts import open_any
-from argonne.checkpoint.pretrained_folder import is_weights_folder, open_folder
+from argonne.checkpoint.pretrained_folder import is_weights_folder, open_folder, weights_of_folder
 from argonne.checkpoint.reader import CheckpointReader, weights_only
 from argonne.checkpoint.room import SaveEstimate, check_room, estimate_save, require_room
 from argonne.checkpoint.save import SaveReport, save_checkpoint
 from argonne.checkpoint.shape import check_model_config, infer_model_config
+from argonne.checkpoint.tensor_file import read_rectangle
 from argonne.checkpoint.verifier import BackgroundVerifier, verify_checkpoint
 from argonne.checkpoint.view import CheckpointView, agree_on_error, broadcast_object, share_checkpoint
 from argonne.errors import CheckpointError, ConfigError, DeviceError
@@ -66,11 +67,13 @@ __all__ = [
     "open_weights",
     "own_checkpoints",
     "prune",
+    "read_rectangle",
     "require_room",
     "require_safe_torch",
     "save_checkpoint",
     "save_copies",
     "verify_checkpoint",
+    "weights_of_folder",
 ]
 
 FolderConfig = Callable[[Path, str], tuple[dict[str, Any], str]]

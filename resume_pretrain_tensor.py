@@ -204,7 +204,7 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     """The data at its place, the split model with its weights, and what else the loop works with."""
     from argonne.ranks.world import build_parallel
     from argonne.training import setup
-    from argonne.training.build import build_model, choose_tp_size
+    from argonne.training.build import choose_tp_size
     from argonne.training.fit import require_memory
     from argonne.training.header import introduce
     from argonne.training.keeper import CheckpointKeeper
@@ -224,9 +224,9 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     place = (config, start.tokenizer, metadata, step, stage.samples_per_step, report, world)
     data, feed = setup.open_feed(*place, start.settings["vocab_size"], new_stage=step == stages.first_step)
     held_out = setup.validation_sets(config, start.tokenizer, parallel)
-    trained = build_model(start.settings, config.parallel, config.training, parallel)
+    trained = setup.build(config, start.settings, parallel)
     setup.check_room_on_rank_0(config, trained, stages, step, world)
-    setup.load_weights(trained, view, config.training.seed, report)
+    setup.fill(config, trained, start, report)
     control.progress.collectives = trained.tensor_parallel.group.counters
     keeper = CheckpointKeeper(trained, config, control, report)
     introduce(report, stages, trained, data, control.launch, step, start=start.reason, saving=keeper.mode)

@@ -17,12 +17,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from argonne.errors import ConfigError
-from argonne.tp.architectures import plan_for
+from argonne.tp.architectures import has_plan, plan_for
 from argonne.tp.calls import attach_call_hooks
 from argonne.tp.chunked_loss import attach_head_loss
 from argonne.tp.copied_gradients import CopiedGradients
 from argonne.tp.costs import ModelOutline, SplitCost, sent_share
 from argonne.tp.costs import tensor_parallel as tensor_parallel_cost
+from argonne.tp.distillation_loss import DistillationRule, TeacherLogits, vocabulary_slice
 from argonne.tp.dropout import attach_dropout
 from argonne.tp.entrances import attach_entrances
 from argonne.tp.group import ProcessTPGroup, SimulatedTPGroup, TPGroup, as_tp_group
@@ -66,6 +67,7 @@ __all__ = [
     "DTYPES",
     "OUTSIDE_BYTES",
     "ColumnParallelLinear",
+    "DistillationRule",
     "Layout",
     "ModelOutline",
     "ProcessTPGroup",
@@ -75,6 +77,7 @@ __all__ = [
     "SliceMap",
     "SplitCost",
     "TPGroup",
+    "TeacherLogits",
     "TensorParallelModel",
     "TensorParallelState",
     "VocabParallelEmbedding",
@@ -87,6 +90,7 @@ __all__ = [
     "gather_sequence",
     "gather_state_dict",
     "gather_unsharded",
+    "has_plan",
     "head_imbalance",
     "initialise_parameters",
     "rank_memory",
@@ -101,6 +105,7 @@ __all__ = [
     "tensor_parallel_cost",
     "unsharded_state_dict",
     "vocab_parallel_cross_entropy",
+    "vocabulary_slice",
     "work_imbalance",
 ]
 

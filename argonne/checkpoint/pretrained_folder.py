@@ -77,6 +77,22 @@ def open_folder(folder: Path, settings: Mapping[str, Any], model_type: str, flag
     )
 
 
+def weights_of_folder(folder: Path, flag: str) -> dict[str, FileTensor]:
+    """All tensors of a folder by the folder's own names, mapped. Raises CheckpointError naming ``flag``."""
+    try:
+        files, placed = _files(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{flag} {folder}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{flag} {folder} cannot be read: {error.strerror or error}") from error
+    return {
+        name: tensor
+        for file in files
+        for name, tensor in file.tensors.items()
+        if placed is None or placed.get(name) == file.path.name
+    }
+
+
 def _files(folder: Path) -> tuple[list[SafetensorsFile], dict[str, str] | None]:
     """The folder's files, and what its index says: tensor -> file name (None without an index)."""
     if (folder / SINGLE).is_file():

@@ -14,8 +14,9 @@ from typing import Any
 
 from argonne.config.derived import schedule_problems
 from argonne.config.devices import device_bytes
+from argonne.config.distillation import distillation_problems
 from argonne.config.families import read_folder_config
-from argonne.config.flags import FlagParser, fill, flag_fields, flag_names, parse_given
+from argonne.config.flags import FlagParser, fill, parse_given
 from argonne.config.mixture import mixture_problems
 from argonne.config.options import ModelOptions, RunConfig, TrainingOptions
 from argonne.config.presets import load_model_settings
@@ -74,9 +75,7 @@ def _combination_problems(config: RunConfig, given: Mapping[str, Any]) -> list[s
     planned = config.planning.plan is not None
     if not config.data.tokenizer_path and "tokenizer_path" not in given and not planned:
         problems.append("--tokenizer-path is required: give the folder of a Hugging Face tokenizer")
-    for field, rules in flag_fields(ModelOptions):
-        if rules.refused and field.name in given:
-            problems.append(f"{flag_names(field, rules)[0]} is refused: {rules.refused}; leave it out")
+    problems += distillation_problems(config.distillation, given)
     if "token_column" in given and "text_column" in given and "data_mix" not in given:
         problems.append("--token-column contradicts --text-column: leave one out")
     if training.min_learning_rate > training.learning_rate:

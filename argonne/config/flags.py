@@ -43,8 +43,6 @@ class Flag:
     """what the help says of the default, where the value does not say it"""
     alone: str | None = None
     """the value of the flag given without one; a value then follows after ``=``"""
-    refused: str | None = None
-    """why the flag is known and yet refused"""
 
 
 def flag(default: Any, text: str, **rules: Any) -> Any:
@@ -179,7 +177,7 @@ def _add_flag(
     parser: FlagParser, group: argparse._ArgumentGroup, field: dataclasses.Field[Any], rules: Flag
 ) -> None:
     names = flag_names(field, rules)
-    text = f"{rules.text} ({'refused: ' + rules.refused if rules.refused else _default_text(field, rules)})"
+    text = f"{rules.text} ({_default_text(field, rules)})"
     keywords: dict[str, Any] = {
         "dest": field.name,
         "default": argparse.SUPPRESS,

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from argonne.config.distillation import DistillationOptions
 from argonne.config.flags import flag
 from argonne.config.mixture import MIX_FORM, MixedSource, mixed_source
 from argonne.config.presets import PRESETS
@@ -39,12 +40,6 @@ class ModelOptions:
     )
     settings: Mapping[str, Any] | None = None
     """Keyword arguments of ArgonneConfig of the shape that ``--model-config`` names; None without it."""
-    teacher_path: str | None = flag(
-        None, "teacher for distillation", refused="distillation is not implemented yet"
-    )
-    teacher_device_map: str | None = flag(
-        None, "placement of the teacher", refused="distillation is not implemented yet"
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,6 +208,7 @@ class RunConfig:
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
     training: TrainingOptions = dataclasses.field(default_factory=TrainingOptions)
     parallel: ParallelOptions = dataclasses.field(default_factory=ParallelOptions)
+    distillation: DistillationOptions = dataclasses.field(default_factory=DistillationOptions)
     checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
     evaluation: EvaluationOptions = dataclasses.field(default_factory=EvaluationOptions)
     output: OutputOptions = dataclasses.field(default_factory=OutputOptions)

@@ -25,7 +25,7 @@ WORKSHOPS = {
     "argonne.testing": "what tests and benchmarks share",
 }
 OUTSIDE = {
-    "docs": "parallelism, data, checkpoints, performance, architecture, how-tos",
+    "docs": "parallelism, data, checkpoints, distillation, performance, architecture, how-tos",
     "scripts": "commands, each with --help",
     "tests": "mirror the rooms: tests/tp/test_slices.py tests argonne/tp/slices.py",
 }

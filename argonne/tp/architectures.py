@@ -105,6 +105,11 @@ PLANS: dict[str, TensorParallelPlan] = {
 }
 
 
+def has_plan(model_type: str) -> bool:
+    """Whether models of a type can be split."""
+    return model_type in PLANS
+
+
 def plan_for(model: nn.Module) -> TensorParallelPlan:
     """The plan of the model's ``config.model_type``. Raises ConfigError for an architecture without one."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)

@@ -11,7 +11,7 @@ product where there are several of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,48 @@ def chunk_tokens(asked: int | None, local_vocab_size: int, element_bytes: int) -
     return asked or max(1, CHUNK_BYTES // (local_vocab_size * element_bytes))
 
 
+class TokenLoss(Protocol):
+    """A loss of each token, in the three parts that vocabulary slices and chunks of tokens ask for."""
+
+    rule: LossRule
+
+    def slice_sums(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Of some tokens and this rank's logits of them: what is maximised over the group (..., rows), and
+        what is then summed (n, rows)."""
+
+    def combine(self, rows: slice, largest: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """From both, by one max and one sum over the group: the losses (n, rows), of which the first is
+        trained on, and what `write_gradient` needs (..., rows)."""
+
+    def write_gradient(self, rows: slice, logits: Tensor, kept: Tensor) -> None:
+        """Overwrite the logits with the gradient of the sum of the first of the losses."""
+
+
+class SoftTargets(Protocol):
+    """What else than the next token a micro-batch is trained on: a teacher's word on it."""
+
+    def token_loss(self, places: Places, rule: LossRule) -> TokenLoss:
+        """The loss of its tokens."""
+
+
+@dataclass(frozen=True)
+class PlainLoss:
+    """Cross entropy, with the z-loss where there is one."""
+
+    places: Places
+    rule: LossRule
+
+    def slice_sums(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return slice_sums(logits, self.places.of(rows), self.rule)
+
+    def combine(self, rows: slice, largest: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        losses, log_normalizer = combine(largest, sums, self.places.of(rows), self.rule)
+        return losses[None], log_normalizer
+
+    def write_gradient(self, rows: slice, logits: Tensor, kept: Tensor) -> None:
+        write_gradient(logits, logits, self.places.of(rows), kept, None, self.rule)
+
+
 @dataclass(eq=False)
 class _Work:
     """One forward pass: operands in the compute dtype, and the gradients as they grow."""
@@ -51,8 +93,7 @@ class _Work:
     """(tokens, hidden_size)"""
     matrix: Tensor
     """(local_vocab_size, hidden_size)"""
-    places: Places
-    rule: LossRule
+    loss: TokenLoss
     chunk: int
     grads: tuple[bool, bool]
     """Whether hidden states and weight want a gradient."""
@@ -65,10 +106,10 @@ class _Work:
     def logits(self, rows: slice) -> Tensor:
         return times_transposed(self.hidden[rows], self.matrix)
 
-    def add_gradient(self, rows: slice, logits: Tensor, log_normalizer: Tensor) -> None:
+    def add_gradient(self, rows: slice, logits: Tensor, kept: Tensor) -> None:
         """Take the chunk's part of both gradients; ``logits`` are overwritten by their own gradient."""
-        write_gradient(logits, logits, self.places.of(rows), log_normalizer[rows], None, self.rule)
-        wide = log_normalizer.dtype
+        self.loss.write_gradient(rows, logits, kept)
+        wide = self.loss.rule.dtype
         if self.grads[0]:
             if self.grad_hidden is None:
                 self.grad_hidden = torch.empty_like(self.hidden)
@@ -83,38 +124,36 @@ class _Work:
                 self.grad_weight += matrix_product(across, self.hidden[rows])
 
     def losses(self) -> Tensor:
-        """Each token's loss (tokens,); the gradients of their sum on the way."""
-        if self.rule.group.size == 1:
-            return torch.cat([self._of_whole_vocabulary(rows) for rows in self.chunks()])
-        kept = None
+        """Each token's losses (n, tokens); the gradients of the sum of the first on the way."""
+        if self.loss.rule.group.size == 1:
+            return torch.cat([self._of_whole_vocabulary(rows) for rows in self.chunks()], dim=-1)
+        logits = None
         parts: list[tuple[Tensor, Tensor]] = []
         for rows in self.chunks():
-            kept = None  # before the next chunk's logits are there
-            kept = self.logits(rows)
-            parts.append(slice_sums(kept, self.places.of(rows), self.rule))
+            logits = None  # before the next chunk's logits are there
+            logits = self.logits(rows)
+            parts.append(self.loss.slice_sums(rows, logits))
         largest, sums = (torch.cat(both, dim=-1) for both in zip(*parts, strict=True))
-        losses, log_normalizer = combine(largest, sums, self.places, self.rule)
+        losses, kept = self.loss.combine(slice(None), largest, sums)
         if any(self.grads):
             for rows in reversed(self.chunks()):  # the last chunk's logits are still there
-                logits = self.logits(rows) if kept is None else kept
-                kept = None
-                self.add_gradient(rows, logits, log_normalizer)
-                del logits
+                logits = self.logits(rows) if logits is None else logits
+                self.add_gradient(rows, logits, kept[..., rows])
+                logits = None
         return losses
 
     def _of_whole_vocabulary(self, rows: slice) -> Tensor:
         """As `losses`, of one chunk on one rank: its logits are made once."""
-        places, logits = self.places.of(rows), self.logits(rows)
-        losses, log_normalizer = combine(*slice_sums(logits, places, self.rule), places, self.rule)
+        logits = self.logits(rows)
+        losses, kept = self.loss.combine(rows, *self.loss.slice_sums(rows, logits))
         if any(self.grads):
-            whole = torch.empty(len(self.hidden), dtype=self.rule.dtype, device=logits.device)
-            whole[rows] = log_normalizer
-            self.add_gradient(rows, logits, whole)
+            self.add_gradient(rows, logits, kept)
         return losses
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The sum of the losses of hidden states (tokens, hidden_size), and each token's (no gradient).
+    """The sum of the losses of hidden states (tokens, hidden_size), and each token's (n, tokens), of which
+    the first makes the sum (no gradient).
 
     The gradients are those of the sum, unscaled: divided by the number of tokens in the forward pass already,
     they would vanish in float16.
@@ -125,8 +164,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        targets: Tensor,
-        rule: LossRule,
+        loss: TokenLoss,
         asked: int | None,
         dtype: torch.dtype,
         differentiable: bool,
@@ -136,8 +174,7 @@ class _HeadLoss(torch.autograd.Function):
             work = _Work(
                 hidden=hidden.to(dtype),
                 matrix=weight.detach().to(dtype),
-                places=places_of(targets, rule),
-                rule=rule,
+                loss=loss,
                 chunk=chunk_tokens(asked, weight.shape[0], dtype.itemsize),
                 grads=(needs[0], needs[1]),
             )
@@ -145,7 +182,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.save_for_backward(work.grad_hidden, work.grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        return losses[0].sum(), losses
 
     @staticmethod
     @once_differentiable
@@ -156,7 +193,7 @@ class _HeadLoss(torch.autograd.Function):
             None if grad is None else grad.mul_(grads[0]).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return scaled[0], scaled[1], *(None,) * 5
+        return scaled[0], scaled[1], *(None,) * 4
 
 
 def head_loss(
@@ -166,8 +203,10 @@ def head_loss(
     rule: LossRule,
     *,
     chunk: int | None = None,
+    soft_targets: SoftTargets | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the losses, and each token's without a gradient, from hidden states and the head's slice.
+    """The sum of the losses, and each token's (n, ...) without a gradient, from hidden states and the head's
+    slice. Of the n losses of a token the first is the one that is summed; without soft targets it is alone.
 
     Args:
         hidden_states: (..., hidden_size), what the head is given, equal on all ranks. Its gradient is this
@@ -175,6 +214,7 @@ def head_loss(
         weight: (local_vocab_size, hidden_size).
         targets: (...), ids in the whole vocabulary or the rule's ``ignore_index``, equal on all ranks.
         chunk: tokens whose logits are held at a time; None: as many as `CHUNK_BYTES` take.
+        soft_targets: what else the tokens are trained on.
 
     Raises:
         IndexError: a target outside the vocabulary, on the CPU.
@@ -182,10 +222,10 @@ def head_loss(
     check_targets(targets, rule.vocab_size, rule.ignore_index)
     dtype = autocast_dtype(hidden_states) or hidden_states.dtype
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-    total, losses = _HeadLoss.apply(
-        rows, weight, targets.reshape(-1), rule, chunk, dtype, torch.is_grad_enabled()
-    )
-    return total, losses.view(targets.shape)
+    places = places_of(targets.reshape(-1), rule)
+    loss = PlainLoss(places, rule) if soft_targets is None else soft_targets.token_loss(places, rule)
+    total, losses = _HeadLoss.apply(rows, weight, loss, chunk, dtype, torch.is_grad_enabled())
+    return total, losses.view(-1, *targets.shape)
 
 
 def attach_head_loss(
@@ -195,7 +235,11 @@ def attach_head_loss(
     head_sequence: SequenceState,
     chunk: int | None,
 ) -> None:
-    """Set the ``head_loss`` that a model's forward pass calls in place of head and loss function."""
+    """Set the ``head_loss`` that a model's forward pass calls in place of head and loss function.
+
+    It trains on ``model.soft_targets`` too where a caller has set them, and then leaves the means of the
+    losses that the sum is made of in ``model.loss_parts`` (n - 1,), without a gradient.
+    """
     vocab_size = model.get_submodule(plan.embedding).num_embeddings
     assert isinstance(vocab_size, int)
 
@@ -217,10 +261,16 @@ def attach_head_loss(
             group, weight.shape[0], vocab_size, hidden_states.dtype,
             logit_softcap=logit_softcap, z_loss_weight=z_loss_weight,
         )  # fmt: skip
-        total, losses = head_loss(hidden_states, weight, targets, rule, chunk=chunk)
-        keep_sample_losses(model, losses)
+        soft_targets: Any = model.soft_targets
+        total, losses = head_loss(
+            hidden_states, weight, targets, rule, chunk=chunk, soft_targets=soft_targets
+        )
+        keep_sample_losses(model, losses[0])
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORE_INDEX).sum()
+        if soft_targets is not None:
+            model.loss_parts = losses[1:].flatten(1).sum(dim=1) / num_items_in_batch
         return total / num_items_in_batch
 
+    model.soft_targets = None  # type: ignore[assignment]
     model.head_loss = whole_head_loss  # type: ignore[assignment]

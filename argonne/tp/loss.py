@@ -28,12 +28,12 @@ _CHUNK_ELEMENTS = 1 << 24
 """Most logits held in the loss's own precision at any time."""
 
 
-def _row_chunks(logits: Tensor) -> list[slice]:
+def row_chunks(logits: Tensor) -> list[slice]:
     rows = max(1, _CHUNK_ELEMENTS // max(1, logits.shape[1]))
     return [slice(first, first + rows) for first in range(0, logits.shape[0], rows)]
 
 
-def _capped(logits: Tensor, dtype: torch.dtype, cap: float) -> Tensor:
+def capped(logits: Tensor, dtype: torch.dtype, cap: float) -> Tensor:
     """A copy of the logits in ``dtype``, soft-capped where ``cap`` is not 0."""
     copy = logits.to(dtype, copy=True)
     return copy.div_(cap).tanh_().mul_(cap) if cap else copy
@@ -111,15 +111,15 @@ def slice_sums(logits: Tensor, places: Places, rule: LossRule) -> tuple[Tensor, 
     sums = torch.zeros((2, rows), dtype=rule.dtype, device=logits.device)
     if not rule.valid:
         return torch.full((rows,), -torch.inf, dtype=rule.dtype, device=logits.device), sums
-    largest = _capped(held.amax(dim=1), rule.dtype, rule.cap)
+    largest = capped(held.amax(dim=1), rule.dtype, rule.cap)
     base = largest.clamp_min(torch.finfo(rule.dtype).min)  # a slice may forbid all of its ids: -inf
-    for chunk in _row_chunks(held):
+    for chunk in row_chunks(held):
         if rule.cap:
-            part = _capped(held[chunk], rule.dtype, rule.cap).sub_(base[chunk, None])
+            part = capped(held[chunk], rule.dtype, rule.cap).sub_(base[chunk, None])
         else:
             part = held[chunk] - base[chunk, None]  # widened on the way
         sums[0, chunk] = part.exp_().sum(dim=1)
-    picked = _capped(held.gather(1, places.local[:, None]).squeeze(1), rule.dtype, rule.cap)
+    picked = capped(held.gather(1, places.local[:, None]).squeeze(1), rule.dtype, rule.cap)
     sums[1] = torch.where(places.mine, picked, 0.0)
     return largest, sums
 
@@ -162,14 +162,13 @@ def write_gradient(
     if not (in_place or cap or rule.z_loss_weight or weight is not None):
         _write_plain_gradient(logits, into, places, log_normalizer, rule)
         return
-    for chunk in _row_chunks(logits):
+    for chunk in row_chunks(logits):
         normalizer, mine = log_normalizer[chunk, None], places.mine[chunk, None]
         held, ignored = logits[chunk, :valid], places.ignored[chunk]
         slope = None
         if cap:
-            capped = _capped(held, dtype, cap)
-            slope = (capped / cap).square_().neg_().add_(1.0)
-            held = capped
+            held = capped(held, dtype, cap)
+            slope = (held / cap).square_().neg_().add_(1.0)
         part = into[chunk, :valid] if in_place else torch.empty(held.shape, dtype=dtype, device=held.device)
         torch.sub(held, normalizer, out=part).exp_()
         if rule.z_loss_weight:
@@ -196,7 +195,7 @@ def _write_plain_gradient(
     valid = rule.valid
     if not valid:
         return
-    for chunk in _row_chunks(logits):
+    for chunk in row_chunks(logits):
         held, normalizer = logits[chunk, :valid], log_normalizer[chunk, None]
         index = places.local[chunk, None]
         of_targets = (held.gather(1, index) - normalizer).exp_()

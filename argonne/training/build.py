@@ -6,6 +6,7 @@ makes and fills its own slices.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from argonne.ranks.replicas import apply_ddp, apply_fsdp, local_parameters, loca
 from argonne.ranks.world import Parallel, World, resolve_tp_size
 from argonne.training.model_config import resolve_model_config
 from argonne.training.optimizer import build_adamw
+from argonne.training.teacher import Teacher
 from checkpointing import CheckpointView, LoadReport, load_slices
 from model import ArgonneConfig, ArgonneModel, initial_std
 from tp_shard import DTYPES, SliceMap, TensorParallelState, initialise_parameters, shard_tensor_parallel
@@ -41,6 +43,8 @@ class TrainedModel:
     dtype: torch.dtype
     """Compute dtype; parameters are float32."""
     fsdp: bool
+    teacher: Teacher | None = None
+    """Whose word the loss takes in; never in optimizer or checkpoint."""
 
     @property
     def tensor_parallel(self) -> TensorParallelState:
@@ -111,17 +115,23 @@ def choose_dtype(requested: str | None, device: torch.device) -> torch.dtype:
 
 
 def build_model(
-    settings: Mapping[str, Any], options: ParallelOptions, training: TrainingOptions, parallel: Parallel
+    settings: Mapping[str, Any],
+    options: ParallelOptions,
+    training: TrainingOptions,
+    parallel: Parallel,
+    *,
+    taught: bool = False,
 ) -> TrainedModel:
-    """The split model on this rank's device, its slices not yet filled."""
-    dtype = choose_dtype(training.dtype, parallel.device)
+    """The split model on this rank's device, its slices not yet filled; ``taught``: beside a teacher."""
+    dtype, chunk = choose_dtype(training.dtype, parallel.device), training.loss_chunk_tokens
     with torch.device("meta"):
         model = ArgonneModel(ArgonneConfig(**settings))
     shard_tensor_parallel(
         model,
         parallel.tp_group,
         sequence_parallel=options.sequence_parallel,
-        loss_chunk_tokens=training.loss_chunk_tokens,
+        # Beside a teacher head and loss go together, all at once too.
+        loss_chunk_tokens=sys.maxsize if taught and chunk == 0 else chunk,
     )
     recompute_blocks(model.blocks, options.activation_checkpointing)
     if options.compile:

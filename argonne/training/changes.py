@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from argonne.config.distillation import DistillationOptions
 from argonne.config.options import TrainingOptions
 from argonne.training.schedule import Schedule
 from checkpointing import CheckpointView
@@ -18,8 +19,16 @@ _SAME_RATE = 0.01
 """Rates that differ by less are one; pipeline scripts may count steps from another end."""
 
 
-def run_settings(options: TrainingOptions, dtype: torch.dtype, samples_per_step: int) -> dict[str, Any]:
+def run_settings(
+    options: TrainingOptions, distillation: DistillationOptions, dtype: torch.dtype, samples_per_step: int
+) -> dict[str, Any]:
     """What a checkpoint keeps of its run, by flag: plain values. ``options`` with steps derived."""
+    taught = {
+        "distill_alpha": distillation.distill_alpha,
+        "distill_temperature": distillation.distill_temperature,
+        "distill_divergence": distillation.distill_divergence,
+        "teacher_dtype": distillation.teacher_dtype or str(dtype).removeprefix("torch."),
+    }
     return {
         "learning_rate": options.learning_rate,
         "min_learning_rate": options.min_learning_rate,
@@ -34,6 +43,8 @@ def run_settings(options: TrainingOptions, dtype: torch.dtype, samples_per_step:
         "seed": options.seed,
         "global_batch_size": samples_per_step,
         "block_size": options.block_size,
+        "teacher_path": distillation.teacher_path or "none",
+        **(taught if distillation.teacher_path is not None else {}),
     }
 
 

@@ -115,6 +115,7 @@ def run_facts(
         extra={
             **({"Checkpoints": saving.text} if saving else {}),
             "Schedule": str(Schedule.of(training)),
+            **({"Teacher": trained.teacher.text} if trained.teacher is not None else {}),
             **source_lines(config.data, opened),
             **switches(config.parallel),
         },

@@ -66,6 +66,8 @@ class StepTotals:
     """Sum over the ranks of each of the votes."""
     source_losses: tuple[float, ...] = ()
     """Of a mixture: the sum of the losses of the step's tokens of each source."""
+    loss_parts: tuple[float, ...] = ()
+    """Beside a teacher: the means of cross entropy and divergence that the loss is made of."""
 
     @property
     def finite(self) -> bool:
@@ -97,6 +99,7 @@ class GradientTotals:
         votes: Sequence[float] = (),
         scale: float = 1.0,
         source_losses: Tensor | None = None,
+        loss_parts: Tensor | None = None,
     ) -> DeviceTotals:
         """One all-reduce over all ranks; nothing waits for it.
 
@@ -106,6 +109,7 @@ class GradientTotals:
             votes: what else is summed over the ranks, as many numbers on each of them.
             scale: the loss scale the gradients still carry.
             source_losses: (sources,); the shares of all ranks add up to the sums of each source.
+            loss_parts: (parts,); the shares of all ranks add up to the means that the loss is made of.
         """
         parts = self.owned(gradients)
         device = loss_share.device
@@ -114,12 +118,15 @@ class GradientTotals:
             norms = torch.stack(torch._foreach_norm(parts)).to(torch.float64)
             squares = norms.square().sum()
         parts_of_all = [squares[None], loss_share.detach().double()[None], on_device(votes, device)]
+        if loss_parts is not None:
+            parts_of_all.append(loss_parts.double())
         if source_losses is not None:
             parts_of_all.append(source_losses.double())
         totals = torch.cat(parts_of_all)
         if self._group is not None and dist.get_world_size(self._group) > 1:
             dist.all_reduce(totals, group=self._group)
-        return DeviceTotals(totals, votes=len(votes), scale=scale)
+        counts = len(votes), 0 if loss_parts is None else len(loss_parts)
+        return DeviceTotals(totals, counts=counts, scale=scale)
 
 
 class DeviceTotals:
@@ -128,14 +135,14 @@ class DeviceTotals:
     On a GPU a copy to pinned memory is under way from the beginning, so that `read` one step later finds it.
 
     Args:
-        sums: float64: the sum of squares of the scaled gradient, the mean loss, the votes, and the losses of
-            each source.
-        votes: how many of them are votes.
+        sums: float64: the sum of squares of the scaled gradient, the mean loss, the votes, the parts of the
+            loss, and the losses of each source.
+        counts: how many of them are votes, and parts of the loss.
         scale: the loss scale that the gradients carry.
     """
 
-    def __init__(self, sums: Tensor, *, votes: int, scale: float) -> None:
-        self._sums, self._votes, self._scale = sums, votes, scale
+    def __init__(self, sums: Tensor, *, counts: tuple[int, int], scale: float) -> None:
+        self._sums, self._counts, self._scale = sums, counts, scale
         self._ready: torch.cuda.Event | None = None
         self._on_host = sums
         if sums.device.type == "cuda":
@@ -162,9 +169,16 @@ class DeviceTotals:
         if self._ready is not None:
             self._ready.synchronize()
         square_sum, loss, *sums = self._on_host.tolist()
-        voted, by_source = sums[: self._votes], sums[self._votes :]
+        votes, parts = self._counts
+        voted, of_loss, by_source = sums[:votes], sums[votes : votes + parts], sums[votes + parts :]
         norm = math.sqrt(square_sum) / self._scale if square_sum >= 0 else math.nan
-        return StepTotals(grad_norm=norm, loss=loss, votes=tuple(voted), source_losses=tuple(by_source))
+        return StepTotals(
+            grad_norm=norm,
+            loss=loss,
+            votes=tuple(voted),
+            source_losses=tuple(by_source),
+            loss_parts=tuple(of_loss),
+        )
 
 
 def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:

@@ -21,11 +21,12 @@ from argonne.run.control import RunControl
 from argonne.run.lock import prepare_output_dir
 from argonne.run.report import RunReport
 from argonne.run.status import already_ended
-from argonne.training.build import TrainedModel, fill_weights, model_settings
+from argonne.training.build import TrainedModel, build_model, fill_weights, model_settings
 from argonne.training.data_places import metadata_for
 from argonne.training.final_model import check_final_model_dir
 from argonne.training.model_config import local_attention_line
 from argonne.training.stages import Stages
+from argonne.training.teacher import open_teacher
 from argonne.training.validation import ValidationSet, load_sets
 from argonne.verification.compare import compare_with_unsharded
 from checkpointing import (
@@ -225,11 +226,27 @@ def open_feed(
     return opened, feed
 
 
-def load_weights(trained: TrainedModel, view: CheckpointView | None, seed: int, report: RunReport) -> None:
-    """Draw or load the weights, warning of what the checkpoint lacks; collective."""
-    loaded = fill_weights(trained, view, seed)
+def build(config: RunConfig, settings: Mapping[str, Any], parallel: Parallel) -> TrainedModel:
+    """The split model of this rank, its slices not yet filled."""
+    taught = config.distillation.is_on
+    return build_model(settings, config.parallel, config.training, parallel, taught=taught)
+
+
+def fill(config: RunConfig, trained: TrainedModel, start: Start, report: RunReport) -> None:
+    """Draw or load the weights, warning of what the checkpoint lacks, and open the teacher; collective."""
+    loaded = fill_weights(trained, start.view, config.training.seed)
     for warning in loaded.warnings if loaded is not None else ():
         report.warn(warning)
+    trained.teacher = open_teacher(
+        config.distillation,
+        trained.model,
+        trained.parallel,
+        compute_dtype=trained.dtype,
+        tokenizer=start.tokenizer,
+        tokenizer_path=config.data.tokenizer_path,
+        documents=config.data.document_attention,
+        trust=config.data.trust_remote_code,
+    )
 
 
 def validation_sets(config: RunConfig, tokenizer: Any, parallel: Parallel) -> tuple[ValidationSet, ...]:

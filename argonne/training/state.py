@@ -176,6 +176,7 @@ class Run:
         """Record what a step came to; NonFiniteError on all ranks where too many in a row were skipped."""
         self.loss = result.totals.loss
         extra = {**step.extra, **self._source_losses(step, result)}
+        extra |= dict(zip(("ce_loss", "kd_loss"), result.totals.loss_parts, strict=False))
         if result.spike is not None:
             extra |= self.spikes.skipped(result.spike, step.step, step.before, step.position, self.report)
         if result.skipped:
@@ -215,7 +216,9 @@ class Run:
         return self.data.source_losses(samples, result.totals.source_losses, block_size)
 
     def _settings(self) -> dict[str, Any]:
-        return run_settings(self.config.training, self.trained.dtype, self.samples_per_step)
+        return run_settings(
+            self.config.training, self.config.distillation, self.trained.dtype, self.samples_per_step
+        )
 
     def save(self, *, whole: bool = True) -> Path:
         """Write a checkpoint of the run as it stands; collective. ``whole``: as `CheckpointKeeper.save`."""

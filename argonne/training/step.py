@@ -108,6 +108,7 @@ class TrainingStep:
         self._totals = GradientTotals(trained.slice_map, parallel.rank, parallel.world_group)
         self.scaler = LossScaler(enabled=trained.dtype is torch.float16)
         self._rule = NonFiniteRule()
+        self._loss_parts: torch.Tensor | None = None
 
     @property
     def reads_late(self) -> bool:
@@ -145,6 +146,7 @@ class TrainingStep:
             scale=self.scaler.scale,
             # Each sample's loss is equal on the ranks of its replica.
             source_losses=None if source_losses is None else source_losses / trained.parallel.tp_size,
+            loss_parts=None if self._loss_parts is None else self._loss_parts / trained.parallel.world_size,
         )
         lr = self._schedule.rate(step)
         set_learning_rate(trained.optimizer, lr)
@@ -177,6 +179,8 @@ class TrainingStep:
         """
         trained, parallel = self._trained, self._trained.parallel
         total = torch.zeros((), device=parallel.device)
+        model: Any = trained.model
+        self._loss_parts = None if trained.teacher is None else torch.zeros(2, device=parallel.device)
         by_source = None
         if batch.sources is not None:  # numbered alike on all ranks, which hold the whole step
             by_source = torch.zeros(int(batch.sources.max()) + 1, device=parallel.device)
@@ -191,14 +195,18 @@ class TrainingStep:
             sources = batch.micro_sources(micro_step, **place)
             documents = batch.micro_documents(micro_step, **place)
             within = {} if documents is None else {"document_ids": documents}
+            if trained.teacher is not None:
+                model.soft_targets = trained.teacher.targets(batch, micro_step, place)
             last = micro_step == self._accumulation - 1
             with gradient_sync(trained.model, trained.wrapped, last=last):
                 with self._context():
                     output = trained.wrapped(input_ids=inputs, shift_labels=targets, **within)
                     loss = output.loss / self._accumulation
                 (loss * self.scaler.scale).backward()
+            if self._loss_parts is not None:
+                model.soft_targets = None  # a validation has no teacher
+                self._loss_parts += model.loss_parts / self._accumulation
             total += loss.detach()
             if by_source is not None and sources is not None:
-                losses: torch.Tensor = trained.model.sample_losses  # type: ignore[assignment]
-                by_source.index_add_(0, sources, losses.to(by_source.dtype))
+                by_source.index_add_(0, sources, model.sample_losses.to(by_source.dtype))
         return total, by_source

@@ -52,7 +52,7 @@ def test_every_problem_is_reported_at_once(capsys: pytest.CaptureFixture[str]) -
     lines = problems(
         capsys,
         *"--lerning-rate 3 --batch-size -4 --learning-rate nan --block-size x --dtype int8".split(),
-        *"--adam-betas 0.9 --teacher-path t --teacher-device-map auto stray".split(),
+        *"--adam-betas 0.9 --teacher-path t --teacher-device-map gpu --distill-alpha 2 stray".split(),
         *"--weight-decay -0.1 --seed".split(),
         *"--checkpoint-path c --force-from-scratch --warmup-steps 9 --total-steps 5".split(),
     )
@@ -64,8 +64,8 @@ def test_every_problem_is_reported_at_once(capsys: pytest.CaptureFixture[str]) -
         "--block-size x: give a whole number",
         "--dtype int8: choose fp32, bf16 or fp16",
         "--adam-betas: expected 2 arguments",
-        "--teacher-path is refused: distillation is not implemented yet",
-        "--teacher-device-map is refused: distillation is not implemented yet",
+        "--teacher-device-map gpu: choose local, auto, tensor-parallel or cpu",
+        "--distill-alpha 2: must be at most 1",
         "stray is not a flag",
         "--weight-decay -0.1: must be at least 0",
         "--seed: expected one argument",
@@ -173,3 +173,14 @@ def test_environment_is_not_needed() -> None:
         text=True,
     )
     assert done.returncode == 2 and done.stderr.count("error: ") == 2
+
+
+def test_what_is_said_of_a_teacher_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--teacher-device-map cpu --teacher-dtype bf16 --distill-temperature 2".split()
+    assert problems(capsys, *NEEDED, *flags) == [
+        f"error: {flag} needs a teacher: give --teacher-path, or leave it out"
+        for flag in ("--teacher-device-map", "--teacher-dtype", "--distill-temperature")
+    ]
+    assert (
+        parse_command_line([*NEEDED, *flags, "--teacher-path", "t"]).distillation.distill_temperature == 2.0
+    )

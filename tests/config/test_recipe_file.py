@@ -108,7 +108,7 @@ def test_a_run_without_a_file_is_one_stage_without_a_name() -> None:
         ("compile = 1", "recipe.toml: compile: give true or false"),
         ("block-size = 8\nblock_size = 16", "recipe.toml: block_size is given twice: leave one out"),
         ("dtype = 'int8'", "recipe.toml: --dtype int8: choose fp32, bf16 or fp16"),
-        ("teacher-path = 'x'", "--teacher-path is refused"),
+        ("distill-alpha = 0.4", "--distill-alpha needs a teacher"),
         ("[eval-data]\nweb = 3", "recipe.toml: eval-data.web: give glob, and a name without ="),
         ("[training]\nseed = 3", "recipe.toml: training is not a key: did you mean "),
         ("[seed]\nx = 3", "recipe.toml: seed: give a text or a number"),

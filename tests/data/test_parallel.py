@@ -127,7 +127,7 @@ def test_copies_stay_equal_to_the_bit(size: int, sequence_parallel: bool) -> Non
             own = totals.reduce(gradients, loss_share=torch.zeros(())).read()
             norms.append(math.sqrt(group.all_reduce(torch.tensor(own.grad_norm**2)).item()))
             sums = torch.tensor([norms[-1] ** 2, 0.0], dtype=torch.float64)
-            scale_gradients(gradients, DeviceTotals(sums, votes=0, scale=1.0).factor(CLIP))
+            scale_gradients(gradients, DeviceTotals(sums, counts=(0, 0), scale=1.0).factor(CLIP))
             optimizer.step()
         return local_parameters(model.model), slice_map, norms
 

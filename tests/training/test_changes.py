@@ -8,6 +8,7 @@ import torch
 
 from argonne.checkpoint.parts import open_any
 from argonne.checkpoint.view import view_of
+from argonne.config.distillation import DistillationOptions
 from argonne.training.changes import changed_settings, rate_jump, run_settings, saved_settings
 from argonne.training.schedule import Schedule
 from checkpointing import CheckpointView
@@ -29,7 +30,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
 
 
 def settings(samples: int = 2, dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any]:
-    return run_settings(training_options(**changes), dtype, samples)
+    return run_settings(training_options(**changes), DistillationOptions(), dtype, samples)
 
 
 def view(group: dict[str, Any] | None = None, **metadata: Any) -> CheckpointView:

@@ -1,0 +1,60 @@
+"""Distillation: a teacher beside the trained model, and how its word is weighed."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from argonne.config.flags import flag, flag_fields, flag_names
+
+DEVICE_MAPS = ("local", "auto", "tensor-parallel", "cpu")
+DIVERGENCES = ("forward", "reverse")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationOptions:
+    """A teacher, and the loss that it takes part in."""
+
+    teacher_path: str | None = flag(
+        None,
+        "folder of a causal language model to distil from",
+        metavar="FOLDER",
+        default_text="none",
+    )
+    teacher_device_map: str = flag(
+        "local",
+        "the teacher: whole on each rank's device, placed by transformers once a node, split over the ranks "
+        "of a replica, or in host memory",
+        choices=DEVICE_MAPS,
+    )
+    teacher_dtype: str | None = flag(
+        None,
+        "dtype of the teacher's weights",
+        choices=("fp32", "bf16", "fp16"),
+        default_text="the compute dtype",
+    )
+    distill_alpha: float = flag(
+        0.5, "share of the cross entropy in the loss", kind=float, at_least=0, at_most=1
+    )
+    distill_temperature: float = flag(
+        1.0, "temperature of both distributions in the divergence", kind=float, above=0
+    )
+    distill_divergence: str = flag(
+        "forward", "KL(teacher || student), or reverse: KL(student || teacher)", choices=DIVERGENCES
+    )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a teacher."""
+        return self.teacher_path is not None
+
+
+def distillation_problems(options: DistillationOptions, given: Mapping[str, Any]) -> list[str]:
+    """What is asked of a teacher where there is none; the defaults, which a kept configuration states, ask
+    nothing."""
+    if options.teacher_path is not None:
+        return []
+    return [
+        f"{flag_names(field, rules)[0]} needs a teacher: give --teacher-path, or leave it out"
+        for field, rules in flag_fields(DistillationOptions)
+        if field.name in given and given[field.name] != field.default
+    ]
