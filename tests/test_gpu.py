@@ -84,7 +84,7 @@ def trained_on(device: str, **options: Any) -> tuple[Any, Any]:
         hidden_size=6 * head_dim, layers=2, heads=6, key_value_heads=2, intermediate_size=704,
         vocab_size=1000, batch=2, seq_len=length,
     )  # fmt: skip
-    training: TrainingOptions = models.training_options(shape)
+    training: TrainingOptions = replace(models.training_options(shape), dtype="bf16")
     trained = build_model(shape.settings(), ParallelOptions(**options), training, models.alone(device))
     fill_weights(trained, None, seed=3)
     return trained, models.our_step(trained, shape)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from argonne.run.stalls import Beat, Progress, StallJudge
+from argonne.run.stalls import PATIENCE, Beat, Progress, StallJudge, collective_limit
 from tests.run.pretended import WORKER, Start, ended, wait_for_step
 
 
@@ -92,3 +92,11 @@ def test_progress_counts_marks_and_collectives() -> None:
     progress.mark("step", 4)
     progress.collectives = Counted()
     assert (progress.work, progress.collective, progress.step) == (4, "all_reduce (number 3)", 4)
+
+
+def test_a_collective_outlasts_the_judge() -> None:
+    """NCCL's watchdog aborts with its own words: by then our line must have named the rank."""
+    longest = max(patience for patience in PATIENCE.values() if patience != float("inf"))
+    for timeout in (1.0, 600.0, 7200.0):
+        assert collective_limit(timeout, least=600.0) > longest * timeout
+    assert collective_limit(0.0, least=600.0) == 600.0
