@@ -16,6 +16,7 @@ from argonne.run.metrics import peak_flops
 from argonne.run.processes import Launch
 from argonne.run.report import RunReport
 from argonne.training.build import TrainedModel, flops_per_token
+from argonne.training.faster_layout import faster_line
 from argonne.training.schedule import Schedule
 from argonne.training.stages import Stages
 from checkpointing import SaveEstimate, estimate_save, later_checkpoints
@@ -108,6 +109,7 @@ def run_facts(
             "Schedule": str(Schedule.of(training)),
             **source_lines(config.data, opened),
             **switches(config.parallel),
+            **faster_line(config, trained.model.config.to_dict(), parallel),
         },
     )
 
