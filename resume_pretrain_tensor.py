@@ -37,10 +37,6 @@ if TYPE_CHECKING:
     from argonne.training.setup import Start
     from argonne.training.state import Run
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""Of each collective of the model."""
-
-
 KEY_CLASSES = {
     "TensorParallelModel": "tp_shard",
     "shard_tensor_parallel": "tp_shard",
@@ -73,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
+    prepare_gpus(config, environment)
     from argonne.ranks.faults import run_error_of
     from argonne.ranks.world import disconnect
     from argonne.run.control import RunControl
     from argonne.run.report import RunReport
     from argonne.run.traces import enable_flight_recorder
 
-    output_dir = Path(config.output.output_dir)
-    enable_flight_recorder(output_dir, os.environ)
+    enable_flight_recorder(output_dir := Path(config.output.output_dir), os.environ)
     report = RunReport(output_dir, rank=environment.rank, log_interval=config.output.log_interval)
     control = RunControl(
         output_dir,
@@ -98,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         disconnect()
         leave(code)
     except (RunError, RuntimeError) as error:
-        problem = run_error_of(error, control.explain)
+        problem = run_error_of(error, control.explain, environment)
         if problem is None:
             raise
     if config.debug:
@@ -172,11 +168,27 @@ def train(recipe: Recipe, environment: Environment, control: RunControl, report:
 # ------------------------------------------------------------------ connect
 
 
+def prepare_gpus(config: RunConfig, environment: Environment) -> None:
+    """Set what CUDA, NCCL and the allocator read; before torch is imported.
+
+    The model is not open yet: where the flags do not name its heads, they are taken to be Argonne 2.0's.
+    """
+    from argonne.config.presets import PRESETS, REFERENCE
+    from argonne.ranks.gpu_environment import one_queue_helps, set_gpu_environment
+
+    options = config.parallel
+    heads = {**PRESETS[REFERENCE], **(config.model.settings or {})}["num_attention_heads"]
+    fsdp = options.data_parallel == "fsdp"
+    one_queue = one_queue_helps(environment, options.tensor_parallel_size, heads, fsdp=fsdp)
+    set_gpu_environment(os.environ, one_queue=one_queue)
+
+
 def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl) -> World:
     """Join the other ranks, watch each other from then on, and check that all were started alike."""
     from argonne.ranks.agree import check_same
     from argonne.ranks.meeting import await_ranks, open_store, private_store
-    from argonne.ranks.world import AGREEMENT_TIMEOUT, choose_device, connect
+    from argonne.ranks.world import AGREEMENT_TIMEOUT, COLLECTIVE_TIMEOUT, choose_device, connect
+    from argonne.run.stalls import collective_limit
     from argonne.training.build import choose_tp_size
     from checkpointing import require_safe_torch
 
@@ -190,7 +202,8 @@ def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl)
         control.join(private_store(store))
         await_ranks(environment, store, timeout=meeting_timeout)
         control.all_joined()
-    world = connect(environment, device, store, timeout=COLLECTIVE_TIMEOUT)
+    limit = collective_limit(stall_timeout, least=COLLECTIVE_TIMEOUT.total_seconds())
+    world = connect(environment, device, store, timeout=timedelta(seconds=limit))
     check_same(recipe_values(recipe), world)
     if config.model.settings is not None:  # a degree that cannot work is refused before anything is read
         choose_tp_size(config.model.settings, config.parallel.tensor_parallel_size, world)

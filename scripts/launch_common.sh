@@ -98,24 +98,14 @@ check_training_arguments() {
     "$python" "$root/scripts/check_flags.py" "$@" || exit $?
 }
 
-# set_environment: recommended NCCL and PyTorch settings; those that the user has set are kept.
+# set_environment: what must be set before Python starts; what the user has set is kept. The settings of NCCL, CUDA
+# and the allocator are the training script's own, the same however it is started (argonne/ranks/gpu_environment.py).
 set_environment() {
     # One wrong thread count slows every rank: by default share the cores among the processes.
     local cores
     cores=$(nproc 2>/dev/null || echo 1)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}
-    # A failed or timed-out collective ends the process instead of hanging it, and the last collectives of every
-    # rank are written down then.
-    export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-    export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
-    export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
-    # Segments that grow fragment less when sequence lengths or recomputation change the sizes.
-    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
     export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}
-    # Up to Hopper, one hardware queue keeps collectives and products in the order of issue, so that a collective
-    # that was issued first does start first and overlaps the product after it.
-    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     # Several network cards: NCCL_SOCKET_IFNAME=eth0 (or ^docker0,lo) says which one the ranks meet on.
     if [ -n "${NCCL_SOCKET_IFNAME:-}" ]; then
         export NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$NCCL_SOCKET_IFNAME}
@@ -146,9 +136,8 @@ torchrun_stop_options() {
 # run_or_show COMMAND...: print the command and its environment, then run it unless --dry-run was given.
 run_or_show() {
     local name
-    for name in OMP_NUM_THREADS TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_FR_BUFFER_SIZE \
-        TORCH_NCCL_DUMP_ON_TIMEOUT TORCH_ELASTIC_SHUTDOWN_TIMEOUT PYTORCH_ALLOC_CONF CUDA_DEVICE_MAX_CONNECTIONS \
-        TOKENIZERS_PARALLELISM NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME CUDA_VISIBLE_DEVICES; do
+    for name in OMP_NUM_THREADS TORCH_ELASTIC_SHUTDOWN_TIMEOUT PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF \
+        CUDA_DEVICE_MAX_CONNECTIONS TOKENIZERS_PARALLELISM NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME CUDA_VISIBLE_DEVICES; do
         [ -z "${!name:-}" ] || printf '%s=%q \\\n' "$name" "${!name}"
     done
     printf '%q ' "$@"

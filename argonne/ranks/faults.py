@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
 
 import torch
@@ -14,9 +16,12 @@ _COLLECTIVE_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection re
 
 
 def run_error_of(
-    error: RunError | RuntimeError, explain: Callable[[BaseException], RunError]
+    error: RunError | RuntimeError,
+    explain: Callable[[BaseException], RunError],
+    environment: Environment | None = None,
 ) -> RunError | None:
-    """What an error of torch means to the user: a peer's end (``explain`` names it) or too little memory.
+    """What an error of torch means to the user: a peer's end (``explain`` names it), too little memory, or a
+    fault of the GPU of ``environment``'s rank.
 
     None where it is a fault of this program, whose traceback must be seen.
     """
@@ -29,9 +34,28 @@ def run_error_of(
             f"out of GPU memory ({first_line(error)}): lower --batch-size or --block-size, or use "
             "--activation-checkpointing full, --sequence-parallel or more GPUs"
         )
+    if isinstance(error, torch.AcceleratorError):
+        return DeviceError(
+            f"{_device(environment)} failed ({first_line(error).rstrip('.')}): check it with nvidia-smi -q "
+            "and the kernel's log (Xid), take it or its host out, then resume; --debug shows the traceback"
+        )
     if isinstance(error, dist.DistError) or any(word in str(error) for word in _COLLECTIVE_WORDS):
         return explain(error)
     return None
+
+
+def _device(environment: Environment | None) -> str:
+    """Rank, GPU and host, without a call to the GPU, which may not answer."""
+    host = socket.gethostname()
+    if environment is None:
+        return f"a GPU of {host}"
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    local = environment.local_rank
+    if len(visible) == 1:
+        gpu = visible[0]
+    else:
+        gpu = visible[local] if local < len(visible) else str(local)
+    return f"rank {environment.rank}: GPU {gpu} of {host}"
 
 
 def cannot_join(environment: Environment, error: Exception) -> DeviceError:

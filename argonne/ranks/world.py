@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import socket
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from argonne.errors import ConfigError, DeviceError
 from argonne.ranks.faults import cannot_join
@@ -23,6 +24,8 @@ from argonne.tp.plan import check_degree, degree_fits, degree_list, fitting_degr
 
 AGREEMENT_TIMEOUT = timedelta(days=7)
 """Of the gloo groups: ranks wait in them through the longest save; a dead peer ends the wait at once."""
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""Of a collective of the model, at least: NCCL's own default."""
 
 
 def choose_device(environment: Environment) -> torch.device:
@@ -62,6 +65,8 @@ class World:
     """All ranks over gloo, for the broadcast of tokens in the background."""
     save_group: dist.ProcessGroup | None = None
     """All ranks over gloo, for checkpoints that are written in the background."""
+    timeout: timedelta = COLLECTIVE_TIMEOUT
+    """Of each collective of the model, in all groups of the mesh."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +106,8 @@ def connect(
     local_world_size = 1
     control = feed = save = None
     if store is not None:
+        # Before NCCL connects: its own error for a shared GPU names neither rank.
+        local_world_size = _check_places(environment, device, store)
         try:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -115,7 +122,6 @@ def connect(
         control = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
         feed = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
         save = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
-        local_world_size = _check_places(environment, device, control)
     return World(
         rank=environment.rank,
         world_size=environment.world_size,
@@ -125,6 +131,7 @@ def connect(
         control_group=control,
         feed_group=feed,
         save_group=save,
+        timeout=timeout,
     )
 
 
@@ -134,18 +141,20 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def _check_places(environment: Environment, device: torch.device, group: dist.ProcessGroup) -> int:
+def _check_places(environment: Environment, device: torch.device, store: dist.Store) -> int:
     """Ranks on each host (their greatest common divisor where the hosts differ), the same on all ranks.
 
-    Raises DeviceError on all ranks where two of them share a GPU.
+    Told through the store, which all ranks have joined. Raises DeviceError on all ranks where two of them
+    share a GPU, or where the store fails.
     """
-    if device.type == "cuda":
-        gpu = str(torch.cuda.get_device_properties(device).uuid)
-    else:
-        gpu = ""
-    places: list[Any] = [None] * environment.world_size
-    host = socket.gethostname()
-    dist.all_gather_object(places, (host, gpu, environment.local_world_size), group=group)
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    keys = [f"place/{rank}" for rank in range(environment.world_size)]
+    told_here = json.dumps([socket.gethostname(), gpu, environment.local_world_size])
+    try:
+        store.set(keys[environment.rank], told_here)
+        places: list[Any] = [json.loads(store.get(key)) for key in keys]
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        raise cannot_join(environment, error) from error
     seen: dict[tuple[str, str], int] = {}
     for rank, (name, device_id, _) in enumerate(places):
         if device_id and (name, device_id) in seen:
@@ -188,9 +197,7 @@ def resolve_tp_size(
 def build_parallel(world: World, tp_size: int) -> Parallel:
     """Give each replica ``tp_size`` neighbouring ranks and make the mesh; collective."""
     dp_size = world.world_size // tp_size
-    mesh = None
-    if world.world_size > 1:
-        mesh = init_device_mesh(world.device.type, (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
+    mesh = _make_mesh(world, dp_size, tp_size) if world.world_size > 1 else None
     return Parallel(
         **vars(world),
         tp_rank=world.rank % tp_size,
@@ -199,3 +206,24 @@ def build_parallel(world: World, tp_size: int) -> Parallel:
         dp_size=dp_size,
         mesh=mesh,
     )
+
+
+def _make_mesh(world: World, dp_size: int, tp_size: int) -> DeviceMesh:
+    """The ("dp", "tp") mesh, its groups on the device's own backend and with the run's time limit.
+
+    ``init_device_mesh`` would take the limit from the backend's default, and hand NCCL's options to gloo.
+    """
+    ranks = torch.arange(world.world_size).view(dp_size, tp_size)
+    # "cpu:gloo,cuda:nccl" -> nccl on a GPU
+    backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+    groups: list[dist.ProcessGroup] = []
+    for name, rows in (("dp", ranks.T.tolist()), ("tp", ranks.tolist())):
+        if len(rows) == 1:
+            assert dist.group.WORLD is not None
+            groups.append(dist.group.WORLD)
+            continue
+        group, _ = dist.new_subgroups_by_enumeration(
+            rows, timeout=world.timeout, backend=backends[world.device.type], group_desc=f"mesh_{name}"
+        )
+        groups.append(group)
+    return DeviceMesh.from_group(groups, world.device.type, mesh=ranks, mesh_dim_names=("dp", "tp"))

@@ -1,6 +1,7 @@
 """Which rank stalled: how far the loops of all ranks have come, judged on the judge's own clock."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -16,6 +17,13 @@ PATIENCE: Mapping[str, float] = {
     "validate": 6.0,
 }
 """Stall timeouts that a live rank may spend in a phase without a mark (1 in a step); silence is not borne."""
+
+
+def collective_limit(stall_timeout: float, least: float) -> float:
+    """Seconds after which a collective may fail by itself: past the judge's longest finite patience, so that
+    our line names the rank before NCCL's watchdog aborts; ``least`` where stalls are not judged (0)."""
+    longest = max(patience for patience in PATIENCE.values() if math.isfinite(patience))
+    return max(least, (longest + 1) * stall_timeout)
 
 
 class Collectives(Protocol):

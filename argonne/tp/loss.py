@@ -235,14 +235,6 @@ def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
             raise IndexError(f"a target is outside the vocabulary of {vocab_size}")
 
 
-def _check(logits: Tensor, targets: Tensor, total: int, ignore_index: int, reduction: str) -> None:
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f"reduction is {reduction!r}; use 'none', 'sum' or 'mean'")
-    if logits.shape[:-1] != targets.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not match")
-    check_targets(targets, total, ignore_index)
-
-
 def vocab_parallel_cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -277,7 +269,11 @@ def vocab_parallel_cross_entropy(
     """
     local_vocab_size = logits.shape[-1]
     total = local_vocab_size * group.size if vocab_size is None else vocab_size
-    _check(logits, targets, total, ignore_index, reduction)
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction is {reduction!r}; use 'none', 'sum' or 'mean'")
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not match")
+    check_targets(targets, total, ignore_index)
     flat_targets = targets.reshape(-1)
     rule = LossRule.on(
         group, local_vocab_size, total, logits.dtype,

@@ -16,6 +16,7 @@ from argonne.run.metrics import peak_flops
 from argonne.run.processes import Launch
 from argonne.run.report import RunReport
 from argonne.training.build import TrainedModel, flops_per_token
+from argonne.training.faster_layout import faster_line
 from argonne.training.saving import SavingMode
 from argonne.training.schedule import Schedule
 from argonne.training.stages import Stages
@@ -118,6 +119,7 @@ def run_facts(
             **({"Teacher": trained.teacher.text} if trained.teacher is not None else {}),
             **source_lines(config.data, opened),
             **switches(config.parallel),
+            **faster_line(config, trained.model.config.to_dict(), parallel),
         },
     )
 

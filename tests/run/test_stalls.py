@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from argonne.run.stalls import Beat, Progress, StallJudge
+from argonne.run.stalls import PATIENCE, Beat, Progress, StallJudge, collective_limit
 from tests.run.pretended import WORKER, Start, ended, wait_for_step
 
 
@@ -104,3 +104,11 @@ def test_a_save_in_the_background_is_progress_only_where_the_loop_waits_for_it()
     before = progress.work
     progress.pulse()
     assert progress.work > before
+
+
+def test_a_collective_outlasts_the_judge() -> None:
+    """NCCL's watchdog aborts with its own words: by then our line must have named the rank."""
+    longest = max(patience for patience in PATIENCE.values() if patience != float("inf"))
+    for timeout in (1.0, 600.0, 7200.0):
+        assert collective_limit(timeout, least=600.0) > longest * timeout
+    assert collective_limit(0.0, least=600.0) == 600.0

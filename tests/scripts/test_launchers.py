@@ -68,8 +68,9 @@ def test_one_node_shows_what_it_would_run(tmp_path: Path) -> None:
     assert command[-3:] == [str(ROOT / "resume_pretrain_tensor.py"), "--tokenizer-path", "a tokenizer"]
     assert command[command.index("--shutdown-timeout") + 1] == "600"
     assert "SIGUSR1" in command[command.index("--signals-to-handle") + 1].split(",")
-    for line in ("OMP_NUM_THREADS=", "TORCH_NCCL_DUMP_ON_TIMEOUT=1", "TORCH_FR_BUFFER_SIZE=2000"):
-        assert line in done.stdout
+    assert "OMP_NUM_THREADS=" in done.stdout
+    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "TORCH_NCCL_ASYNC_ERROR_HANDLING"):
+        assert name not in done.stdout  # the script's own, the same however it is started
     assert "run on the CPU" in done.stderr
 
 
