@@ -123,3 +123,11 @@ def test_a_stage_that_began_with_a_new_optimizer_gets_a_new_one_again(run: Run) 
     run.stages.planned = (SimpleNamespace(**{**vars(stage), "reset_optimizer": True}),)  # type: ignore[assignment]
     assert rewind_if_asked(run, batch(70), SPIKED)
     assert all(not state["exp_avg"].any() for state in run.trained.adam().values())
+
+
+def test_of_a_checkpoint_without_moments_none_of_the_spikes_are_left(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("argonne.training.rewind.fill_weights", lambda *_: None)
+    assert rewind_if_asked(run, batch(70), SPIKED)
+    assert all(not state["exp_avg"].any() for state in run.trained.adam().values())
