@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from argonne.config.flags import flag, flag_fields, flag_names
+from argonne.errors import ConfigError
 
+FLAG = "--teacher-path"
 DEVICE_MAPS = ("local", "auto", "tensor-parallel", "cpu")
 DIVERGENCES = ("forward", "reverse")
 
@@ -58,3 +61,14 @@ def distillation_problems(options: DistillationOptions, given: Mapping[str, Any]
         for field, rules in flag_fields(DistillationOptions)
         if field.name in given and given[field.name] != field.default
     ]
+
+
+def check_folder(folder: Path) -> None:
+    """ConfigError where a folder cannot hold a model of transformers."""
+    if not folder.is_dir():
+        raise ConfigError(f"{FLAG} {folder} is no folder: give the folder of a causal language model")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{FLAG} {folder} has no config.json: give a folder in transformers' layout (a checkpoint "
+            "becomes one by scripts/export_hf.py)"
+        )

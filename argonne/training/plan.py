@@ -18,6 +18,7 @@ from argonne.config.devices import PEAK_FLOPS, device_bytes
 from argonne.config.options import RunConfig
 from argonne.config.presets import PRESETS, REFERENCE
 from argonne.ranks.world import resolve_tp_size
+from argonne.training.teacher_plan import TeacherCost, teacher_cost
 from checkpointing import estimate_checkpoint_bytes
 from tp_shard import (
     OUTSIDE_BYTES,
@@ -41,7 +42,7 @@ NVLINK = 370e9
 NETWORK = 50e9
 """Bytes a second that a GPU sends between nodes (400 Gbit/s each); assumed."""
 _PRODUCT_SHARE = 0.55
-"""Of the peak that products reach; assumed, and the same for all layouts."""
+"""Of the peak that products reach; assumed for all layouts."""
 _EXTRA_WORK = {"none": 1.0, "selective": 1.08, "full": 4 / 3}
 """Work of a step against that without recomputation: full repeats the forward pass, a third of it."""
 
@@ -92,6 +93,8 @@ class LayoutPlan:
     """Kind of collective -> calls and payload bytes of one optimizer step."""
     imbalance: float
     """Multiplications of the slowest rank of a replica over the mean."""
+    teacher: TeacherCost
+    """Its bytes are among the buffers, its work in ``seconds``."""
 
 
 def subject_of(config: RunConfig, tokenizer_length: int | None = None) -> Subject:
@@ -160,6 +163,9 @@ def flops_per_token(what: Subject) -> float:
 def plan_layout(what: Subject, layout: Layout) -> LayoutPlan:
     """Memory, collectives and time of one layout."""
     memory = rank_memory(what.outline, what.model, layout)
+    vocab_size = int(what.settings["vocab_size"])
+    teacher = teacher_cost(what.config.distillation, layout, vocab_size, what.local_world_size)
+    memory = replace(memory, buffers=memory.buffers + teacher.total, total=memory.total + teacher.total)
     cost = tensor_parallel_cost(
         what.outline,
         what.model,
@@ -171,23 +177,18 @@ def plan_layout(what: Subject, layout: Layout) -> LayoutPlan:
     )
     traffic = _traffic(what, layout, cost)
     needed = memory.total + (0 if what.on_cpu else OUTSIDE_BYTES)
-    tokens = layout.tokens * layout.dp_size * layout.accumulation
-    flops = flops_per_token(what) * tokens / what.world_size * _EXTRA_WORK[layout.recomputation]
-    peak = PEAK_FLOPS.get(what.config.planning.plan_device.upper(), PEAK_FLOPS["H100"])
+    work = flops_per_token(what) * _EXTRA_WORK[layout.recomputation] / what.world_size
     imbalance = work_imbalance(what.outline, what.model, layout.tp_size, layout.block_size)
-    computing = flops * imbalance / (_PRODUCT_SHARE * peak)
+    flops = work * imbalance * tokens_per_step(layout) + teacher.flops * layout.accumulation
+    peak = PEAK_FLOPS.get(what.config.planning.plan_device.upper(), PEAK_FLOPS["H100"])
+    computing = flops / (_PRODUCT_SHARE * peak)
     across = NVLINK if what.world_size <= RANKS_OF_A_NODE else NETWORK
-    hidden_behind = max(0.0, _sent(traffic, layout, replicas=True) / across - computing / 2)
+    exposed = max(0.0, _sent(traffic, layout, replicas=True) / across - computing / 2)
     return LayoutPlan(
-        layout=layout,
-        memory=memory,
-        cost=cost,
-        needed=needed,
-        fits=needed <= what.device_memory,
-        seconds=computing + _sent(traffic, layout, replicas=False) / NVLINK + hidden_behind,
-        traffic=traffic,
-        imbalance=imbalance,
-    )
+        layout=layout, memory=memory, cost=cost, traffic=traffic, imbalance=imbalance, teacher=teacher,
+        needed=needed, fits=needed <= what.device_memory,
+        seconds=computing + _sent(traffic, layout, replicas=False) / NVLINK + exposed,
+    )  # fmt: skip
 
 
 _REPLICAS = " over replicas"

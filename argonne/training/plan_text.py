@@ -84,6 +84,11 @@ def _heading(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
             f"{head_imbalance(heads, layout.tp_size):.2f} x the mean; in all the slowest rank multiplies "
             f"{chosen.imbalance:.2f} x"
         )
+    if teacher := chosen.teacher.parameters:
+        yield (
+            f"Teacher: {teacher:,} parameters, {what.config.distillation.teacher_device_map}; "
+            f"{_gigabytes(chosen.teacher.total)} on each device, among the buffers"
+        )
 
 
 def _layers(what: Subject, chosen: LayoutPlan) -> Iterator[str]:

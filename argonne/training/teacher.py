@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from argonne.config.distillation import DistillationOptions
+from argonne.config.distillation import FLAG, DistillationOptions, check_folder
 from argonne.errors import ConfigError, RunError
 from argonne.ranks.agree import gather_objects, on_rank_0
 from argonne.ranks.world import Parallel
-from argonne.training.teacher_weights import FLAG, check_folder, head_rows, split_model, whole_model
+from argonne.training.teacher_weights import head_rows, split_model, whole_model
 from data_stream import StepBatch, load_tokenizer
 from model import ArgonneModel
 from tp_shard import DTYPES, DistillationRule, TeacherLogits, vocabulary_slice

@@ -10,25 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from argonne.config.distillation import FLAG
 from argonne.errors import CheckpointError, ConfigError, one_line
 from checkpointing import read_rectangle, weights_of_folder
 from model import ArgonneConfig, ArgonneModel
 from tp_shard import TPGroup, has_plan, shard_tensor_parallel
 
-FLAG = "--teacher-path"
 _HEAD_NAMES = ("lm_head.weight", "model.embed_tokens.weight", "embed_tokens.weight")
 """Where a head's weight may be; that of a tied one is the embedding's."""
-
-
-def check_folder(folder: Path) -> None:
-    """ConfigError where a folder cannot hold a model of transformers."""
-    if not folder.is_dir():
-        raise ConfigError(f"{FLAG} {folder} is no folder: give the folder of a causal language model")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{FLAG} {folder} has no config.json: give a folder in transformers' layout (a checkpoint "
-            "becomes one by scripts/export_hf.py)"
-        )
 
 
 def whole_model(

@@ -9,14 +9,16 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from argonne.config.distillation import DistillationOptions, check_folder
 from argonne.errors import ConfigError
 from argonne.testing.corpus import PATTERN, small_corpus
 from argonne.testing.launch import SCHEDULE, SHAPE, checkpoint, launch, metrics
 from argonne.tools.bpe_trainer import train_tokenizer
 from argonne.training.teacher import check_head, check_tokenizer
-from argonne.training.teacher_weights import check_folder, split_model
+from argonne.training.teacher_plan import teacher_cost
+from argonne.training.teacher_weights import split_model
 from data_stream import load_tokenizer
-from tp_shard import SimulatedTPGroup
+from tp_shard import Layout, SimulatedTPGroup
 
 ALPHA = 0.3
 FALCON: dict[str, Any] = {
@@ -167,3 +169,19 @@ def test_a_head_that_does_more_is_refused_unless_it_is_known() -> None:
     gemma.lm_head.forward = lambda x: torch.tanh(kept(x))
     with pytest.raises(ConfigError, match="are not its head's product in a way that is known"):
         check_head(gemma, Path("gemma"))
+
+
+def test_the_plan_counts_the_teacher(tmp_path: Path) -> None:
+    teacher = llama(tmp_path / "teacher", 520)
+    count = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(teacher).parameters())
+    layout = Layout(tp_size=2, batch_size=2, block_size=64, element_bytes=4)
+    costs = {}
+    for placed in ("local", "tensor-parallel", "cpu"):
+        options = DistillationOptions(teacher_path=str(teacher), teacher_device_map=placed)
+        costs[placed] = teacher_cost(options, layout, 512, 8)
+    assert {cost.parameters for cost in costs.values()} == {count}
+    assert costs["local"].weights == 4 * (count + 256 * 48)
+    assert costs["tensor-parallel"].weights == 4 * (-(-count // 2) + 256 * 48)
+    assert costs["cpu"].weights == 4 * 256 * 48
+    assert costs["local"].flops > costs["tensor-parallel"].flops > 0
+    assert teacher_cost(DistillationOptions(), layout, 512, 8).total == 0
