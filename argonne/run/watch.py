@@ -138,9 +138,9 @@ class Watcher:
 
     def _request(self, reason: str) -> None:
         if self.reason is None:
-            self.reason = reason
-            if self._peers is not None:
+            if self._peers is not None:  # first: once the flag is up, rank 0 may ask for the reason
                 self._peers.ask_to_stop(reason)
+            self.reason = reason
 
     # ---------------------------------------------------------------- twice a second
 

@@ -18,11 +18,13 @@ NOTHING_SAVED = "nothing was saved, the same command starts again"
 
 
 @pytest.fixture(autouse=True)
-def hangup_as_at_a_terminal() -> Iterator[None]:
-    """Under nohup SIGHUP is ignored, by the children too."""
-    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def signals_as_at_a_terminal() -> Iterator[None]:
+    """Under nohup SIGHUP is ignored, in the background of a script SIGINT; by the children too."""
+    numbers = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    inherited = {number: signal.signal(number, handler) for number, handler in numbers.items()}
     yield
-    signal.signal(signal.SIGHUP, inherited)
+    for number, handler in inherited.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_sums_of_one_process(accumulation: int) -> None:
     totals = step.run(mixed_batch(), 0, votes=Votes(busy=True)).totals
     assert totals.source_losses == pytest.approx(sums_by_hand(), rel=1e-5)
     assert sum(totals.source_losses) / (len(SOURCES) * BLOCK) == pytest.approx(totals.loss, rel=1e-6)
-    assert totals.votes == (0.0, 1.0, 0.0)
+    assert totals.votes == (0.0, 1.0, 0.0, 0.0)
 
 
 def step_of_rank(rank: int, world_size: int, tp_size: int, options: dict[str, Any]) -> tuple[Any, Any, int]:
