@@ -6,8 +6,8 @@
 RUN is a run's --output-dir, N a step as its metrics count them. The run is rebuilt from the nearest kept
 checkpoint before N, with the flags of stats/run_config.toml, on this process (or under torchrun on any layout
 of the run's model), and led to step N. Stream hash, loss and gradient norm must be the recorded ones: bit for
-bit at the run's layout on a CPU, else within 1e-3 (float32) or 5e-2 (lower precision), relative. The documents
-of the step are ranked by loss and by gradient norm, with text and place, on an HTML page and in short on the
+bit at the run's layout on a CPU, else within 1e-3 (float32) or 5e-2 (lower precision), relative. The step's
+documents are ranked by loss and by gradient norm, with text and place, on an HTML page and in short on the
 terminal. Nothing is written into RUN.
 """
 

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from argonne.config.options import RunConfig
 from argonne.config.recipe import Recipe
-from argonne.config.run_options import NO_CHECKPOINT
 from argonne.errors import CheckpointError, ConfigError, DataError
-from argonne.files import read_json
 from argonne.ranks.agree import broadcast_object, on_rank_0
 from argonne.ranks.replicas import forward_context, local_gradients
 from argonne.ranks.world import Parallel, World, build_parallel
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport
 from argonne.tools.kept_run import KeptRun
+from argonne.tools.replay_past import Past, find_past, replay_recipe
+from argonne.tools.replay_result import Figure, MeasuredDocument, Replay
 from argonne.tools.step_documents import StepDocument, step_documents
 from argonne.training.build import DTYPES, TrainedModel, build_model, choose_tp_size, fill_weights
 from argonne.training.optimizer import GradientTotals, reset_adam
@@ -32,162 +30,10 @@ from argonne.training.step import StepResult, TrainingStep, Votes
 from data_stream import DataProgress, StepBatch
 
 TOLERANCE = {torch.float32: 1e-3}
-"""Relative, of loss and gradient norm at another layout or on another device, where sums run in another order;
-the layout's rounding grows from step to step."""
+"""Relative, of loss and gradient norm at another layout or on another device, where sums run in another
+order; the difference grows from step to step."""
 LOW_PRECISION_TOLERANCE = 5e-2
 IGNORED = -100
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """One figure of a step, as recorded and as replayed."""
-
-    name: str
-    recorded: Any
-    replayed: Any
-    tolerance: float = 0.0
-
-    @property
-    def exact(self) -> bool:
-        return bool(self.recorded == self.replayed)
-
-    @property
-    def same(self) -> bool:
-        """Equal, or within the tolerance."""
-        if self.exact:
-            return True
-        if not isinstance(self.recorded, float) or not isinstance(self.replayed, float):
-            return False
-        return math.isclose(self.recorded, self.replayed, rel_tol=self.tolerance)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasuredDocument:
-    """A document of the step with what the step's weights made of it."""
-
-    document: StepDocument
-    loss: float
-    """Mean over its tokens in the step."""
-    grad_norm: float
-    """Of its share of the step's gradient: its tokens' losses, summed, over the step's tokens."""
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replay:
-    """What became of it; documents on rank 0 only."""
-
-    step: int
-    checkpoint: str
-    layout: str
-    figures: tuple[Figure, ...]
-    same_layout: bool
-    documents: tuple[MeasuredDocument, ...]
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def same(self) -> bool:
-        return all(figure.same for figure in self.figures)
-
-    @property
-    def exact(self) -> bool:
-        return all(figure.exact for figure in self.figures)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Past:
-    """What a run's folder says of a step and of the way to it; the same on all ranks."""
-
-    step: int
-    first: int
-    """Steps completed in the checkpoint."""
-    checkpoint: str
-    records: Mapping[int, Mapping[str, Any]]
-    """Of the steps after the checkpoint."""
-    samples_per_step: int | None
-    """None where the records do not tell it."""
-    tp_size: int | None
-    dp_size: int | None
-
-
-def find_past(run: KeptRun, step: int, block_size: int, *, from_start: bool) -> Past:
-    """Read it (rank 0). Raises ConfigError, CheckpointError or DataError, in one line."""
-    records = {record["step"]: record for record in run.records()}
-    last = max(records, default=0)
-    if not 1 <= step <= last:
-        raise ConfigError(f"--step {step} was not reached: {run.output.metrics} has the steps 1 to {last}")
-    before = [kept for kept in run.checkpoints if kept < step]
-    if not before and not from_start:
-        raise CheckpointError(
-            f"{run.output.pretrained} keeps no checkpoint before step {step} (--step): kept are {run.kept()}; "
-            "--from-start begins with the initial weights"
-        )
-    first = 0 if from_start else before[-1]
-    path = NO_CHECKPOINT if from_start else str(run.checkpoints[first])
-    way = {number: records[number] for number in range(first + 1, step + 1) if number in records}
-    if len(way) != step - first:
-        missing = next(number for number in range(first + 1, step + 1) if number not in way)
-        raise DataError(f"{run.output.metrics} lacks step {missing}, on the way to step {step}: restore it")
-    counted = records[step - 1]["tokens_processed"] if step - 1 in records else None
-    tokens = None if counted is None and step > 1 else way[step]["tokens_processed"] - (counted or 0)
-    statistics = [kept for kept in sorted(run.checkpoints) if kept >= step] or [
-        max(run.checkpoints, default=0)
-    ]
-    layout = read_json(run.output.current_stats(statistics[0])) or {}
-    return Past(
-        step=step,
-        first=first,
-        checkpoint=path,
-        records=way,
-        samples_per_step=None if tokens is None else tokens // block_size,
-        tp_size=layout.get("tp_size"),
-        dp_size=layout.get("dp_size"),
-    )
-
-
-def replay_recipe(recipe: Recipe, past: Past, run: KeptRun, folder: Path, world: World) -> Recipe:
-    """The run's recipe from the checkpoint on, writing into ``folder`` only, on the ranks of ``world``."""
-    cache = folder / "cache"
-    if world.rank == 0 and not cache.is_dir():
-        cache.mkdir(parents=True)
-        for held in run.output.cache.glob("tokens-*"):
-            (cache / held.name).mkdir()
-            for file in held.iterdir():
-                if file.name != "lock":
-                    os.symlink(file.resolve(), cache / held.name / file.name)
-    kept_layout = world.world_size == (past.tp_size or 0) * (past.dp_size or 0)
-    stages = []
-    for stage in recipe.stages:
-        config = stage.config
-        training, parallel = config.training, config.parallel
-        if training.global_batch_size is None:
-            samples = training.batch_size * (training.gradient_accumulation_steps or 1)
-            training = replace(training, global_batch_size=samples * (past.dp_size or 1))
-        training = replace(training, gradient_accumulation_steps=None)
-        if not kept_layout:
-            parallel = replace(parallel, tensor_parallel_size=None)
-        config = replace(
-            config,
-            training=training,
-            parallel=parallel,
-            checkpoint=replace(
-                config.checkpoint,
-                checkpoint_path=past.checkpoint,
-                force_from_scratch=False,
-                init_from=config.checkpoint.init_from if past.checkpoint == NO_CHECKPOINT else None,
-            ),
-            output=replace(config.output, output_dir=str(folder), final_model_dir=None),
-            data=_private_cache(config, cache),
-        )
-        stages.append(replace(stage, config=config))
-    return Recipe(stages=tuple(stages))
-
-
-def _private_cache(config: RunConfig, cache: Path) -> Any:
-    """A cache of the replay's own, unless the run names one outside its folder."""
-    if config.data.data_cache_dir is not None and not config.data.streaming:
-        return config.data
-    return replace(config.data, data_cache_dir=str(cache), allow_data_change=False)
 
 
 class StepReplay:
@@ -223,12 +69,13 @@ class StepReplay:
         )
         self._saved_dtype(start)
         self.samples_per_step = stage.samples_per_step
+        place = (start.tokenizer, start.metadata, start.step, stage.samples_per_step, report, parallel)
+        begins = start.step == stages.first_step
         self.opened, self.feed = open_feed(
-            self.config, start.tokenizer, start.metadata, start.step, stage.samples_per_step, report, parallel,
-            start.settings["vocab_size"], new_stage=start.step == stages.first_step,
-        )  # fmt: skip
+            self.config, *place, start.settings["vocab_size"], new_stage=begins
+        )
         try:
-            self._build(start, stage.accumulation, stage.reset_optimizer and start.step == stages.first_step)
+            self._build(start, stage.accumulation, stage.reset_optimizer and begins)
         except BaseException:
             self.feed.close()
             raise
@@ -329,9 +176,7 @@ class StepReplay:
             if batch.document_ids is not None:
                 within["document_ids"] = batch.document_ids[sample : sample + 1].to(parallel.device)
             with context():
-                mean = trained.wrapped(
-                    input_ids=tokens[:, :-1].contiguous(), shift_labels=targets, **within
-                ).loss
+                mean = trained.wrapped(input_ids=inputs, shift_labels=targets, **within).loss
             count = int((targets != IGNORED).sum())
             (mean * (count / every) * scale).backward()
             total += mean.detach().double().cpu() * count

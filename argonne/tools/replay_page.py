@@ -1,4 +1,4 @@
-"""A replayed step as one HTML page that needs nothing else, every text escaped, and as lines for a terminal."""
+"""A replayed step as an HTML page that needs nothing else, every text escaped, and as a terminal's lines."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from argonne.errors import RunError
-from argonne.tools.replay import MeasuredDocument, Replay
+from argonne.tools.replay_result import MeasuredDocument, Replay
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem;
   color: #1f2430 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse } th, td { text-align: left; padding: .2rem .8rem .2rem 0; vertical-align: top }
+table { border-collapse: collapse } th, td { text-align: left; padding: .2rem .8rem .2rem 0;
+  vertical-align: top }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
 pre { white-space: pre-wrap; background: #f5f6f8; padding: .6rem; border-radius: .3rem }
 """

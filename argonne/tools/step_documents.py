@@ -1,10 +1,11 @@
-"""Which document each input token of a step comes from, found by reading the step's stretch of the data again.
+"""Which document each input token of a step comes from: the step's stretch of the data is read again.
 
 The tokens found are compared with the step's, so that a place is never wrong.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -211,7 +212,7 @@ def _blocks(
     for sample in mine:
         inputs = tokens[sample, :-1]
         cuts = [0, *(np.flatnonzero(inputs[:-1] == eos) + 1).tolist(), len(inputs)]
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in itertools.pairwise(cuts):
             found.append(
                 StepDocument(
                     source=name,

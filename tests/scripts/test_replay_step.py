@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from argonne.files import OutputFolder
 from argonne.testing.launch import checkpoint
-from argonne.tools.replay import Figure, MeasuredDocument, Replay
 from argonne.tools.replay_page import ranked, write_page
+from argonne.tools.replay_result import Figure, MeasuredDocument, Replay
 from argonne.tools.step_documents import Piece, StepDocument
 from model import ArgonneConfig, ArgonneModel
 from tests.scripts.conftest import FinishedRun
