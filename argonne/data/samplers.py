@@ -32,7 +32,7 @@ class Sampler(Protocol):
     def take(self, count: int) -> Samples: ...
 
 
-def _resumed(batches: Iterator[EncodedBatch], start: DataPosition) -> Iterator[EncodedBatch]:
+def resumed(batches: Iterator[EncodedBatch], start: DataPosition) -> Iterator[EncodedBatch]:
     """The batches without what was used of the document at ``start``.
 
     Where that document has no more ids than that, all of them go. Where ``start`` is not a document (a row
@@ -60,7 +60,7 @@ class PackedSampler:
     """
 
     def __init__(self, batches: Iterator[EncodedBatch], block_size: int, start: DataPosition | None) -> None:
-        self._batches = batches if start is None else _resumed(batches, start)
+        self._batches = batches if start is None else resumed(batches, start)
         self._block_size = block_size
         self._chunks: deque[np.ndarray] = deque()
         self._available = 0
@@ -115,7 +115,7 @@ class WindowSampler:
     """
 
     def __init__(self, batches: Iterator[EncodedBatch], block_size: int, start: DataPosition | None) -> None:
-        self._batches = batches if start is None else _resumed(batches, start)
+        self._batches = batches if start is None else resumed(batches, start)
         self._block_size = block_size
         self._windows: deque[tuple[np.ndarray, Mark, int]] = deque()
         self._rest = np.empty(0, dtype=np.int32)
