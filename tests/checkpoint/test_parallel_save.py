@@ -45,7 +45,11 @@ def _save(rank: int, world_size: int, folder: str, hosts: list[str], dp_size: in
 
 
 @pytest.mark.parametrize(
-    ("hosts", "dp_size"), [("a", 1), ("aa", 1), ("ab", 1), ("aaaa", 1), ("aabb", 1), ("aabb", 2), ("abab", 2)]
+    ("hosts", "dp_size"),
+    [
+        *(("a", 1), ("aa", 1), ("ab", 1), ("aabb", 2)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("aaaa", 1), ("aabb", 1), ("abab", 2))),
+    ],
 )
 def test_the_file_of_a_save_by_rank_0_alone(tmp_path: Path, hosts: str, dp_size: int) -> None:
     expected, _ = save_sample(tmp_path / "alone")

@@ -32,6 +32,7 @@ def flags(corpora: Path, output: Path, weights: dict[str, str], *more: Any) -> l
     return [*shape, *data, "--checkpoint-interval", 3, "--log-interval", 1, "--output-dir", output, *more]
 
 
+@pytest.mark.slow
 def test_a_mixture_in_other_layouts(corpora: Path, tmp_path: Path) -> None:
     """One process and four sequences at once, or two replicas resumed by two slices: the same run."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

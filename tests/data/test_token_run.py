@@ -34,6 +34,7 @@ def assert_same_losses(lines: list[dict[str, Any]], expected: list[dict[str, Any
         assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=3e-4)
 
 
+@pytest.mark.slow
 def test_document_attention_is_the_same_in_every_layout(corpus_in: Path) -> None:
     data = ["--data-glob", corpus_in / "data", "--document-attention", "--global-batch-size", 4]
     one = run(1, corpus_in, "one", *data, "--verify-sharding")

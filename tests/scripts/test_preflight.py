@@ -227,6 +227,7 @@ def test_a_clock_that_is_wrong() -> None:
     assert "(rank 1) differs" in said and "7200" in said and "NTP" in said
 
 
+@pytest.mark.slow
 def test_another_rank_s_trouble_is_in_the_table(corpus: Path, tmp_path: Path) -> None:
     """Ranks with other flags: every rank ends, rank 0 says which differ."""
     wrapper = tmp_path / "wrapper.py"

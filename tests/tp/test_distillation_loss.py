@@ -57,8 +57,14 @@ def plain_loss(
     return rule.alpha * cross_entropy + (1 - rule.alpha) * divergence + z_loss, cross_entropy, divergence
 
 
-@pytest.mark.parametrize("changes", VARIANTS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "changes"),
+    [
+        pytest.param(rule, changes, marks=() if i % len(VARIANTS) == j else pytest.mark.slow)
+        for i, rule in enumerate(RULES)
+        for j, changes in enumerate(VARIANTS)
+    ],
+)
 @pytest.mark.parametrize(
     ("size", "sequence_parallel", "chunk"), [(1, False, 7), (2, True, 5), (4, False, None)]
 )

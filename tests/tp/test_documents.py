@@ -86,7 +86,8 @@ def test_recomputation_gives_each_document_alone(mode: str) -> None:
         assert_alike(actual, expected)
 
 
-@pytest.mark.parametrize("mode", ["none", pytest.param("selective", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "selective"])
 def test_compiled_blocks_give_each_document_alone(mode: str) -> None:
     """Whatever the documents are, one graph for a block with a window and one for a block without."""
     _, expected = alone(small_model(torch.float32, **SWITCHES), *batch_and_spans())

@@ -83,6 +83,7 @@ def test_the_loss_is_the_weighted_sum(alone: Lines) -> None:
         assert line["kd_loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_resume_goes_on_bit_for_bit(tmp_path: Path, alone: Lines, data: Data) -> None:
     common = [*data[0], *taught(data[1]), "--output-dir", str(tmp_path), "--checkpoint-interval", "3"]
     whole = launch(1, *common)
@@ -132,6 +133,7 @@ def test_every_placement_teaches_alike(
         assert line["stream_hash"] == expected["stream_hash"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_teach_is_one_line(tmp_path: Path, data: Data) -> None:
     flags, *_ = data
     small = llama(tmp_path / "small", 300)
