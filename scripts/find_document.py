@@ -6,8 +6,8 @@
     scripts/find_document.py RUN --shard SHARD
 
 RUN is a run's --output-dir; rows count from 0. --text finds the documents that hold the text. The answer
-comes from the positions in the metrics and is exact: a step saw a document when a token of it was an input or a
-target of a step whose update was made. Nothing is tokenized.
+comes from the positions in the metrics and is exact: a step saw a document when a token of it was an
+input or a target of a step whose update was made. Nothing is tokenized.
 """
 
 from __future__ import annotations
