@@ -102,6 +102,7 @@ def test_mistakes(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_from_the_initial_weights(
     finished_run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +118,7 @@ def test_without_a_checkpoint_from_the_initial_weights(
     assert "the same step, bit for bit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_record_is_not_the_same_step(
     finished_run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
