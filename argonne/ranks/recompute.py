@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -53,7 +54,18 @@ def _keep_products(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], *, backend: str = "inductor") -> None:
     """torch.compile each block in place, with static shapes; parameter names do not change."""
     for block in blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, backend=backend)
+
+
+@contextlib.contextmanager
+def uncompiled(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Blocks run as they are written: compiled ones would be compiled again, for other shapes and modes, and
+    training would be slower for good."""
+    if any(block._compiled_call_impl is not None for block in blocks):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from argonne.ranks.agree import broadcast_object
+from argonne.ranks.recompute import uncompiled
 from argonne.ranks.replicas import forward_context
 from argonne.ranks.world import Parallel
 from model import ArgonneModel
@@ -81,6 +82,7 @@ def generate_text(
     with (
         torch.random.fork_rng(devices),
         torch.no_grad(),
+        uncompiled(model.blocks),
         forward_context(parallel, split.dtype, sharded=split.fsdp)(),
     ):
         torch.manual_seed(seed)

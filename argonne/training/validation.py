@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from argonne.ranks.agree import broadcast_object, only_on_rank_0
+from argonne.ranks.recompute import uncompiled
 from argonne.ranks.replicas import forward_context
 from argonne.ranks.world import Parallel
 from argonne.run.evaluations import ValidationRecord
@@ -131,18 +132,15 @@ def validate(trained: TrainedModel, validation_set: ValidationSet, step: int) ->
 def _evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradient; the loss is the cross entropy alone.
 
-    Blocks run as they are written: compiled ones would be compiled again for this mode.
+    Blocks run as they are written.
     """
     config: Any = model.config
     was_training, z_loss_weight = model.training, config.z_loss_weight
     blocks: Any = model.blocks
-    eager: Any = contextlib.nullcontext()
-    if any(block._compiled_call_impl is not None for block in blocks):
-        eager = torch.compiler.set_stance("force_eager")
     model.eval()
     config.z_loss_weight = 0.0
     try:
-        with torch.no_grad(), eager:
+        with torch.no_grad(), uncompiled(blocks):
             yield
     finally:
         config.z_loss_weight = z_loss_weight
