@@ -1,6 +1,7 @@
 """Set-up of all tests: suite, tests and scripts on the path, offline, markers off, and one tokenizer."""
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -11,6 +12,10 @@ from tests import ROOT
 for entry in (str(ROOT / "scripts"), str(ROOT)):
     if entry not in sys.path:
         sys.path.insert(0, entry)
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As in a script's background job; what the tests start would ignore Ctrl-C, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,16 +18,11 @@ NOTHING_SAVED = "nothing was saved, the same command starts again"
 
 
 @pytest.fixture(autouse=True)
-def signals_as_at_a_terminal() -> Iterator[None]:
-    """Under nohup SIGHUP is ignored, in the background of a script SIGINT; by the children too."""
-    numbers: dict[signal.Signals, Any] = {
-        signal.SIGHUP: signal.SIG_DFL,
-        signal.SIGINT: signal.default_int_handler,
-    }
-    inherited = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+def hangup_as_at_a_terminal() -> Iterator[None]:
+    """Under nohup SIGHUP is ignored, by the children too."""
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    for number, handler in inherited.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGHUP, inherited)
 
 
 @pytest.mark.parametrize(
