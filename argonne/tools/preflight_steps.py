@@ -11,8 +11,7 @@ import torch
 
 from argonne.errors import NonFiniteError
 from argonne.ranks.agree import barrier, gather_objects
-from argonne.training.build import build_model, fill_weights
-from argonne.training.setup import open_feed
+from argonne.training.setup import build, fill, open_feed
 from argonne.training.state import peak_memory_bytes
 from argonne.training.step import TrainingStep, Votes
 
@@ -47,8 +46,8 @@ def two_steps(flight: Preflight) -> str:
         new_stage=new_stage,
     )
     try:
-        trained = build_model(start.settings, config.parallel, config.training, parallel)
-        fill_weights(trained, start.view, config.training.seed)
+        trained = build(config, start.settings, parallel)
+        fill(config, trained, start, flight.report)
         one_step = TrainingStep(trained, config.training, stage.accumulation)
         losses, seconds = [], 0.0
         for number in range(STEPS):

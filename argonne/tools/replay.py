@@ -21,9 +21,9 @@ from argonne.tools.kept_run import KeptRun
 from argonne.tools.replay_past import Past, find_past, replay_recipe
 from argonne.tools.replay_result import Figure, MeasuredDocument, Replay
 from argonne.tools.step_documents import StepDocument, step_documents
-from argonne.training.build import DTYPES, TrainedModel, build_model, choose_tp_size, fill_weights
+from argonne.training.build import DTYPES, TrainedModel, choose_tp_size
 from argonne.training.optimizer import GradientTotals, reset_adam
-from argonne.training.setup import Start, choose_start, open_feed, source_options
+from argonne.training.setup import Start, build, choose_start, fill, open_feed, source_options
 from argonne.training.spike_guard import SPIKES_KEY, SpikeGuard
 from argonne.training.stages import plan_stages, resume_stages
 from argonne.training.step import StepResult, TrainingStep, Votes
@@ -90,10 +90,8 @@ class StepReplay:
 
     def _build(self, start: Start, accumulation: int, reset: bool) -> None:
         config = self.config
-        self.trained: TrainedModel = build_model(
-            start.settings, config.parallel, config.training, self.parallel
-        )
-        fill_weights(self.trained, start.view, config.training.seed)
+        self.trained: TrainedModel = build(config, start.settings, self.parallel)
+        fill(config, self.trained, start, self.report)
         if reset:
             reset_adam(self.trained.optimizer)
         guard = SpikeGuard(config.control.spike_action)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,9 @@ NOTHING_SAVED = "nothing was saved, the same command starts again"
 
 
 @pytest.fixture(autouse=True)
-def hangup_as_at_a_terminal() -> Iterator[None]:
+def hangup_as_at_a_terminal(signals_as_they_were: None) -> None:
     """Under nohup SIGHUP is ignored, by the children too."""
-    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, inherited)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from argonne.config.distillation import DistillationOptions, check_folder
 from argonne.errors import ConfigError
 from argonne.testing.corpus import PATTERN, small_corpus
-from argonne.testing.launch import SCHEDULE, SHAPE, checkpoint, launch, metrics
+from argonne.testing.launch import SCHEDULE, SHAPE, checkpoint, environment, launch, metrics
 from argonne.tools.bpe_trainer import train_tokenizer
 from argonne.training.teacher import check_head, check_tokenizer
 from argonne.training.teacher_plan import teacher_cost
 from argonne.training.teacher_weights import split_model
 from data_stream import load_tokenizer
+from tests import ROOT
 from tp_shard import Layout, SimulatedTPGroup
 
 ALPHA = 0.3
@@ -187,3 +190,17 @@ def test_the_plan_counts_the_teacher(tmp_path: Path) -> None:
     assert costs["cpu"].weights == 4 * 256 * 48
     assert costs["local"].flops > costs["tensor-parallel"].flops > 0
     assert teacher_cost(DistillationOptions(), layout, 512, 8).total == 0
+
+
+@pytest.mark.slow
+def test_a_step_is_replayed_with_its_teacher(tmp_path: Path, data: Data) -> None:
+    run = tmp_path / "run"
+    kept = ["--checkpoint-interval", "3", "--keep-checkpoints", "9"]
+    finished = launch(1, *data[0], *taught(data[1]), *kept, "--output-dir", run)
+    assert finished.code == 0, finished.stderr
+    command = [sys.executable, str(ROOT / "scripts" / "replay_step.py"), str(run), "--step", "5"]
+    again = subprocess.run(
+        [*command, "--output", str(tmp_path / "page.html")], capture_output=True, text=True, env=environment()
+    )
+    assert again.returncode == 0, again.stderr
+    assert "bit for bit" in again.stdout
