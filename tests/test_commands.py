@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import pytest
 from torch.distributed.run import get_args_parser
 
-from argonne.config.command_line import parse_recipe
+from argonne.config.command_line import build_parser, parse_recipe
+from argonne.config.flags import parse_given
 from argonne.testing.corpus import small_corpus
 from argonne.testing.launch import checkpoint as checkpoint_of
 from argonne.testing.launch import environment, launch
@@ -57,13 +58,18 @@ def check_flags(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
             return
         parse_recipe(arguments)
     elif script:
-        real = argparse.ArgumentParser.parse_args
+        # A branch hands what it does not know to the run.
+        method = "parse_known_args" if script == "scripts/branch_run.py" else "parse_args"
+        real = getattr(argparse.ArgumentParser, method)
 
         def parse(self: argparse.ArgumentParser, *given: Any, **named: Any) -> NoReturn:
-            real(self, *given, **named)
+            parsed = real(self, *given, **named)
+            if method == "parse_known_args":
+                monkeypatch.setattr(argparse.ArgumentParser, method, real)
+                assert parse_given(build_parser(), parsed[1])[1] == []
             raise Parsed
 
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        monkeypatch.setattr(argparse.ArgumentParser, method, parse)
         with pytest.raises(Parsed):
             importlib.import_module(Path(script).stem).main(arguments)
 
