@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from argonne.data.arrow_batches import batch_places, node_of
 from argonne.data.columns import check_column, to_rows
 from argonne.data.remote import ShardPath
 from argonne.data.texts import (
@@ -20,19 +21,31 @@ ARROW_FILE_MAGIC = b"ARROW1"
 
 
 class ArrowReader:
-    """Rows of an Arrow IPC file or stream (as `datasets` saves them), memory-mapped, a batch at a time."""
+    """Rows of an Arrow IPC file or stream (as `datasets` saves them), a batch at a time.
+
+    A local file is memory-mapped. Of a remote one the headers of the batches are read, then the batches that
+    are used; one with dictionaries, on which its batches rest, is read from its start.
+    """
 
     def __init__(self, path: ShardPath, column: str) -> None:
         import pyarrow as pa
 
         self._path, self._name = path, column
-        is_local = isinstance(path, Path)
-        self._source = pa.memory_map(str(path), "r") if is_local else pa.PythonFile(path.open("rb"), "r")
+        if isinstance(path, Path):
+            self._source, self._places = pa.memory_map(str(path), "r"), None
+        else:
+            self._file = path.open("rb")
+            self._source = pa.PythonFile(self._file, "r")
+            self._places = batch_places(self._file, path.stat().st_size)
+            self._source.seek(0)
         self._size = self._source.size()
         self._is_file = self._source.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
         self._restart()
         self._column = check_column(self._reader.schema, column)
-        self.group_rows = tuple(batch.num_rows for batch in self._all_batches())
+        if self._places is None:
+            self.group_rows = tuple(batch.num_rows for batch in self._all_batches())
+        else:
+            self.group_rows = tuple(place.rows for place in self._places)
 
     def __enter__(self) -> ArrowReader:
         return self
@@ -62,6 +75,9 @@ class ArrowReader:
 
     def null_rows(self) -> int:
         """Null rows, counted."""
+        if self._places is not None:
+            node = node_of(self._reader.schema, self._column)
+            return sum(place.null_counts[node] for place in self._places)
         return sum(batch.column(self._column).null_count for batch in self._all_batches())
 
     def text_bytes(self) -> int:
@@ -73,6 +89,13 @@ class ArrowReader:
         return sum(len(batch.column(self._column).flatten()) for batch in self._all_batches())
 
     def _batch(self, group: int) -> Any:
+        import pyarrow as pa
+
+        if self._places is not None:
+            place = self._places[group]
+            self._file.seek(place.start)
+            message = pa.ipc.read_message(self._file.read(place.end - place.start))
+            return pa.ipc.read_record_batch(message, self._reader.schema)
         if self._is_file:
             return self._reader.get_batch(group)
         if group < self._next_group:
