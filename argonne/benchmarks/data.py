@@ -27,6 +27,7 @@ from argonne.benchmarks.data_corpus import (
 from argonne.benchmarks.data_mixture import (
     datasets_interleaved,
     mixed,
+    mixed_shuffled_masked,
     opened_late,
     shuffled,
     tokens_encoded,
@@ -251,6 +252,7 @@ def measure(corpus: Corpus, rounds: int) -> Turns:
             "datasets": lambda: datasets_pass(corpus),
             "mixture 2": lambda: pipeline(corpus, 2, mixed),
             "shuffled 2": lambda: pipeline(corpus, 2, shuffled),
+            "masked 2": lambda: pipeline(corpus, 2, mixed_shuffled_masked),
         },
         rounds,
     )
@@ -296,6 +298,8 @@ def rows_of(m: Turns) -> list[Row]:
                   m["pipeline 2"], target=0.90, **floor),
         timed_row("rate shuffled / as the rows lie, 2 threads", m["shuffled 2"], m["pipeline 2"],
                   target=0.90, **floor),
+        timed_row("rate of the mixture shuffled, with document marks / one source, 2 threads", m["masked 2"],
+                  m["pipeline 2"], target=0.90, **floor),
         timed_row("rate of a mixture of three sources / datasets interleaved", m["mixture 2"],
                   m["datasets interleaved"], **rate),
         timed_row("opening a mixture to its first batch, at 99 % / at 0 %", m["mixture at 99 %"],

@@ -30,6 +30,11 @@ def shuffled(corpus: Corpus, threads: int) -> SourceOptions:
     return replace(corpus.options(threads), shuffle=True)
 
 
+def mixed_shuffled_masked(corpus: Corpus, threads: int) -> SourceOptions:
+    """Three sources, shuffled, telling where documents begin: what --document-attention reads."""
+    return replace(mixed(corpus, threads), shuffle=True, document_attention=True)
+
+
 def tokens_encoded(source: Any) -> int:
     """Tokens that the samplers of a source or a mixture have been given so far."""
     parts = source._sources.values() if hasattr(source, "_sources") else [source._source]
