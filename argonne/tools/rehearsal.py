@@ -244,7 +244,7 @@ def rehearse(recipe: Recipe, folder: Path) -> Rehearsal:
     command = [sys.executable, script.origin, "--config", str(file)]
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command[1:1] = torchrun
+        command[1:1] = [*torchrun, f"--log-dir={folder / 'torchrun'}"]  # its default stays in TMPDIR for good
     rehearsal = Rehearsal(folder=folder, command=command, recipe=scaled.recipe)
     blocks = [str(stage.config.training.block_size) for stage in scaled.recipe.stages]
     where = "GPUs" if on_gpus else "the CPU"
