@@ -164,7 +164,7 @@ def test_a_run_of_the_docs_runs(page: str, words: list[str], sample: Path, tmp_p
         assert list((tmp_path / "run" / "pretrained").glob("*.pth"))
 
 
-ELSEWHERE = ("compare_runs", "update_docs", "quickstart")
+ELSEWHERE = ("compare_runs", "update_docs", "quickstart", "distillation_demo")
 """Of two checkouts, and what writes into this one: tests of their own run them."""
 SCRIPTED = [
     (page, words)
