@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pyarrow.parquet as pq
 import pytest
 from torch.distributed.run import get_args_parser
 
@@ -95,7 +96,7 @@ def test_a_wrong_command_would_be_seen(line: str, monkeypatch: pytest.MonkeyPatc
 OVERRIDDEN = (
     "--tokenizer-path", "--data-glob", "--data-mix", "--eval-data", "--eval-interval", "--eval-samples",
     "--init-from", "--checkpoint-path", "--model-config", "--block-size", "--batch-size", "--total-steps",
-    "--total-tokens", "--warmup-steps", "--output-dir",
+    "--total-tokens", "--warmup-steps", "--output-dir", "--teacher-path",
 )  # fmt: skip
 
 
@@ -104,7 +105,8 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, its tokenizer, a checkpoint after two steps and its export."""
     folder = tmp_path_factory.mktemp("sample")
     small_corpus(folder)
-    finished = launch(1, *small(folder, folder / "run"), "--final-model-dir", str(folder / "EXPORT"))
+    flags = ["--final-model-dir", str(folder / "EXPORT"), "--checkpoint-interval", "1"]
+    finished = launch(1, *small(folder, folder / "run"), *flags)
     assert finished.code == 0, finished.stderr
     return folder
 
@@ -131,6 +133,8 @@ def run_flags(arguments: Sequence[str], sample: Path, output: Path) -> list[str]
     for flag in ("--init-from", "--checkpoint-path"):
         if flag in arguments:
             given += [flag, first]
+    if "--teacher-path" in arguments:
+        given += ["--teacher-path", str(sample / "EXPORT")]
     if "--checkpoint-path" in arguments:
         given = [*without(given, "--total-steps"), "--total-steps", "4"]
     return given
@@ -175,6 +179,15 @@ SCRIPTED = [
 ]
 
 
+def shards(sample: Path) -> list[Path]:
+    return sorted((sample / "data").iterdir())
+
+
+def first_words(sample: Path) -> str:
+    """Of the first document."""
+    return str(pq.read_table(shards(sample)[0]).column("text")[0].as_py())[:20]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "words"), SCRIPTED, ids=lambda value: " ".join(value)[-60:])
 def test_a_script_of_the_docs_runs(page: str, words: list[str], sample: Path, tmp_path: Path) -> None:
@@ -186,6 +199,8 @@ def test_a_script_of_the_docs_runs(page: str, words: list[str], sample: Path, tm
         "FILE": file, "FILE_OR_PARTS": file, "TOKENIZER": str(sample / "tokenizer"),
         "NEW": str(tmp_path / "new.pth"),
         "EXPORT": str(tmp_path / "export"), "held_out/*.parquet": str(sample / "data" / "*.parquet"),
+        "RUN": str(sample / "run"), "9000": "1", "1234": "2", "a sentence of it": first_words(sample),
+        "000_00042.parquet": shards(sample)[0].name, "000_00042.parquet:1234": f"{shards(sample)[0].name}:0",
     }  # fmt: skip
     finished = subprocess.run(
         [sys.executable, str(ROOT / script), *(places.get(word, word) for word in arguments)],
