@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.recipe.rehearse:
         rehearse(sys.argv[1:] if argv is None else argv)
     if config.planning.plan is not None:
-        return show_plan(config)
+        return show_plan(recipe)
 
     from argonne.ranks.launch import Environment
 
@@ -120,12 +120,12 @@ def rehearse(argv: Sequence[str]) -> NoReturn:
     os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})
 
 
-def show_plan(config: RunConfig) -> int:
+def show_plan(recipe: Recipe) -> int:
     """Print what the run would need, and end: --plan."""
     from argonne.training.plan_text import plan_text
 
     try:
-        print(plan_text(config))
+        print(plan_text(recipe))
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -233,7 +233,8 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     parallel = build_parallel(world, choose_tp_size(start.settings, asked, world))
     stages = choose_stage(recipe, metadata, step, parallel, report)
     stage, config = stages.current, stages.current.config
-    require_memory(config, start.settings, parallel)
+    for ahead in stages.planned[stages.index :]:  # what would not fit weeks from now is said today
+        require_memory(ahead.config, start.settings, parallel, ahead.name)
     place = (config, start.tokenizer, metadata, step, stage.samples_per_step, report, world)
     data, feed = setup.open_feed(*place, start.settings["vocab_size"], new_stage=step == stages.first_step)
     held_out = setup.validation_sets(config, start.tokenizer, parallel)

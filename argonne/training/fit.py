@@ -18,10 +18,13 @@ _RUNTIME_BYTES = 400_000_000
 """Of a process on a CPU beside its tensors: Python, torch, transformers."""
 
 
-def require_memory(config: RunConfig, settings: Mapping[str, Any], parallel: Parallel) -> None:
+def require_memory(
+    config: RunConfig, settings: Mapping[str, Any], parallel: Parallel, stage: str = ""
+) -> None:
     """DeviceError on all ranks where the run's plan is larger than rank 0's device, or its share of the host.
 
-    ``--ignore-plan`` leaves the check out, and so does a system that does not say what is free.
+    ``stage``: of a recipe, named in the error. ``--ignore-plan`` leaves the check out, and so does a system
+    that does not say what is free.
     """
     if config.planning.ignore_plan:
         return
@@ -36,7 +39,7 @@ def require_memory(config: RunConfig, settings: Mapping[str, Any], parallel: Par
             node_size=parallel.local_world_size,
         )  # fmt: skip
         if problem := misfit(what, chosen_layout(what)):
-            raise DeviceError(problem)
+            raise DeviceError(f"stage {stage}: {problem}" if stage else problem)
 
     on_rank_0(check, parallel)
 

@@ -9,46 +9,45 @@ from pathlib import Path
 
 from argonne.config.devices import PEAK_FLOPS
 from argonne.config.options import RunConfig
-from argonne.errors import DataError
+from argonne.config.recipe import Recipe
 from argonne.training.plan import (
     NETWORK,
     NVLINK,
     LayoutPlan,
     Subject,
-    best_layouts,
-    document,
     flags_of,
     flops_per_token,
     misfit,
-    run_plan,
-    steps_of,
-    tokens_per_step,
 )
+from argonne.training.plan_data import TEXT_BYTES_PER_TOKEN, readings
+from argonne.training.plan_stages import StagePlan, common_layouts, largest, stage_plans, stages_document
+from checkpointing import estimate_checkpoint_bytes
 from tp_shard import OUTSIDE_BYTES, build_slice_map, head_imbalance, sent_share
 
 MFU_SHOWN = (0.2, 0.3, 0.4)
 LAYOUTS_SHOWN = 6
-TEXT_BYTES_PER_TOKEN = 4.5
-"""Of English text with a vocabulary of 150,000; a guess until the text is tokenized."""
-_FOOTERS_READ = 32
 
 
-def plan_text(config: RunConfig) -> str:
+def plan_text(recipe: Recipe) -> str:
     """What ``--plan`` prints: JSON, or text of at most 100 columns."""
-    what, chosen = run_plan(config, _tokenizer_length(config))
-    figures = document(what, chosen)
+    config = recipe.config
+    plans = stage_plans(recipe, _tokenizer_length(config))
     if config.planning.plan == "json":
-        return json.dumps(figures, indent=2)
+        return json.dumps(stages_document(plans), indent=2)
+    most = largest(plans)
+    what, chosen = most.what, most.plan
     parts = (
-        _heading(what, chosen),
+        _heading(what, chosen, most.name),
+        _stages(plans),
         _layers(what, chosen),
-        _memory(what, chosen),
-        _collectives(what, chosen),
-        _time(what, chosen),
-        _disk(what, figures["checkpoint_bytes"]),
-        _layouts(what, chosen),
+        _memory(what, chosen, most.name),
+        _collectives(what, chosen, most.name),
+        _time(plans),
+        _data(plans),
+        _disk(what, estimate_checkpoint_bytes(what.outline.slice_map), len(plans)),
+        _layouts(plans),
     )
-    return "\n\n".join("\n".join(part) for part in parts)
+    return "\n\n".join(text for text in map("\n".join, parts) if text)
 
 
 def _tokenizer_length(config: RunConfig) -> int | None:
@@ -63,7 +62,11 @@ def _gigabytes(count: float) -> str:
     return f"{count / 1e9:,.2f} GB"
 
 
-def _heading(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
+def _in_stage(name: str) -> str:
+    return f" in stage {name}, which needs the most memory" if name else ""
+
+
+def _heading(what: Subject, chosen: LayoutPlan, stage: str) -> Iterator[str]:
     layout = chosen.layout
     name = what.config.model.model_config or "argonne-2.0"
     samples = layout.batch_size * layout.accumulation * layout.dp_size
@@ -74,7 +77,7 @@ def _heading(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
     )
     yield (
         f"A step: {samples} sequences of {layout.block_size:,} = {samples * layout.block_size:,} tokens; "
-        f"{layout.accumulation} x {layout.batch_size} a replica"
+        f"{layout.accumulation} x {layout.batch_size} a replica{_in_stage(stage)}"
     )
     heads = what.settings["num_attention_heads"]
     fewest = heads // layout.tp_size
@@ -88,6 +91,21 @@ def _heading(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
         yield (
             f"Teacher: {teacher:,} parameters, {what.config.distillation.teacher_device_map}; "
             f"{_gigabytes(chosen.teacher.total)} on each device, among the buffers"
+        )
+
+
+def _stages(plans: Sequence[StagePlan]) -> Iterator[str]:
+    """A line for each stage of a recipe."""
+    if not plans[0].name:
+        return
+    yield f"{'stage':16}{'steps':>12}{'tokens':>18}{'a step':>18}{'GB a rank':>11}{'GFLOP a token':>15}  fits"
+    for stage in plans:
+        layout = stage.plan.layout
+        samples = layout.batch_size * layout.accumulation * layout.dp_size
+        yield (
+            f"{stage.name:16}{stage.steps:>12,}{stage.tokens:>18,}{f'{samples} x {layout.block_size:,}':>18}"
+            f"{stage.plan.needed / 1e9:>11.1f}{flops_per_token(stage.what) / 1e9:>15.2f}  "
+            f"{'yes' if stage.plan.fits else 'NO'}"
         )
 
 
@@ -113,9 +131,10 @@ def _layers(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
         yield f"{outline.plan.head}.weight is {outline.plan.embedding}.weight (tied)"
 
 
-def _memory(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
+def _memory(what: Subject, chosen: LayoutPlan, stage: str) -> Iterator[str]:
     memory = chosen.memory
-    yield f"Memory of a rank ({flags_of(chosen.layout)})"
+    yield f"Memory of a rank{_in_stage(stage)}"
+    yield f"  {flags_of(chosen.layout)}"
     rows = (
         ("weights", memory.weights, "float32"),
         ("gradients", memory.gradients, "float32"),
@@ -132,9 +151,10 @@ def _memory(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
     yield f"  {misfit(what, chosen.layout) or 'It fits.'}"
 
 
-def _collectives(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
+def _collectives(what: Subject, chosen: LayoutPlan, stage: str) -> Iterator[str]:
     layout = chosen.layout
-    yield "Collectives of a step, each rank (seconds if nothing overlaps)"
+    of_stage = f" of stage {stage}" if stage else ""
+    yield f"Collectives of a step{of_stage}, each rank (seconds if nothing overlaps)"
     if not chosen.traffic:
         yield "  none"
     for kind, (count, size) in chosen.traffic.items():
@@ -148,52 +168,31 @@ def _collectives(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
     yield f"  at {NVLINK / 1e9:.0f} GB/s and {NETWORK / 1e9:.0f} GB/s, beside the rest of the step"
 
 
-def _time(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
-    steps = steps_of(what, chosen.layout)
-    tokens = steps * tokens_per_step(chosen.layout)
+def _time(plans: Sequence[StagePlan]) -> Iterator[str]:
+    what = plans[0].what
+    steps, tokens = (sum(getattr(stage, key) for stage in plans) for key in ("steps", "tokens"))
+    flops = sum(stage.flops for stage in plans)
     peak = PEAK_FLOPS.get(what.config.planning.plan_device.upper())
-    flops = flops_per_token(what)
-    yield f"Time: {steps:,} steps, {tokens:,} tokens, {flops / 1e9:.2f} GFLOP a token"
+    yield f"Time: {steps:,} steps, {tokens:,} tokens, {flops / tokens / 1e9:.2f} GFLOP a token"
     if peak is not None:
-        hours = {mfu: flops * tokens / (peak * what.world_size * mfu) / 3600 for mfu in MFU_SHOWN}
+        hours = {mfu: flops / (peak * what.world_size * mfu) / 3600 for mfu in MFU_SHOWN}
         yield "  " + "; ".join(f"at {mfu:.0%} MFU {time:,.1f} hours" for mfu, time in hours.items())
-    globs = what.config.data.data_glob
-    there = _text_bytes(globs, what.config.data.text_column)
-    if there is None:
-        yield f"  data: none at {' and '.join(globs)}"
-        return
-    shards, size = there
-    held = size / TEXT_BYTES_PER_TOKEN
-    yield (
-        f"  data: {shards:,} shards of {' and '.join(globs)}, {_gigabytes(size)} of text, about "
-        f"{held:,.3g} tokens: {tokens / held:,.3g} epochs"
-    )
 
 
-def _text_bytes(globs: Sequence[str], column: str) -> tuple[int, int] | None:
-    """(shards, bytes of their text, uncompressed) by the footers of some; None where there are none."""
-    import pyarrow
-    import pyarrow.parquet
-
-    from data_stream import find_shards
-
-    try:
-        paths = [found.path for found in find_shards(globs) if found.path.suffix == ".parquet"]
-    except DataError:
-        paths = []
-    if not paths:
-        return None
-    read, size = 0, 0
-    for path in paths[:: max(1, len(paths) // _FOOTERS_READ)]:
-        try:
-            footer = pyarrow.parquet.ParquetFile(path).metadata
-        except (OSError, pyarrow.ArrowException):
-            continue  # the run says which shard is broken
-        read += 1
-        for group in range(footer.num_row_groups):
-            columns = [footer.row_group(group).column(index) for index in range(footer.num_columns)]
-            size += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == column)
-    return (len(paths), round(size * len(paths) / read)) if size else None
+def _data(plans: Sequence[StagePlan]) -> Iterator[str]:
+    found = readings((stage.what.config.data, stage.tokens) for stage in plans)
+    yield f"Data: {'source':18}{'tokens read':>18}{'there (about)':>16}{'epochs':>9}  shards"
+    for source in found:
+        globs = " and ".join(source.globs)
+        there, epochs, shards = "?", "?", f"none at {globs}"
+        if any("://" in glob for glob in source.globs):
+            shards = globs
+        if source.held is not None:
+            there, shards = f"{source.held.tokens:,.3g}", f"{source.held.shards:,} of {globs}"
+            epochs = f"{source.epochs:,.3g}"
+        yield f"      {source.name or 'the only one':18}{source.tokens:>18,}{there:>16}{epochs:>9}  {shards}"
+    if any(source.held is not None and source.held.guessed for source in found):
+        yield f"  texts at {TEXT_BYTES_PER_TOKEN} bytes a token; scripts/inspect_data.py measures them"
 
 
 def _free_disk(folder: Path) -> int:
@@ -204,12 +203,13 @@ def _free_disk(folder: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def _disk(what: Subject, size: int) -> Iterator[str]:
+def _disk(what: Subject, size: int, stages: int) -> Iterator[str]:
     folder = Path(what.config.output.output_dir)
-    count = what.config.checkpoint.keep_checkpoints + 1
+    count = what.config.checkpoint.keep_checkpoints + stages
     free = _free_disk(folder)
     yield (
-        f"Checkpoints: {_gigabytes(size)} each, {count} at a time (those kept and one more): "
+        f"Checkpoints: {_gigabytes(size)} each, {count} at a time (those kept, one more"
+        f"{', the last of each stage' if stages > 1 else ''}): "
         f"{_gigabytes(count * size)}"
     )
     yield f"  {_gigabytes(free)} free in {folder}"
@@ -217,11 +217,11 @@ def _disk(what: Subject, size: int) -> Iterator[str]:
         yield "  TOO LITTLE: lower --keep-checkpoints or give another --output-dir"
 
 
-def _layouts(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
-    best = best_layouts(what, chosen.layout)
-    yield "Layouts of the same global batch that fit, fastest first (estimated; nothing was timed)"
+def _layouts(plans: Sequence[StagePlan]) -> Iterator[str]:
+    in_all = " in every stage" if len(plans) > 1 else ""
+    yield f"Layouts of the same global batch that fit{in_all}, fastest first (estimated; nothing was timed)"
+    best = common_layouts(plans)
     if not best:
         yield "  none"
-    for plan in best[:LAYOUTS_SHOWN]:
-        factor = chosen.seconds / plan.seconds
-        yield f"  {plan.needed / 1e9:6.1f} GB  {factor:5.2f} x as fast  {flags_of(plan.layout)}"
+    for layout in best[:LAYOUTS_SHOWN]:
+        yield f"  {layout.needed / 1e9:6.1f} GB  {layout.factor:5.2f} x as fast  {layout.flags}"
