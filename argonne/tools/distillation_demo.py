@@ -181,7 +181,7 @@ def draw(curves: Mapping[str, Sequence[Curve]], outcome: Outcome, output: Path) 
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    options: dict[str, Any] = {"metadata": {"Date": None}} if output.suffix == ".svg" else {"dpi": 130}
+    options: dict[str, Any] = {"metadata": {"Date": None, "Creator": None}} if output.suffix == ".svg" else {"dpi": 130}
     with pyplot.rc_context({"svg.hashsalt": "distillation"}):
         figure.savefig(output, **options)
     pyplot.close(figure)
@@ -192,6 +192,6 @@ def _mark(axes: Any, outcome: Outcome) -> None:
     for loss, text in ((outcome.loss, "reached by all"), (outcome.teacher_loss, "the teacher")):
         axes.axhline(loss, color="tab:gray", linestyle="--", linewidth=0.9)
         axes.annotate(
-            f"{text}: {loss:.2f}", (1, loss), xycoords=("axes fraction", "data"), xytext=(-3, 3),
-            textcoords="offset points", ha="right", color="tab:gray", fontsize=8,
+            f"{text}: {loss:.2f}", (0, loss), xycoords=("axes fraction", "data"), xytext=(4, -10),
+            textcoords="offset points", ha="left", color="tab:gray", fontsize=8,
         )  # fmt: skip
