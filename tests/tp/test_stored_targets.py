@@ -1,4 +1,4 @@
-"""The loss beside stored targets: that of a plain formula, every gradient too, and with all ids the teacher's."""
+"""The loss beside stored targets: a plain formula's, gradients too; with all ids the teacher's own."""
 
 import copy
 from typing import Any
