@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from argonne.config.command_line import SILENT_SECONDS, parse_recipe
+from argonne.config.distillation import TOP_K
 from argonne.errors import ConfigError, RunError
 from argonne.tools.script import OneLineParser, run_script
 
@@ -36,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--targets", type=Path, required=True, metavar="FOLDER", help="where they are stored")
-    parser.add_argument("--top-k", type=int, default=64, help="ids stored of each token (64)")
+    parser.add_argument("--top-k", type=int, default=TOP_K, help=f"ids stored of each token ({TOP_K})")
     parser.add_argument(
         "--samples", type=int, help="samples in all (what the run's steps take, of one replica)"
     )

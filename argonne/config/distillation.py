@@ -12,6 +12,8 @@ FLAG = "--teacher-path"
 TARGETS_FLAG = "--teacher-targets"
 DEVICE_MAPS = ("local", "auto", "tensor-parallel", "cpu")
 DIVERGENCES = ("forward", "reverse")
+TOP_K = 64
+"""Ids that scripts/teacher_targets.py stores of a token, unless told otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from argonne.config.devices import PEAK_FLOPS
 from argonne.config.options import RunConfig
@@ -37,6 +38,7 @@ def plan_text(config: RunConfig) -> str:
     """What ``--plan`` prints: JSON, or text of at most 100 columns."""
     what, chosen = run_plan(config, _tokenizer_length(config))
     figures = document(what, chosen)
+    figures |= chosen.teacher.figures(figures["tokens"] // chosen.layout.block_size)
     if config.planning.plan == "json":
         return json.dumps(figures, indent=2)
     parts = (
@@ -45,7 +47,7 @@ def plan_text(config: RunConfig) -> str:
         _memory(what, chosen),
         _collectives(what, chosen),
         _time(what, chosen),
-        _disk(what, figures["checkpoint_bytes"]),
+        _disk(what, chosen, figures),
         _layouts(what, chosen),
     )
     return "\n\n".join("\n".join(part) for part in parts)
@@ -204,7 +206,8 @@ def _free_disk(folder: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def _disk(what: Subject, size: int) -> Iterator[str]:
+def _disk(what: Subject, chosen: LayoutPlan, figures: Mapping[str, Any]) -> Iterator[str]:
+    size = figures["checkpoint_bytes"]
     folder = Path(what.config.output.output_dir)
     count = what.config.checkpoint.keep_checkpoints + 1
     free = _free_disk(folder)
@@ -215,6 +218,12 @@ def _disk(what: Subject, size: int) -> Iterator[str]:
     yield f"  {_gigabytes(free)} free in {folder}"
     if free < count * size:
         yield "  TOO LITTLE: lower --keep-checkpoints or give another --output-dir"
+    teacher = chosen.teacher
+    if teacher.sample_bytes:
+        yield (
+            f"Teacher's targets: {_gigabytes(figures['teacher_targets_bytes'])} for all steps, "
+            f"{teacher.sample_bytes:,} bytes a sample; {teacher.stored_samples:,} samples are there"
+        )
 
 
 def _layouts(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
