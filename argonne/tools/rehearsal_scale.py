@@ -16,6 +16,7 @@ from argonne.config.options import RunConfig, TrainingOptions
 from argonne.config.presets import PRESETS, REFERENCE
 from argonne.config.recipe import Recipe, Stage
 from argonne.tools.library_corpus import build
+from argonne.tools.rehearsal_targets import scaled_distillation
 
 SMALLEST_BLOCK = 64
 STEPS = 24
@@ -163,6 +164,8 @@ def scale(recipe: Recipe, folder: Path, *, processes: int, on_gpus: bool) -> Sca
     if not _is_here(tokenizer):
         scaled.notes.append(f"tokenizer {tokenizer} is not here: one trained on Python's library instead")
         tokenizer = str(data.tokenizer)
+    distillation, note = scaled_distillation(config.distillation, folder)
+    scaled.notes += [note] if note is not None else []
     if config.parallel.compile and not on_gpus:
         scaled.notes.append("compile is left out on the CPU")
     stages = []
@@ -187,6 +190,7 @@ def scale(recipe: Recipe, folder: Path, *, processes: int, on_gpus: bool) -> Sca
                 log_interval=INTERVAL, sample_interval=INTERVAL if old.output.sample_interval else 0,
             ),
             control=dataclasses.replace(old.control, max_run_time=None),
+            distillation=distillation,
             data=dataclasses.replace(old.data, tokenizer_path=tokenizer),
         )  # fmt: skip
         stages.append(_scaled_stage(stage, new, data))
