@@ -86,7 +86,8 @@ class TargetMaking:
         self.parallel: Parallel = build_parallel(world, size)
         self.header, self.wanted = on_rank_0(self._header, self.parallel)
         self.rest = 0.0
-        """Sum over the tokens of the mass of the rest (rank 0)."""
+        """Sum over the tokens of the mass of the rest."""
+        self.writer: TargetsWriter | None = None
 
     def _header(self) -> tuple[TargetsHeader, int]:
         """What is there or is to be made, and how many samples are wanted in all; of rank 0."""
@@ -175,6 +176,8 @@ class TargetMaking:
             self._store(feed, source, opened, teacher, rows)
         finally:
             feed.close()
+            if self.writer is not None:
+                self.writer.close()
         barrier(world)  # no feed of this group is left on any rank
 
     def _room(self) -> None:
@@ -196,7 +199,9 @@ class TargetMaking:
         rows: range,
     ) -> None:
         parallel, header = self.parallel, self.header
-        writer = on_all(lambda: TargetsWriter(self.folder, header, owner=parallel.rank == 0), parallel)
+        writer = self.writer = on_all(
+            lambda: TargetsWriter(self.folder, header, owner=parallel.rank == 0), parallel
+        )
         if source is not None and not self.folder.header.exists():
             writer.commit(header)
         group = as_tp_group(parallel.tp_group) if parallel.tp_size > 1 else TPGroup(0, 1)
@@ -218,7 +223,6 @@ class TargetMaking:
                     if done == self.wanted or time.monotonic() - committed > COMMIT_SECONDS:
                         self._commit(writer, opened, progress, done)
                         committed = time.monotonic()
-        writer.close()
         self.header = broadcast_object(self.header, parallel)
 
     def _records(
