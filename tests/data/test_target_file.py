@@ -169,7 +169,7 @@ def test_two_writers_and_other_targets_are_refused(tmp_path: Path) -> None:
     asked = header(dataclasses.replace(FORM, top_k=4))
     with pytest.raises(ConfigError, match="holds other targets: top k is 3 there, and 4 is asked for"):
         refuse_others(folder, there, asked)
-    with pytest.raises(DataError, match="bytes more, and .* are free: lower --samples or --top-k"):
+    with pytest.raises(DataError, match=r"bytes more, and \S+ are free: lower --samples or --top-k"):
         require_room(tmp_path, 1 << 60)
     assert there.identity != asked.identity
     assert there.identity == dataclasses.replace(there, samples=99).identity
