@@ -10,8 +10,8 @@ Started again it goes on where it stopped. Under torchrun the ranks of one host 
 whole teacher (--teacher-device-map local), or have one together (tensor-parallel). The run then takes
 --teacher-targets FOLDER in place of --teacher-path.
 
---top-k 64 takes 388 bytes a token with ids of 32 bits; twice as many take twice as much, and what they add is
-at most the mean mass of the rest, which is printed at the end.
+--top-k 64 takes 388 bytes a token with ids of 32 bits, ten billion tokens within 4 TB; twice as many take
+twice as much. What more ids could still teach is weighed by the mean mass of the rest, printed at the end.
 """
 
 from __future__ import annotations

@@ -164,8 +164,6 @@ def scale(recipe: Recipe, folder: Path, *, processes: int, on_gpus: bool) -> Sca
     if not _is_here(tokenizer):
         scaled.notes.append(f"tokenizer {tokenizer} is not here: one trained on Python's library instead")
         tokenizer = str(data.tokenizer)
-    distillation, note = scaled_distillation(config.distillation, folder)
-    scaled.notes += [note] if note is not None else []
     if config.parallel.compile and not on_gpus:
         scaled.notes.append("compile is left out on the CPU")
     stages = []
@@ -190,7 +188,7 @@ def scale(recipe: Recipe, folder: Path, *, processes: int, on_gpus: bool) -> Sca
                 log_interval=INTERVAL, sample_interval=INTERVAL if old.output.sample_interval else 0,
             ),
             control=dataclasses.replace(old.control, max_run_time=None),
-            distillation=distillation,
+            distillation=scaled_distillation(old.distillation, folder, scaled.notes),
             data=dataclasses.replace(old.data, tokenizer_path=tokenizer),
         )  # fmt: skip
         stages.append(_scaled_stage(stage, new, data))

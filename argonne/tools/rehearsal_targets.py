@@ -12,17 +12,17 @@ from argonne.tools.target_making import Asked, make_targets
 from data_stream import TargetsFolder
 
 
-def scaled_distillation(options: DistillationOptions, folder: Path) -> tuple[DistillationOptions, str | None]:
+def scaled_distillation(options: DistillationOptions, folder: Path, notes: list[str]) -> DistillationOptions:
     """The options with targets that will be made in ``folder``, or without any where their teacher is not
-    here; and in words what differs from the real ones."""
+    here; what differs from the real ones goes into ``notes``."""
     if options.teacher_targets is None:
-        return options, None
+        return options
     header = TargetsFolder(Path(options.teacher_targets).expanduser()).read_header()
     if not Path(header.teacher_path).expanduser().is_dir():
-        note = f"teacher {header.teacher_path} is not here: stored targets are left out"
-        return DistillationOptions(), note
-    note = f"targets are made anew for the small samples, by {header.teacher_path}"
-    return dataclasses.replace(options, teacher_targets=str(folder / "targets")), note
+        notes.append(f"teacher {header.teacher_path} is not here: stored targets are left out")
+        return DistillationOptions()
+    notes.append(f"targets are made anew for the small samples, by {header.teacher_path}")
+    return dataclasses.replace(options, teacher_targets=str(folder / "targets"))
 
 
 def make_small_targets(real: Recipe, small: Recipe, processes: int) -> str:

@@ -69,6 +69,47 @@ def teacher_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def header_and_samples(
+    folder: TargetsFolder, asked: Asked, stage: PlannedStage, start: Start
+) -> tuple[TargetsHeader, int]:
+    """What is there or is to be made, and how many samples are wanted in all; of rank 0.
+
+    Raises ConfigError where other targets are there, DataError where the folder is damaged.
+    """
+    options, training = stage.config.distillation, stage.config.training
+    vocab_size = start.settings["vocab_size"]
+    teacher = Path(str(options.teacher_path)).expanduser()
+    check_folder(teacher)
+    done = int((start.metadata.get("data_state") or {}).get("samples") or 0)
+    header = TargetsHeader(
+        form=TargetsForm(
+            block_size=training.block_size,
+            vocab_size=vocab_size,
+            top_k=min(asked.top_k, vocab_size),
+            temperature=options.distill_temperature,
+            dtype=asked.dtype,
+            document_attention=stage.config.data.document_attention,
+            tokenizer=tokenizer_fingerprint(start.tokenizer),
+            teacher=teacher_fingerprint(teacher),
+        ),
+        first_sample=done,
+        samples=0,
+        teacher_path=str(options.teacher_path),
+        files={},
+    )
+    end = done + (training.total_steps - start.step) * stage.samples_per_step
+    if folder.header.exists():
+        there = folder.read_header()
+        refuse_others(folder, there, header)
+        header = there
+    elif folder.records.exists():
+        raise DataError(
+            f"{FLAG} {folder.root} has a {folder.records.name} and no {folder.header.name}: restore that, or "
+            "name another folder"
+        )
+    return header, asked.samples or end - header.first_sample
+
+
 class TargetMaking:
     """All that makes the targets of one stream; collective in all its parts."""
 
@@ -84,45 +125,12 @@ class TargetMaking:
         split = config.distillation.teacher_device_map == "tensor-parallel"
         size = choose_tp_size(start.settings, config.parallel.tensor_parallel_size, world) if split else 1
         self.parallel: Parallel = build_parallel(world, size)
-        self.header, self.wanted = on_rank_0(self._header, self.parallel)
+        self.header, self.wanted = on_rank_0(
+            lambda: header_and_samples(self.folder, asked, self.stage, start), self.parallel
+        )
         self.rest = 0.0
         """Sum over the tokens of the mass of the rest."""
         self.writer: TargetsWriter | None = None
-
-    def _header(self) -> tuple[TargetsHeader, int]:
-        """What is there or is to be made, and how many samples are wanted in all; of rank 0."""
-        options, training = self.config.distillation, self.config.training
-        vocab_size = self.start.settings["vocab_size"]
-        folder = Path(str(options.teacher_path)).expanduser()
-        check_folder(folder)
-        done = int((self.start.metadata.get("data_state") or {}).get("samples") or 0)
-        header = TargetsHeader(
-            form=TargetsForm(
-                block_size=training.block_size,
-                vocab_size=vocab_size,
-                top_k=min(self.asked.top_k, vocab_size),
-                temperature=options.distill_temperature,
-                dtype=self.asked.dtype,
-                document_attention=self.config.data.document_attention,
-                tokenizer=tokenizer_fingerprint(self.start.tokenizer),
-                teacher=teacher_fingerprint(folder),
-            ),
-            first_sample=done,
-            samples=0,
-            teacher_path=str(options.teacher_path),
-            files={},
-        )
-        end = done + (training.total_steps - self.start.step) * self.stage.samples_per_step
-        if self.folder.header.exists():
-            there = self.folder.read_header()
-            refuse_others(self.folder, there, header)
-            header = there
-        elif self.folder.records.exists():
-            raise DataError(
-                f"{FLAG} {self.folder.root} has a {self.folder.records.name} and no "
-                f"{self.folder.header.name}: restore that, or name another folder"
-            )
-        return header, self.asked.samples or end - header.first_sample
 
     def stream(self) -> OpenedStream | None:
         """The run's stream of single samples, where the stored ones end; of rank 0, None elsewhere."""
@@ -285,6 +293,8 @@ def make_targets(recipe: Recipe, asked: Asked, environment: Environment) -> str:
             warn=report.warn,
         )  # fmt: skip
         start = choose_start(recipe.config, control, report, world)
+        if world.rank == 0:
+            print(f"{start.reason}: the samples begin there", file=sys.stderr)
         making = TargetMaking(recipe, asked, world, start, report)
         if making.header.samples < making.wanted:
             making.make()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from argonne.config.distillation import FLAG, TOP_K, DistillationOptions, check_folder
 from checkpointing import weights_of_folder
-from data_stream import TargetsFolder, TargetsForm
+from data_stream import TargetsFolder, TargetsForm, TargetsHeader
 from tp_shard import DTYPES, Layout
 
 
@@ -68,7 +68,6 @@ def teacher_cost(
 
 
 def _stored_cost(options: DistillationOptions, layout: Layout, vocab_size: int) -> TeacherCost:
-    folder, samples = TargetsFolder(Path(str(options.teacher_targets)).expanduser()), 0
     form = TargetsForm(
         block_size=layout.block_size,
         vocab_size=vocab_size,
@@ -79,12 +78,19 @@ def _stored_cost(options: DistillationOptions, layout: Layout, vocab_size: int) 
         tokenizer="",
         teacher="",
     )
-    if folder.root.exists():
-        header = folder.read_header()
-        form, samples = header.form, header.samples
+    there = _stored(str(options.teacher_targets))
+    samples = 0
+    if there is not None:
+        form, samples = there.form, there.samples
     # As read and in wider numbers: ids of 4 and 8 bytes, log-probabilities, two copies in float32.
     of_token = form.top_k * (4 + 8 + form.log_probs_dtype.itemsize + 2 * 4)
     return TeacherCost(work=layout.tokens * of_token, sample_bytes=form.sample_bytes, stored_samples=samples)
+
+
+@lru_cache(maxsize=4)
+def _stored(path: str) -> TargetsHeader | None:
+    folder = TargetsFolder(Path(path).expanduser())
+    return folder.read_header() if folder.root.exists() else None
 
 
 @lru_cache(maxsize=4)

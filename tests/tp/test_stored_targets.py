@@ -173,6 +173,27 @@ def test_a_student_that_is_sure_of_a_stored_token_has_finite_gradients_in_float3
         torch.testing.assert_close(gradient, wide.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_is_left_out_is_the_divergence_within_the_rest(reverse: bool) -> None:
+    """The chain rule: the whole divergence is that over buckets, and the rest's mass x that within it."""
+    torch.manual_seed(1)
+    student, teacher = torch.randn(5, 20, dtype=torch.float64), torch.randn(1, 5, 20, dtype=torch.float64) * 2
+    rule = DistillationRule(alpha=0.0, temperature=1.0, reverse=reverse)
+    targets = stored(teacher, rule, 6)
+    group = SimulatedTPGroup.create(1)[0]
+    loss_rule = LossRule.on(group, 20, 20, torch.float64)
+    loss = targets.token_loss(places_of(torch.zeros(5, dtype=torch.long), loss_rule), loss_rule)
+    merged = loss.combine(slice(None), *loss.slice_sums(slice(None), student))[0][2]
+    q, p = F.log_softmax(teacher[0], dim=-1), F.log_softmax(student, dim=-1)
+    one, other = (p, q) if reverse else (q, p)
+    whole = (one.exp() * (one - other)).sum(dim=-1)
+    others = torch.ones(5, 20).scatter(1, targets.ids.long(), 0.0).bool()
+    one, other = (log.masked_select(others).view(5, 14) for log in (one, other))
+    within = F.kl_div(F.log_softmax(other, -1), F.log_softmax(one, -1), reduction="none", log_target=True)
+    left_out = one.exp().sum(dim=-1) * within.sum(dim=-1)
+    torch.testing.assert_close(merged + left_out, whole, rtol=1e-10, atol=1e-12)
+
+
 def test_rounding_in_the_file_is_taken_out() -> None:
     """Masses that do not add up to 1 are scaled: of a student equal to the teacher the loss is 0."""
     _, _, teacher_logits = a_teacher(cap=0.0)
