@@ -17,17 +17,15 @@ twice as much. What more ids could still teach is weighed by the mean mass of th
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from argonne.config.command_line import SILENT_SECONDS, parse_recipe
+from argonne.config.command_line import parse_recipe
 from argonne.config.distillation import TOP_K
-from argonne.errors import ConfigError, RunError
+from argonne.errors import ConfigError
 from argonne.tools.script import OneLineParser, run_script
 
 DTYPES = {"fp16": "float16", "fp32": "float32"}
@@ -74,16 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if environment.rank == 0:
             print(summary)
 
-    def later() -> None:
-        """As `work`, of a rank that lets rank 0 say first what is wrong on all."""
-        try:
-            work()
-        except RunError:
-            time.sleep(SILENT_SECONDS)
-            raise
-
-    first = os.environ.get("RANK", "0") == "0"
-    return run_script(work if first else later, debug=recipe.config.debug)
+    return run_script(work, debug=recipe.config.debug)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from argonne.config.command_line import SILENT_SECONDS
 from argonne.config.distillation import check_folder
 from argonne.config.recipe import Recipe
 from argonne.data.source import DataProgress
 from argonne.data.target_file import Targets, TargetsFolder, TargetsForm, TargetsHeader
-from argonne.errors import ConfigError, DataError
+from argonne.errors import ConfigError, DataError, RunError
 from argonne.ranks.agree import barrier, broadcast_object, gather_objects, on_all, on_rank_0
 from argonne.ranks.launch import Environment
 from argonne.ranks.world import Parallel, World, build_parallel, disconnect
@@ -189,12 +190,6 @@ class TargetMaking:
         barrier(world)  # no feed of this group is left on any rank
 
     def _room(self) -> None:
-        try:
-            self.folder.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(
-                f"{FLAG} {self.folder.root} cannot be made ({error.strerror}): name another folder"
-            ) from error
         missing = self.wanted - self.header.samples
         require_room(self.folder.root, missing * self.header.form.sample_bytes)
 
@@ -251,17 +246,25 @@ class TargetMaking:
             "dp_size": parallel.dp_size,
             "device": parallel.device,
         }
-        found = targets_of(teacher.targets(batch, 0, place), self.header.form.top_k, rows, group)
-        crcs, rest, block = [], 0.0, training.block_size
-        for index in range(size):
-            mine = parallel.dp_rank * size + index
-            if mine < count and parallel.tp_rank == 0:
-                one = Targets(*(part[index * block : (index + 1) * block] for part in found))
-                crcs.append(writer.write_record(first + mine, one))
-                rest += float(np.exp(one.log_rest, dtype=np.float64).sum())
-        of_all = gather_objects((crcs, rest), parallel)
-        self.rest += sum(rest for _, rest in of_all)
-        return [crc for crcs, _ in of_all for crc in crcs]
+        crcs: list[int] = []
+        rest, block, problem = 0.0, training.block_size, None
+        word = teacher.targets(batch, 0, place)
+        try:
+            found = targets_of(word, self.header.form.top_k, rows, group)
+            for index in range(size if parallel.tp_rank == 0 else 0):
+                mine = parallel.dp_rank * size + index
+                if mine < count:
+                    one = Targets(*(part[index * block : (index + 1) * block] for part in found))
+                    crcs.append(writer.write_record(first + mine, one))
+                    rest += float(np.exp(one.log_rest, dtype=np.float64).sum())
+        except RunError as error:  # of one rank, perhaps: all are to end
+            problem = error
+        of_all = gather_objects((crcs, rest, problem), parallel)
+        for *_, other in of_all:
+            if other is not None:
+                raise other
+        self.rest += sum(rest for _, rest, _ in of_all)
+        return [crc for crcs, *_ in of_all for crc in crcs]
 
     def _commit(self, writer: TargetsWriter, opened: OpenedStream, progress: DataProgress, done: int) -> None:
         place = {
@@ -284,8 +287,21 @@ class TargetMaking:
 
 
 def make_targets(recipe: Recipe, asked: Asked, environment: Environment) -> str:
-    """Join, make what is missing, leave; the summary. Collective."""
+    """Join, make what is missing, leave; the summary. Collective.
+
+    Raises RunError, once all have joined on rank 0 alone: other ranks end with its code and without a word.
+    """
     world, _ = join(recipe, environment)
+    try:
+        return _make(recipe, asked, environment, world)
+    except RunError as error:
+        if world.rank == 0:
+            raise
+        time.sleep(SILENT_SECONDS)  # the first rank to end makes torchrun kill the others: let rank 0 print
+        raise SystemExit(error.exit_code) from error
+
+
+def _make(recipe: Recipe, asked: Asked, environment: Environment, world: World) -> str:
     with tempfile.TemporaryDirectory(prefix="argonne-targets-") as folder:
         report = QuietReport(Path(folder), rank=world.rank)
         control = RunControl(

@@ -16,6 +16,7 @@ import numpy as np
 from argonne.data.position import DataPosition
 from argonne.data.target_file import ENTRY, Targets, TargetsFolder, TargetsHeader, checked, sample_hash
 from argonne.errors import ConfigError, DataError
+from argonne.tools.preflight_inputs import nearest_folder
 
 FLAG = "--targets"
 
@@ -41,7 +42,7 @@ def refuse_others(folder: TargetsFolder, there: TargetsHeader, asked: TargetsHea
 
 def require_room(folder: Path, needed: int) -> None:
     """DataError where the disk has no room for so many bytes more."""
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(nearest_folder(folder)).free
     if needed > free:
         raise DataError(
             f"{FLAG} {folder} needs {needed:,} bytes more, and {free:,} are free: lower --samples or "
