@@ -261,7 +261,8 @@ def test_other_data_is_one_line_with_the_place(
     base = prepared.flags if "--data-mix" not in own else [*prepared.flags[:2], *prepared.flags[4:]]
     here = dataclasses.replace(prepared, flags=base)
     finished = launch(2, *base, *LOSS, *own, "--teacher-targets", few, "--output-dir", tmp_path / "run")
-    assert finished.code == 1 and len(finished.errors()) == 1, finished.stderr
+    # A rank says nothing where a lower one does within a second, which a busy machine may not manage.
+    assert finished.code == 1 and len(set(finished.errors())) == 1, finished.stderr
     assert "sample 0 was 000_00000.parquet row 0 token 0, epoch 0, its tokens" in finished.errors()[0]
     assert f"--teacher-targets {few}: " in finished.errors()[0]
     targets = here.make("own" + own[0], "--top-k", 8, *own)
