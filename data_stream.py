@@ -28,9 +28,10 @@ from argonne.data.source import (
     TokenSource,
 )
 from argonne.data.stream import BATCHES_PER_WORKER
+from argonne.data.target_file import TargetsFolder, TargetsForm, TargetsHeader, TargetsReader
 from argonne.data.token_cache import CachedSource
 from argonne.data.token_stream import open_shards, source_by_columns, with_vocabulary
-from argonne.data.tokenizer import EncoderRecipe, load_tokenizer
+from argonne.data.tokenizer import EncoderRecipe, load_tokenizer, tokenizer_fingerprint
 
 __all__ = [
     "DataPosition",
@@ -41,12 +42,17 @@ __all__ = [
     "SourceOptions",
     "StepBatch",
     "StepFeed",
+    "TargetsFolder",
+    "TargetsForm",
+    "TargetsHeader",
+    "TargetsReader",
     "check_data",
     "find_shards",
     "held_out_options",
     "load_tokenizer",
     "open_stream",
     "read_held_out",
+    "tokenizer_fingerprint",
 ]
 
 

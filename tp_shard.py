@@ -60,6 +60,7 @@ from argonne.tp.state import (
     take_slice,
     unsharded_state_dict,
 )
+from argonne.tp.stored_targets import StoredTargets
 from argonne.tp.swap import rewrite_head_counts, swap_layers
 from argonne.tp.uneven_heads import attach_head_copies
 
@@ -76,6 +77,7 @@ __all__ = [
     "SimulatedTPGroup",
     "SliceMap",
     "SplitCost",
+    "StoredTargets",
     "TPGroup",
     "TeacherLogits",
     "TensorParallelModel",

@@ -14,6 +14,8 @@ PAGES = (
 TRAINING = "resume_pretrain_tensor.py"
 RUN_SCRIPTS = (TRAINING, "scripts/preflight.py", "scripts/check_flags.py")
 """They take the flags of a run."""
+ASKING = "scripts/teacher_targets.py"
+"""It takes those, and some of its own."""
 FOR_AN_EXERCISE = "--adam-epsilon"
 """The flag that docs/howto_flag.md adds; tests/test_docs.py runs its commands in a changed copy."""
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import pyarrow.parquet as pq
 import pytest
+from teacher_targets import main as ask_teacher
 from torch.distributed.run import get_args_parser
 
 from argonne.config.command_line import build_parser, parse_recipe
@@ -20,7 +21,7 @@ from argonne.testing.corpus import small_corpus
 from argonne.testing.launch import checkpoint as checkpoint_of
 from argonne.testing.launch import environment, launch
 from tests import ROOT
-from tests.doc_commands import RUN_SCRIPTS, TRAINING, all_commands, script_of, without
+from tests.doc_commands import ASKING, RUN_SCRIPTS, TRAINING, all_commands, script_of, without
 
 COMMANDS = all_commands()
 PROGRAMS = {"torchrun", "python", ".venv/bin/python", "bash", "pip", "git"}
@@ -44,7 +45,7 @@ def test_flags_and_files_exist(page: str, words: list[str], monkeypatch: pytest.
             assert (ROOT / name).exists(), f"{page}: {name}"
     if words[0] == "torchrun":
         torchrun = get_args_parser().parse_args(words[1:])
-        assert torchrun.training_script in RUN_SCRIPTS
+        assert torchrun.training_script in (*RUN_SCRIPTS, ASKING)
     if words[0] == "bash":
         text = (ROOT / words[1]).read_text(encoding="utf-8")
         assert all(flag in text for flag in words[2:] if flag.startswith("--")), words
@@ -59,8 +60,9 @@ def check_flags(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
             return
         parse_recipe(arguments)
     elif script:
-        # A branch hands what it does not know to the run.
-        method = "parse_known_args" if script == "scripts/branch_run.py" else "parse_args"
+        # These hand what they do not know to the run.
+        handing = script in ("scripts/branch_run.py", ASKING)
+        method = "parse_known_args" if handing else "parse_args"
         real = getattr(argparse.ArgumentParser, method)
 
         def parse(self: argparse.ArgumentParser, *given: Any, **named: Any) -> NoReturn:
@@ -134,10 +136,18 @@ def run_flags(arguments: Sequence[str], sample: Path, output: Path) -> list[str]
         if flag in arguments:
             given += [flag, first]
     if "--teacher-path" in arguments:
-        given += ["--teacher-path", str(sample / "EXPORT")]
+        given = [*without(given, "--teacher-path"), "--teacher-path", str(sample / "EXPORT")]
     if "--checkpoint-path" in arguments:
         given = [*without(given, "--total-steps"), "--total-steps", "4"]
     return given
+
+
+def make_targets(given: Sequence[str], sample: Path) -> str:
+    """Targets for the run of these flags, from the exported model; their folder."""
+    folder = sample / f"targets_{len(list(sample.glob('targets_*')))}"
+    asking = ["--targets", str(folder), "--teacher-path", str(sample / "EXPORT"), "--samples", "200"]
+    assert ask_teacher([*asking, *without(given, "--teacher-targets")]) == 0
+    return str(folder)
 
 
 TRAINED = [
@@ -157,6 +167,8 @@ def test_a_run_of_the_docs_runs(page: str, words: list[str], sample: Path, tmp_p
         given = arguments
     else:
         given = run_flags(arguments, sample, tmp_path / "run")
+        if "--teacher-targets" in arguments:
+            given = [*without(given, "--teacher-targets"), "--teacher-targets", make_targets(given, sample)]
         if words[0] == "torchrun":
             python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     finished = subprocess.run(
@@ -168,13 +180,27 @@ def test_a_run_of_the_docs_runs(page: str, words: list[str], sample: Path, tmp_p
         assert list((tmp_path / "run" / "pretrained").glob("*.pth"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [words for _, words in COMMANDS if script_of(words)[0] == ASKING])
+def test_targets_of_the_docs_are_made(words: list[str], sample: Path, tmp_path: Path) -> None:
+    given = run_flags(script_of(words)[1], sample, tmp_path / "run")
+    given = [*without(given, "--targets"), "--targets", str(tmp_path / "targets")]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    finished = subprocess.run(
+        [sys.executable, *(torchrun if words[0] == "torchrun" else []), str(ROOT / ASKING), *given],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert "mean mass of the rest" in finished.stdout
+
+
 ELSEWHERE = ("compare_runs", "update_docs", "quickstart", "distillation_demo")
 """Of two checkouts, and what writes into this one: tests of their own run them."""
 SCRIPTED = [
     (page, words)
     for page, words in COMMANDS
     if (name := script_of(words)[0])
-    and name not in RUN_SCRIPTS
+    and name not in (*RUN_SCRIPTS, ASKING)
     and not any(part in name for part in ELSEWHERE)
 ]
 

@@ -158,6 +158,11 @@ def _recipe_problems(recipe: Recipe, given: Mapping[str, Any], layers: Layers) -
         for stage, layer in zip(recipe.stages, stages or (top,), strict=True)
     ]
     lines = [problem for problem in found[0] if all(problem in other for other in found)]
+    if len(recipe.stages) > 1 and (folder := recipe.config.distillation.teacher_targets) is not None:
+        lines.append(
+            f"--teacher-targets {folder} is of one stream, and the recipe has {len(recipe.stages)} stages: "
+            "run them one by one (--init-from), or give --teacher-path"
+        )
     for stage, problems in zip(recipe.stages, found, strict=True):
         lines += [f"stage {stage.name}: {problem}" for problem in problems if problem not in lines]
     return lines

@@ -1,4 +1,4 @@
-"""Distillation: a teacher beside the trained model, and how its word is weighed."""
+"""Distillation: a teacher beside the trained model, or its stored targets, and how its word is weighed."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,8 +9,11 @@ from argonne.config.flags import flag, flag_fields, flag_names
 from argonne.errors import ConfigError
 
 FLAG = "--teacher-path"
+TARGETS_FLAG = "--teacher-targets"
 DEVICE_MAPS = ("local", "auto", "tensor-parallel", "cpu")
 DIVERGENCES = ("forward", "reverse")
+TOP_K = 64
+"""Ids that scripts/teacher_targets.py stores of a token, unless told otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,12 @@ class DistillationOptions:
     teacher_path: str | None = flag(
         None,
         "folder of a causal language model to distil from",
+        metavar="FOLDER",
+        default_text="none",
+    )
+    teacher_targets: str | None = flag(
+        None,
+        "folder of a teacher's stored targets (scripts/teacher_targets.py) to distil from",
         metavar="FOLDER",
         default_text="none",
     )
@@ -47,20 +56,36 @@ class DistillationOptions:
 
     @property
     def is_on(self) -> bool:
-        """Whether there is a teacher."""
-        return self.teacher_path is not None
+        """Whether a teacher has a word."""
+        return self.teacher_path is not None or self.teacher_targets is not None
+
+
+OF_A_TEACHER_THAT_RUNS = ("teacher_device_map", "teacher_dtype")
+"""Fields that mean nothing to stored targets."""
 
 
 def distillation_problems(options: DistillationOptions, given: Mapping[str, Any]) -> list[str]:
-    """What is asked of a teacher where there is none; the defaults, which a kept configuration states, ask
-    nothing."""
+    """What is asked of a teacher where there is none, and two teachers; the defaults, which a kept
+    configuration states, ask nothing."""
+    if options.teacher_path is not None and options.teacher_targets is not None:
+        return [
+            f"{TARGETS_FLAG} {options.teacher_targets} contradicts {FLAG} {options.teacher_path}: leave one "
+            "out (a teacher runs beside the model, or its targets are read)"
+        ]
     if options.teacher_path is not None:
         return []
-    return [
-        f"{flag_names(field, rules)[0]} needs a teacher: give --teacher-path, or leave it out"
+    asked = {
+        field.name: flag_names(field, rules)[0]
         for field, rules in flag_fields(DistillationOptions)
         if field.name in given and given[field.name] != field.default
-    ]
+    }
+    if options.teacher_targets is not None:
+        return [
+            f"{asked[name]} is about a teacher that runs: leave it out with {TARGETS_FLAG}"
+            for name in OF_A_TEACHER_THAT_RUNS
+            if name in asked
+        ]
+    return [f"{name} needs a teacher: give {FLAG}, or leave it out" for name in asked.values()]
 
 
 def check_folder(folder: Path) -> None:

@@ -20,6 +20,7 @@ ONE_OF = (
     ("data_mix", "data_glob"),
     ("gradient_accumulation_steps", "global_batch_size"),
     ("force_from_scratch", "checkpoint_path"),
+    ("teacher_targets", "teacher_path"),
 )
 """Fields that say the same in two ways; a layer that gives one takes back the other of those below."""
 

@@ -30,8 +30,9 @@ POLL_SECONDS = 0.2
 
 TOKENS, ERROR, END, MARKED_TOKENS = 0, 1, 2, 3
 HASH_INTS = 4
-HEADER_INTS = 2 + HASH_INTS
-"""Kind, then bytes of the words or 1 where the samples have sources, then the stream hash."""
+HEADER_INTS = 2 + HASH_INTS + 2
+"""Kind, then bytes of the words or 1 where the samples have sources, then the stream hash, then the number of
+the step's first sample (int64)."""
 MESSAGE_BYTES = 8192
 
 
@@ -51,6 +52,8 @@ class StepBatch:
     document_ids: torch.Tensor | None = None
     """(samples_per_step, block_size) int32: equal where two input tokens of a sample share a document; None
     without document attention."""
+    first_sample: int = 0
+    """Samples of the stream before this step, since step 0."""
 
     @property
     def position(self) -> DataPosition | None:
@@ -91,6 +94,7 @@ class _StepTokens(NamedTuple):
     document_ids: torch.Tensor | None
     stream_hash: str
     progress: DataProgress | None
+    first_sample: int
 
 
 class StepFeed:
@@ -196,7 +200,8 @@ class StepFeed:
         sources = content[samples * length :].long() if message[1] else None
         if sources is not None and self._pin_memory:
             sources = sources.pin_memory()
-        return _StepTokens(tokens, sources, documents, stream_hash, progress)
+        first_sample = int(message[2 + HASH_INTS : HEADER_INTS].view(torch.int64))
+        return _StepTokens(tokens, sources, documents, stream_hash, progress, first_sample)
 
     def _run(self) -> None:
         if self._device is not None:  # a new thread begins on GPU 0, where pinning would open a context
@@ -233,9 +238,10 @@ class StepFeed:
             return
         message = self._message()
         message[0] = TOKENS if step.starts is None else MARKED_TOKENS
-        message[2:HEADER_INTS] = torch.from_numpy(
+        message[2 : 2 + HASH_INTS] = torch.from_numpy(
             np.frombuffer(bytes.fromhex(step.progress.stream_hash), "<i4").copy()
         )
+        message[2 + HASH_INTS : HEADER_INTS].view(torch.int64).fill_(step.progress.samples - self._shape[0])
         content = message[HEADER_INTS:]
         tokens = step.tokens
         if step.starts is not None:
@@ -272,7 +278,7 @@ class StepFeed:
                 self._broadcast(message)
                 kind, size = int(message[0]), int(message[1])
                 if kind in (TOKENS, MARKED_TOKENS):
-                    digest = message.numpy()[2:HEADER_INTS].astype("<i4").tobytes().hex()
+                    digest = message.numpy()[2 : 2 + HASH_INTS].astype("<i4").tobytes().hex()
                     self._put(self._step_of(message, digest, None))
                     continue
                 if kind == ERROR:

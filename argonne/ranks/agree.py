@@ -54,6 +54,19 @@ def only_on_rank_0(function: Callable[[], Result], world: World) -> Result | Non
     return result
 
 
+def on_all(function: Callable[[], Result], world: World) -> Result:
+    """Run ``function`` on every rank; the first rank's RunError is raised on all of them."""
+    result, problem = None, None
+    try:
+        result = function()
+    except RunError as error:
+        problem = error
+    for other in gather_objects(problem, world):
+        if other is not None:
+            raise other
+    return result  # type: ignore[return-value]
+
+
 def _attempt(function: Callable[[], Result], world: World) -> tuple[Result | None, RunError | None]:
     """(result, None) or (None, error) on rank 0, (None, None) elsewhere."""
     if world.rank != 0:

@@ -181,7 +181,8 @@ def draw(curves: Mapping[str, Sequence[Curve]], outcome: Outcome, output: Path) 
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    options: dict[str, Any] = {"metadata": {"Date": None, "Creator": None}} if output.suffix == ".svg" else {"dpi": 130}
+    vector = output.suffix == ".svg"
+    options: dict[str, Any] = {"metadata": {"Date": None, "Creator": None}} if vector else {"dpi": 130}
     with pyplot.rc_context({"svg.hashsalt": "distillation"}):
         figure.savefig(output, **options)
     pyplot.close(figure)

@@ -25,7 +25,7 @@ def two_steps(flight: Preflight) -> str:
     """Train two steps from where the run begins, and forget them; collective.
 
     Without streaming the run's own cache would tokenize the whole corpus first: its data is then read as a
-    stream, from the beginning.
+    stream, from the beginning, and stored targets, which are of other samples, are only opened.
     """
     stages, start, parallel = flight.stages, flight.start, flight.parallel
     assert stages is not None and start is not None and parallel is not None
@@ -48,6 +48,8 @@ def two_steps(flight: Preflight) -> str:
     try:
         trained = build(config, start.settings, parallel)
         fill(config, trained, start, flight.report)
+        if streamed and config.distillation.teacher_targets is not None:
+            trained.teacher = None
         one_step = TrainingStep(trained, config.training, stage.accumulation)
         losses, seconds = [], 0.0
         for number in range(STEPS):

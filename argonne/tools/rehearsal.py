@@ -29,6 +29,7 @@ from argonne.config.recipe_file import recipe_toml
 from argonne.errors import RunError
 from argonne.files import OutputFolder, read_json
 from argonne.tools.rehearsal_scale import Scaled, names, scale, stop_after, total_steps
+from argonne.tools.rehearsal_targets import make_small_targets
 from argonne.tools.script import run_script
 
 PATIENCE_SECONDS = 900.0
@@ -257,6 +258,8 @@ def rehearse(recipe: Recipe, folder: Path) -> Rehearsal:
     )
     for note in scaled.notes:
         rehearsal.row("  instead", lambda note=note: note)  # type: ignore[misc]
+    if scaled.recipe.config.distillation.teacher_targets is not None:
+        rehearsal.row("targets", lambda: make_small_targets(recipe, scaled.recipe, processes))
     for what, part in (
         ("train and stop", rehearsal.train_and_stop),
         ("resume", rehearsal.resume),

@@ -16,6 +16,7 @@ from argonne.config.options import RunConfig, TrainingOptions
 from argonne.config.presets import PRESETS, REFERENCE
 from argonne.config.recipe import Recipe, Stage
 from argonne.tools.library_corpus import build
+from argonne.tools.rehearsal_targets import scaled_distillation
 
 SMALLEST_BLOCK = 64
 STEPS = 24
@@ -187,6 +188,7 @@ def scale(recipe: Recipe, folder: Path, *, processes: int, on_gpus: bool) -> Sca
                 log_interval=INTERVAL, sample_interval=INTERVAL if old.output.sample_interval else 0,
             ),
             control=dataclasses.replace(old.control, max_run_time=None),
+            distillation=scaled_distillation(old.distillation, folder, scaled.notes),
             data=dataclasses.replace(old.data, tokenizer_path=tokenizer),
         )  # fmt: skip
         stages.append(_scaled_stage(stage, new, data))

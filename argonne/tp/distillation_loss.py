@@ -103,8 +103,8 @@ class TeacherLoss:
             largest[0, here], largest[1, here] = student.amax(dim=1), teacher.amax(dim=1)
             picked = student.gather(1, places.local[here, None]).squeeze(1)
             sums[1, here] = torch.where(places.mine[here], picked, 0.0)
-            student.sub_(_finite(largest[0, here, None]))
-            teacher.sub_(_finite(largest[1, here, None]))
+            student.sub_(within_range(largest[0, here, None]))
+            teacher.sub_(within_range(largest[1, here, None]))
             sums[0, here] = student.exp().sum(dim=1)
             apart = teacher - student
             if self._soft.reverse:
@@ -120,7 +120,7 @@ class TeacherLoss:
         group, places, temperature = self.rule.group, self.places.of(rows), self._soft.temperature
         overall = group.all_reduce(largest, "max")
         if group.size > 1:
-            self._shift(_finite(largest) - overall, sums)
+            self._shift(within_range(largest) - overall, sums)
         sums[1] = torch.where(places.mine, sums[1] - overall[0], 0.0)
         sums = group.all_reduce(sums, owned=True)
         log_sums = sums[[0, 2, 3]].log()
@@ -176,8 +176,9 @@ class TeacherLoss:
             finish(part, student, places.ignored[here], logits[here, :valid], self.rule)
 
 
-def _finite(largest: Tensor) -> Tensor:
-    return largest.clamp_min(torch.finfo(largest.dtype).min)  # a slice may be all padding: -inf
+def within_range(largest: Tensor) -> Tensor:
+    """Maxima to take differences of: a slice that is all padding has -inf."""
+    return largest.clamp_min(torch.finfo(largest.dtype).min)
 
 
 def weighted(

@@ -22,6 +22,7 @@ from argonne.ranks.replicas import apply_ddp, apply_fsdp, local_parameters, loca
 from argonne.ranks.world import Parallel, World, resolve_tp_size
 from argonne.training.model_config import resolve_model_config
 from argonne.training.optimizer import build_adamw
+from argonne.training.stored_teacher import StoredTeacher
 from argonne.training.teacher import Teacher
 from checkpointing import CheckpointView, LoadReport, load_slices
 from model import ArgonneConfig, ArgonneModel, initial_std
@@ -43,7 +44,7 @@ class TrainedModel:
     dtype: torch.dtype
     """Compute dtype; parameters are float32."""
     fsdp: bool
-    teacher: Teacher | None = None
+    teacher: Teacher | StoredTeacher | None = None
     """Whose word the loss takes in; never in optimizer or checkpoint."""
 
     @property

@@ -20,15 +20,22 @@ _SAME_RATE = 0.01
 
 
 def run_settings(
-    options: TrainingOptions, distillation: DistillationOptions, dtype: torch.dtype, samples_per_step: int
+    options: TrainingOptions,
+    distillation: DistillationOptions,
+    dtype: torch.dtype,
+    samples_per_step: int,
+    stored_targets: str | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of its run, by flag: plain values. ``options`` with steps derived."""
-    taught = {
+    """What a checkpoint keeps of its run, by flag: plain values.
+
+    ``options`` with steps derived; ``stored_targets``: the folder with the name of what is in it.
+    """
+    weighed = {
         "distill_alpha": distillation.distill_alpha,
         "distill_temperature": distillation.distill_temperature,
         "distill_divergence": distillation.distill_divergence,
-        "teacher_dtype": distillation.teacher_dtype or str(dtype).removeprefix("torch."),
     }
+    taught = {"teacher_dtype": distillation.teacher_dtype or str(dtype).removeprefix("torch.")}
     return {
         "learning_rate": options.learning_rate,
         "min_learning_rate": options.min_learning_rate,
@@ -44,6 +51,8 @@ def run_settings(
         "global_batch_size": samples_per_step,
         "block_size": options.block_size,
         "teacher_path": distillation.teacher_path or "none",
+        "teacher_targets": stored_targets or "none",
+        **(weighed if distillation.is_on else {}),
         **(taught if distillation.teacher_path is not None else {}),
     }
 

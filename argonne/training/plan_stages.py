@@ -82,7 +82,7 @@ def stages_document(plans: Sequence[StagePlan]) -> dict[str, Any]:
     most = largest(plans)
     figures = document(most.what, most.plan)
     if not plans[0].name:
-        return figures
+        return figures | targets_figures(most)
     tokens = sum(stage.tokens for stage in plans)
     return figures | {
         "steps": sum(stage.steps for stage in plans),
@@ -91,6 +91,11 @@ def stages_document(plans: Sequence[StagePlan]) -> dict[str, Any]:
         "fits": all(stage.plan.fits for stage in plans),
         "stages": [_stage_document(stage) for stage in plans],
     }
+
+
+def targets_figures(stage: StagePlan) -> dict[str, Any]:
+    """Keys about a teacher's stored targets; none without them. A run with stages has none."""
+    return stage.plan.teacher.figures(stage.tokens // stage.plan.layout.block_size)
 
 
 def _stage_document(stage: StagePlan) -> dict[str, Any]:

@@ -20,7 +20,14 @@ from argonne.training.plan import (
     misfit,
 )
 from argonne.training.plan_data import TEXT_BYTES_PER_TOKEN, readings
-from argonne.training.plan_stages import StagePlan, common_layouts, largest, stage_plans, stages_document
+from argonne.training.plan_stages import (
+    StagePlan,
+    common_layouts,
+    largest,
+    stage_plans,
+    stages_document,
+    targets_figures,
+)
 from checkpointing import estimate_checkpoint_bytes
 from tp_shard import OUTSIDE_BYTES, build_slice_map, head_imbalance, sent_share
 
@@ -44,7 +51,7 @@ def plan_text(recipe: Recipe) -> str:
         _collectives(what, chosen, most.name),
         _time(plans),
         _data(plans),
-        _disk(what, estimate_checkpoint_bytes(what.outline.slice_map), len(plans)),
+        _disk(plans),
         _layouts(plans),
     )
     return "\n\n".join(text for text in map("\n".join, parts) if text)
@@ -203,7 +210,9 @@ def _free_disk(folder: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def _disk(what: Subject, size: int, stages: int) -> Iterator[str]:
+def _disk(plans: Sequence[StagePlan]) -> Iterator[str]:
+    what, stages = plans[0].what, len(plans)
+    size = estimate_checkpoint_bytes(what.outline.slice_map)
     folder = Path(what.config.output.output_dir)
     count = what.config.checkpoint.keep_checkpoints + stages
     free = _free_disk(folder)
@@ -215,6 +224,13 @@ def _disk(what: Subject, size: int, stages: int) -> Iterator[str]:
     yield f"  {_gigabytes(free)} free in {folder}"
     if free < count * size:
         yield "  TOO LITTLE: lower --keep-checkpoints or give another --output-dir"
+    teacher = plans[0].plan.teacher
+    if teacher.sample_bytes:
+        needed = targets_figures(plans[0])["teacher_targets_bytes"]
+        yield (
+            f"Teacher's targets: {_gigabytes(needed)} for all steps, "
+            f"{teacher.sample_bytes:,} bytes a sample; {teacher.stored_samples:,} samples are there"
+        )
 
 
 def _layouts(plans: Sequence[StagePlan]) -> Iterator[str]:

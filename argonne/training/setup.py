@@ -26,6 +26,7 @@ from argonne.training.data_places import metadata_for
 from argonne.training.final_model import check_final_model_dir
 from argonne.training.model_config import local_attention_line
 from argonne.training.stages import Stages
+from argonne.training.stored_teacher import open_stored
 from argonne.training.teacher import open_teacher
 from argonne.training.validation import ValidationSet, load_sets
 from argonne.verification.compare import compare_with_unsharded
@@ -233,10 +234,21 @@ def build(config: RunConfig, settings: Mapping[str, Any], parallel: Parallel) ->
 
 
 def fill(config: RunConfig, trained: TrainedModel, start: Start, report: RunReport) -> None:
-    """Draw or load the weights, warning of what the checkpoint lacks, and open the teacher; collective."""
+    """Draw or load the weights, warning of what the checkpoint lacks, and open the teacher, or its stored
+    targets; collective."""
     loaded = fill_weights(trained, start.view, config.training.seed)
     for warning in loaded.warnings if loaded is not None else ():
         report.warn(warning)
+    if config.distillation.teacher_targets is not None:
+        trained.teacher = open_stored(
+            config,
+            trained.model.config.vocab_size,
+            trained.parallel,
+            start.tokenizer,
+            start.metadata,
+            start.step,
+        )
+        return
     trained.teacher = open_teacher(
         config.distillation,
         trained.model,

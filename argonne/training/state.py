@@ -216,8 +216,10 @@ class Run:
         return self.data.source_losses(samples, result.totals.source_losses, block_size)
 
     def _settings(self) -> dict[str, Any]:
+        config, teacher = self.config, self.trained.teacher
+        stored = None if teacher is None else teacher.stored
         return run_settings(
-            self.config.training, self.config.distillation, self.trained.dtype, self.samples_per_step
+            config.training, config.distillation, self.trained.dtype, self.samples_per_step, stored
         )
 
     def save(self, *, whole: bool = True) -> Path:

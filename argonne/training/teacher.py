@@ -7,9 +7,9 @@ rank, and where a teacher speaks for a whole node its hidden states travel, not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from argonne.config.distillation import FLAG, DistillationOptions, check_folder
-from argonne.errors import ConfigError, RunError
-from argonne.ranks.agree import gather_objects, on_rank_0
+from argonne.errors import ConfigError
+from argonne.ranks.agree import on_all, on_rank_0
 from argonne.ranks.world import Parallel
 from argonne.training.teacher_weights import head_rows, split_model, whole_model
 from data_stream import StepBatch, load_tokenizer
 from model import ArgonneModel
 from tp_shard import DTYPES, DistillationRule, TeacherLogits, vocabulary_slice
-
-Result = TypeVar("Result")
 
 _PROBE_TOKENS = 8
 
@@ -65,6 +63,8 @@ class Teacher:
         self._dtype, self._hidden_size = dtype, hidden_size
         self.text = ""
         """One line for the header."""
+        self.stored = None
+        """It is asked, not read."""
         self._input = _HeadInput()
         if body is not None:
             body.eval().requires_grad_(False)
@@ -139,12 +139,12 @@ def open_teacher(
     if options.teacher_path is None:
         return None
     folder = Path(options.teacher_path).expanduser()
-    _on_all(lambda: check_folder(folder), parallel)
+    on_all(lambda: check_folder(folder), parallel)
     on_rank_0(lambda: check_tokenizer(folder, tokenizer, tokenizer_path, trust), parallel)
     dtype = DTYPES[options.teacher_dtype] if options.teacher_dtype else compute_dtype
     rows = vocabulary_slice(student)
     node = _node_group(parallel) if options.teacher_device_map == "auto" else None
-    teacher = _on_all(
+    teacher = on_all(
         lambda: _open(options, folder, rows, dtype, parallel, student, trust=trust, node=node), parallel
     )
     if documents and (refusal := _refuses_documents(folder, teacher)) is not None:
@@ -189,11 +189,7 @@ def _open(
         body,
         (matrix, bias),
         _logit_form(config),
-        DistillationRule(
-            alpha=options.distill_alpha,
-            temperature=options.distill_temperature,
-            reverse=options.distill_divergence == "reverse",
-        ),
+        distillation_rule(options),
         parallel,
         dtype=dtype,
         hidden_size=matrix.shape[1],
@@ -216,27 +212,27 @@ def _own_head_rows(
     return parts[0], parts[1], head.weight.shape[0]
 
 
-def _text(options: DistillationOptions, folder: Path, config: Any, dtype: torch.dtype) -> str:
-    """What the header says."""
-    return (
-        f"{folder} ({getattr(config, 'model_type', '?')}, {str(dtype).removeprefix('torch.')}, "
-        f"{options.teacher_device_map}), {options.distill_alpha:g} x cross entropy + "
-        f"{1 - options.distill_alpha:g} x {options.distill_divergence} divergence at temperature "
-        f"{options.distill_temperature:g}"
+def distillation_rule(options: DistillationOptions) -> DistillationRule:
+    """How a teacher's word is weighed, by the flags."""
+    return DistillationRule(
+        alpha=options.distill_alpha,
+        temperature=options.distill_temperature,
+        reverse=options.distill_divergence == "reverse",
     )
 
 
-def _on_all(function: Callable[[], Result], parallel: Parallel) -> Result:
-    """Run ``function`` on every rank; the first rank's RunError on all of them."""
-    result, problem = None, None
-    try:
-        result = function()
-    except RunError as error:
-        problem = error
-    for other in gather_objects(problem, parallel):
-        if other is not None:
-            raise other
-    return result  # type: ignore[return-value]
+def _text(options: DistillationOptions, folder: Path, config: Any, dtype: torch.dtype) -> str:
+    """What the header says."""
+    kind, placed = getattr(config, "model_type", "?"), options.teacher_device_map
+    return f"{folder} ({kind}, {str(dtype).removeprefix('torch.')}, {placed}), {weighing(options)}"
+
+
+def weighing(options: DistillationOptions) -> str:
+    """The loss in words."""
+    return (
+        f"{options.distill_alpha:g} x cross entropy + {1 - options.distill_alpha:g} x "
+        f"{options.distill_divergence} divergence at temperature {options.distill_temperature:g}"
+    )
 
 
 def _node_group(parallel: Parallel) -> dist.ProcessGroup | None:

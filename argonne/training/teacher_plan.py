@@ -1,4 +1,4 @@
-"""What a teacher adds to a plan: bytes on a rank's device, and work."""
+"""What a teacher adds to a plan: bytes on a rank's device, and work; of stored targets, bytes on the disk."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from argonne.config.distillation import FLAG, DistillationOptions, check_folder
+from argonne.config.distillation import FLAG, TOP_K, DistillationOptions, check_folder
 from checkpointing import weights_of_folder
+from data_stream import TargetsFolder, TargetsForm, TargetsHeader
 from tp_shard import DTYPES, Layout
 
 
@@ -24,20 +25,31 @@ class TeacherCost:
     """Bytes that it needs while it runs: hidden states and the widest product of a layer."""
     flops: float = 0.0
     """Of one micro-batch."""
+    sample_bytes: int = 0
+    """Of stored targets, on the disk: of one sample."""
+    stored_samples: int = 0
+    """Of stored targets: how many there are."""
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
         return self.weights + self.work
 
+    def figures(self, samples: int) -> dict[str, int]:
+        """What a run of so many samples adds to the keys of ``--plan=json``."""
+        return {"teacher_targets_bytes": samples * self.sample_bytes} if self.sample_bytes else {}
+
 
 def teacher_cost(
     options: DistillationOptions, layout: Layout, vocab_size: int, node_size: int
 ) -> TeacherCost:
-    """By the headers of the teacher's weights. Raises ConfigError or CheckpointError as a run would.
+    """By the headers of the teacher's weights, or of its stored targets. Raises a RunError as a run would.
 
-    A teacher that transformers places is taken to lie evenly on a node's devices.
+    A teacher that transformers places is taken to lie evenly on a node's devices; targets that are not made
+    yet, to be what scripts/teacher_targets.py makes unless told otherwise.
     """
+    if options.teacher_targets is not None:
+        return _stored_cost(options, layout, vocab_size)
     if options.teacher_path is None:
         return TeacherCost()
     parameters, matrices, hidden, widest = _shapes(options.teacher_path)
@@ -53,6 +65,32 @@ def teacher_cost(
         work=size * layout.tokens * (4 * hidden + (0 if share is None else 3 * math.ceil(widest / alike))),
         flops=2.0 * layout.tokens * (matrices / alike + head),
     )
+
+
+def _stored_cost(options: DistillationOptions, layout: Layout, vocab_size: int) -> TeacherCost:
+    form = TargetsForm(
+        block_size=layout.block_size,
+        vocab_size=vocab_size,
+        top_k=min(TOP_K, vocab_size),
+        temperature=options.distill_temperature,
+        dtype="float16",
+        document_attention=False,
+        tokenizer="",
+        teacher="",
+    )
+    there = _stored(str(options.teacher_targets))
+    samples = 0
+    if there is not None:
+        form, samples = there.form, there.samples
+    # As read and in wider numbers: ids of 4 and 8 bytes, log-probabilities, two copies in float32.
+    of_token = form.top_k * (4 + 8 + form.log_probs_dtype.itemsize + 2 * 4)
+    return TeacherCost(work=layout.tokens * of_token, sample_bytes=form.sample_bytes, stored_samples=samples)
+
+
+@lru_cache(maxsize=4)
+def _stored(path: str) -> TargetsHeader | None:
+    folder = TargetsFolder(Path(path).expanduser())
+    return folder.read_header() if folder.root.exists() else None
 
 
 @lru_cache(maxsize=4)

@@ -184,3 +184,16 @@ def test_what_is_said_of_a_teacher_needs_one(capsys: pytest.CaptureFixture[str])
     assert (
         parse_command_line([*NEEDED, *flags, "--teacher-path", "t"]).distillation.distill_temperature == 2.0
     )
+
+
+def test_a_teacher_that_runs_and_stored_targets_are_two(capsys: pytest.CaptureFixture[str]) -> None:
+    stored = [*NEEDED, "--teacher-targets", "DIR"]
+    found = problems(capsys, *stored, "--teacher-path", "t", "--teacher-dtype", "bf16")
+    assert len(found) == 1
+    assert found[0].startswith("error: --teacher-targets DIR contradicts --teacher-path t: leave one out")
+    assert problems(capsys, *stored, *"--teacher-device-map cpu --teacher-dtype bf16".split()) == [
+        f"error: {flag} is about a teacher that runs: leave it out with --teacher-targets"
+        for flag in ("--teacher-device-map", "--teacher-dtype")
+    ]
+    options = parse_command_line([*stored, *"--distill-alpha 0.1 --distill-divergence reverse".split()])
+    assert options.distillation.is_on and options.distillation.teacher_targets == "DIR"

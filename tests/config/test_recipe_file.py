@@ -109,6 +109,10 @@ def test_a_run_without_a_file_is_one_stage_without_a_name() -> None:
         ("block-size = 8\nblock_size = 16", "recipe.toml: block_size is given twice: leave one out"),
         ("dtype = 'int8'", "recipe.toml: --dtype int8: choose fp32, bf16 or fp16"),
         ("distill-alpha = 0.4", "--distill-alpha needs a teacher"),
+        (
+            "teacher-targets = 'DIR'\n[[stage]]\nname = 'a'\n[[stage]]\nname = 'b'",
+            "--teacher-targets DIR is of one stream, and the recipe has 2 stages: run them one by one",
+        ),
         ("[eval-data]\nweb = 3", "recipe.toml: eval-data.web: give glob, and a name without ="),
         ("[training]\nseed = 3", "recipe.toml: training is not a key: did you mean "),
         ("[seed]\nx = 3", "recipe.toml: seed: give a text or a number"),
@@ -198,6 +202,7 @@ def test_layers_take_back_what_says_the_same() -> None:
         "lr_schedule"
     }
     assert overlay({"total_tokens": 9}, {"total_steps": 5}, {"seed": 2}) == {"total_steps": 5, "seed": 2}
+    assert overlay({"teacher_targets": "DIR"}, {"teacher_path": "T"}) == {"teacher_path": "T"}
 
 
 def test_ranks_with_other_files_are_told_apart(tmp_path: Path) -> None:

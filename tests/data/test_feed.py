@@ -20,6 +20,8 @@ from argonne.testing.distributed import run_ranks
 from tests import ROOT
 
 G, B = 4, 8
+MANY = 1 << 40
+"""Samples before the first step."""
 
 
 class CountingSource:
@@ -35,7 +37,9 @@ class CountingSource:
         tokens = expected_tokens(self.step)
         self.step += 1
         progress = DataProgress(
-            position=DataPosition(row=self.step, block_size=B), stream_hash=f"{self.step:032x}"
+            position=DataPosition(row=self.step, block_size=B),
+            stream_hash=f"{self.step:032x}",
+            samples=MANY + G * self.step,
         )
         return SourceStep(tokens=tokens, progress=progress)
 
@@ -59,6 +63,7 @@ def hand_out(rank: int, world_size: int) -> list[str]:
     for step in range(7):
         batch = feed.next()
         assert np.array_equal(batch.tokens.numpy(), expected_tokens(step))
+        assert batch.first_sample == MANY + G * step
         if rank == 0:  # the place after the last batch handed over, not after the last prefetched
             assert batch.position is not None and batch.position.row == step + 1
         else:
