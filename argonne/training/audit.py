@@ -243,7 +243,7 @@ def _changed(tap: BlockTap, rest: torch.Tensor | None) -> tuple[str, str] | None
 
 
 def _known(name: str, rank: int) -> Compared:
-    return Compared(tensor=name, ranks=(rank,), error=math.inf, limit=0.0)
+    return Compared(tensor=name, ranks=(rank,), own=True, error=math.inf, limit=0.0)
 
 
 def _unequal_copy(trained: TrainedModel, tap: BlockTap) -> Verdict | None:

@@ -51,6 +51,8 @@ class Compared:
     tensor: str
     ranks: tuple[int, ...]
     """World ranks whose numbers these are; several where their parts were added up."""
+    own: bool
+    """Whether the rank made it from what it holds, and not from a sum over the ranks."""
     error: float
     """Of its worst row, relative: ||row - truth|| / max(||truth||, root mean square of the rows' norms)."""
     limit: float
@@ -75,12 +77,18 @@ class _RowErrors:
         self.actual[ranks] = torch.maximum(self.actual.get(ranks, error), error)
         self.rounding.append(worst_row(rough, truth))
 
-    def compared(self, tensor: str, least: float) -> list[Compared]:
-        """``least``: the limit where the plain block rounds not at all."""
+    def compared(self, tensor: str, least: float, *, own: bool) -> list[Compared]:
+        """``least``: the limit where the plain block rounds not at all; ``own``: as `Compared` has it."""
         rounding = torch.stack(self.rounding).max().item()
         limit = max(least, FACTOR * rounding) if math.isfinite(rounding) else least
         return [
-            Compared(tensor=tensor, ranks=ranks, error=relative_error(error.item(), 1.0, 1.0), limit=limit)
+            Compared(
+                tensor=tensor,
+                ranks=ranks,
+                own=own,
+                error=relative_error(error.item(), 1.0, 1.0),
+                limit=limit,
+            )
             for ranks, error in self.actual.items()
         ]
 
@@ -181,7 +189,9 @@ class LayerAudit:
         return [
             one
             for name in ACTIVATIONS
-            for one in errors[name].compared(f"{name} of {block}", least.get(name, self._least))
+            for one in errors[name].compared(
+                f"{name} of {block}", least.get(name, self._least), own=name in GIVEN
+            )
         ]
 
     def _sequence(self, name: str, sequence: int, oracle: int) -> list[Tensor]:
@@ -232,7 +242,8 @@ class LayerAudit:
                     inside = box.unsharded_index
                     actual = part[box.local_index]
                     errors.add((self._world_rank(rank),), actual, rough[inside], exact[inside])
-        return errors.compared(f"gradient of {full}", self._least)
+        own = len(next(iter(errors.actual))) == 1
+        return errors.compared(f"gradient of {full}", self._least, own=own)
 
 
 class _Blocks:
@@ -302,20 +313,23 @@ def furthest(found: Sequence[Compared]) -> Compared:
     """What to name of all comparisons: what is off, on the rank where it is most; else the nearest to it.
 
     A wrong partial sum is everyone's after its reduction. So what tells ranks apart goes first: what went in,
-    then the tensor in which one rank stands out most from the others.
+    then the gradient of a weight in which one rank stands out from the others, then its hidden states.
     """
     off = [one for one in found if one.excess > 1.0]
     if not off:
         return max(found, key=lambda one: one.excess)
     entered = [one for one in off if one.limit == EQUAL]
     if entered:
-        return max(entered, key=lambda one: one.excess)
-    by_tensor = {one.tensor: [other for other in off if other.tensor == one.tensor] for one in off}
-    clearest = max(by_tensor.values(), key=lambda ones: (_contrast(ones, found), _first(ones).excess))
-    first = _first(clearest)
-    if _contrast(clearest, found) >= CLEAR:
-        return first
-    worst = max(by_tensor.values(), key=lambda ones: _first(ones).excess)
+        return _first(entered)
+    by_tensor = [
+        [other for other in off if other.tensor == one] for one in dict.fromkeys(o.tensor for o in off)
+    ]
+    for own in (True, False):
+        tensors = [ones for ones in by_tensor if ones[0].own == own]
+        clearest = max(tensors, key=lambda ones: (_contrast(ones, found), _first(ones).excess), default=None)
+        if clearest is not None and _contrast(clearest, found) >= CLEAR:
+            return _first(clearest)
+    worst = max(by_tensor, key=lambda ones: _first(ones).excess)
     return replace(_first(worst), ranks=tuple(sorted({rank for one in worst for rank in one.ranks})))
 
 

@@ -17,7 +17,7 @@ from argonne.training.build import TrainedModel, build_model, fill_weights
 from argonne.training.step import TrainingStep, Votes
 from argonne.verification.block_tap import BlockTap, checksums
 from argonne.verification.layer_audit import Compared, LayerAudit
-from tests.training.small_run import SEED, SETTINGS, batch_of, training_options
+from tests.training.small_run import BLOCK, SEED, SETTINGS, batch_of, training_options
 
 LAYER = 1
 ALL_SWITCHES: dict[str, Any] = {
@@ -71,26 +71,38 @@ def audit(
     accumulation: int = 1,
     oracle: int = 0,
     fault: Fault | None = None,
-    at_rest: Fault | None = None,
+    when: str = "in the step",
     documents: bool = False,
 ) -> Audited:
-    """Two steps; the second is audited, with the fault in it, or made before it where weights lie at rest."""
+    """Two steps, of which the second is audited.
+
+    The fault is made "in the step", "at rest" before it, or "earlier".
+    """
     step = TrainingStep(trained, training_options(**training), accumulation)
-    samples = 2 * trained.parallel.dp_size * accumulation
+    samples, length = 2 * trained.parallel.dp_size * accumulation, training.get("block_size", BLOCK)
     batches = [batch_of(samples, seed=seed) for seed in range(2)]
-    if documents:
-        ids = torch.arange(batches[0].tokens.shape[1] - 1)[None].expand(samples, -1) // 5
-        batches = [dataclasses.replace(batch, documents=ids.to(torch.int32)) for batch in batches]
+    ids = torch.arange(length, dtype=torch.int32)[None].expand(samples, -1) // 5
+    batches = [
+        dataclasses.replace(
+            batch, tokens=batch.tokens[:, : length + 1], document_ids=ids if documents else None
+        )
+        for batch in batches
+    ]
     step.run(batches[0], 0, votes=Votes())
-    weights = dict(trained.model.blocks[LAYER].named_parameters())
-    rest = checksums(weights)
-    if at_rest is not None:
-        at_rest(trained)
+    undo = []
+
+    def moment(now: str) -> None:
+        if fault is not None and now == when:
+            undo.append(fault(trained))
+
+    moment("earlier")
+    rest = checksums(dict(trained.model.blocks[LAYER].named_parameters()))
+    moment("at rest")
     tap = BlockTap(trained.model, LAYER)
-    undo = fault(trained) if fault is not None else None
+    moment("in the step")
     step.run(batches[1], 1, votes=Votes())
-    if undo is not None:
-        undo()
+    for put_right in undo:
+        put_right()
     tap.remove()
     verdict = judge(trained, tap, oracle, rest)
     found = LayerAudit(trained.model, tap, trained.parallel, trained.dtype).compare(oracle)
@@ -202,11 +214,9 @@ FAULTS: dict[str, Fault] = {
 def faulty_rank(
     rank: int, world_size: int, tp_size: int, name: str, culprit: int, options: dict[str, Any]
 ) -> Audited:
-    """One fault on world rank ``culprit``; ``compiled`` and ``at_rest`` as in the options."""
+    """One fault on world rank ``culprit``."""
     options = dict(options)
     training = options.pop("training", {})
-    oracle, at_rest = options.pop("oracle", 0), options.pop("at_rest", False)
+    how = {key: options.pop(key) for key in ("oracle", "when") if key in options}
     trained = build(rank, world_size, tp_size, training, **options)
-    fault = FAULTS[name] if rank == culprit else None
-    given = {"at_rest" if at_rest else "fault": fault}
-    return audit(trained, training, oracle=oracle, **given)  # type: ignore[arg-type]
+    return audit(trained, training, fault=FAULTS[name] if rank == culprit else None, **how)

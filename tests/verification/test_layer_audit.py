@@ -15,8 +15,8 @@ FULL = {"settings": ALL_SWITCHES}
 BLOCK = f"blocks.{LAYER}"
 
 
-def of(tensor: str, rank: int, excess: float) -> Compared:
-    return Compared(tensor=tensor, ranks=(rank,), error=excess * 0.01, limit=0.01)
+def of(tensor: str, rank: int, excess: float, *, own: bool = False) -> Compared:
+    return Compared(tensor=tensor, ranks=(rank,), error=excess * 0.01, limit=0.01, own=own)
 
 
 def test_one_wrong_row_is_as_wrong_as_many() -> None:
@@ -34,13 +34,18 @@ def test_one_wrong_row_is_as_wrong_as_many() -> None:
 def test_the_rank_that_stands_out_is_named() -> None:
     """What everyone has wrong after a reduction comes after what one rank has."""
     everyone = [of("output of blocks.1", rank, 900.0) for rank in range(3)]
-    slices = [of("gradient of o", 0, 5.0), of("gradient of o", 1, 60.0), of("gradient of o", 2, 6.0)]
+    slices = [of("gradient of o", rank, excess, own=True) for rank, excess in enumerate((5.0, 60.0, 6.0))]
     assert furthest([*everyone, *slices]) == slices[1]
+    positions = [of("output of blocks.1", rank, excess) for rank, excess in enumerate((900.0, 0.1, 0.1))]
+    assert furthest([*positions, *slices]) == slices[1]
+    assert furthest([*positions, *(of("gradient of o", rank, 0.5, own=True) for rank in range(3))]).ranks == (
+        0,
+    )
     named = furthest(everyone)
     assert named.tensor == "output of blocks.1" and named.ranks == (0, 1, 2)
     fine = [of("a", 0, 0.2), of("b", 1, 0.9), of("c", 0, 0.3)]
     assert furthest(fine) == fine[1]
-    given = Compared(tensor="input of blocks.1", ranks=(2,), error=1e-7, limit=1e-12)
+    given = Compared(tensor="input of blocks.1", ranks=(2,), error=1e-7, limit=1e-12, own=True)
     assert furthest([*everyone, given]) == given
 
 
@@ -84,7 +89,10 @@ def test_every_layout_holds(
     world_size: int, tp_size: int, training: dict[str, Any], options: dict[str, Any]
 ) -> None:
     given = {**FULL, **options}
-    ranks = run_ranks(audit_rank, world_size, tp_size, training, given)
+    if world_size == 1:
+        ranks = [audit_rank(0, 1, 1, training, given)]
+    else:
+        ranks = run_ranks(audit_rank, world_size, tp_size, training, given)
     held(ranks, options.get("oracle", 0), tp_size)
 
 
@@ -125,10 +133,10 @@ def test_a_wrong_kernel_block_or_number_is_named_with_its_rank(
 
 def test_a_flipped_bit_of_a_weight_is_seen_where_the_weight_lay_at_rest() -> None:
     """The lowest bit, which no recomputation could see: every slice that is gathered has it."""
-    verdict = verdict_on("weight", 1, at_rest=True)
+    verdict = verdict_on("weight", 1, when="at rest")
     assert f"{BLOCK}.mlp.gate_proj.weight on rank 1 changed between the step before and this" in verdict.fault
 
 
 def test_a_copy_that_differs_is_seen_whenever_it_went_astray() -> None:
-    verdict = verdict_on("norm", 1)
+    verdict = verdict_on("norm", 1, when="earlier")
     assert f"{BLOCK}.post_norm.weight on rank 1 is not the copy that rank 0 holds" in verdict.fault
