@@ -43,7 +43,7 @@ class Turn:
     def of(cls, number: int, layers: int, tp_size: int) -> Turn:
         """Of audit ``number``, from 0: each lap over the layers gives each of them another oracle."""
         lap, layer = divmod(number, layers)
-        return cls(layer=layer, oracle=(number + lap) % tp_size)
+        return cls(layer=layer, oracle=(layer + lap) % tp_size)
 
 
 @dataclass(frozen=True, kw_only=True)
