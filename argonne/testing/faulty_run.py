@@ -150,7 +150,7 @@ def kernel(fault: Fault) -> None:
 
     def break_it(one_step: Any, step: int) -> None:
         if step == fault["step"]:
-            model.sdpa_attention = wrong
+            model.sdpa_attention = wrong  # type: ignore[assignment]
 
     def wrong(*args: Any) -> Any:
         output = attend(*args)

@@ -23,7 +23,8 @@ from argonne.ranks.agree import gather_objects, on_rank_0
 from argonne.ranks.replicas import local_tensor
 from argonne.training.build import TrainedModel
 from argonne.verification.block_tap import BlockTap, checksums
-from argonne.verification.layer_audit import Compared, LayerAudit, furthest, room_needed
+from argonne.verification.layer_audit import Compared, LayerAudit, furthest
+from argonne.verification.plain_blocks import room_needed
 from argonne.verification.replicas import odd_ranks, shared_parameters, sums_of_copies
 from checkpointing import own_checkpoints
 
@@ -137,7 +138,11 @@ class SelfAudit:
         known = rest is not None and (rest.step, rest.layer) == (step - 1, tap.index)
         before = rest.sums if known and rest is not None else None
         verdict = judge(run.trained, tap, turn_of(run, step).oracle, before)
-        record = {"step": step, "layer": tap.index, "ok": verdict is not None and not verdict.fault}
+        record: dict[str, Any] = {
+            "step": step,
+            "layer": tap.index,
+            "ok": verdict is not None and not verdict.fault,
+        }
         record |= {"skipped": "not finite"} if verdict is None else verdict.record()
         run.report.audit({**record, "seconds": time.monotonic() - started, **run.stages.label()})
         if verdict is None:

@@ -2,9 +2,9 @@
 
 What the split gave lies on its ranks (``argonne.verification.block_tap``). One rank, the oracle, gathers the
 slices of the block's weights and, a sequence at a time, what went in: hidden states and the gradient at the
-output. It takes them through the plain block of ``model.py`` twice: in a wider dtype (float32 for 16 bits,
-float64 for float32), which is the truth, and in the run's own, whose distance from the truth is what rounding
-alone does. A rank whose numbers are further off than FACTOR times that distance did not merely round.
+output. It takes them through the plain block twice (``argonne.verification.plain_blocks``): in a wider dtype,
+which is the truth, and in the run's own, whose distance from the truth is what rounding alone does. A rank
+whose numbers are further off than FACTOR times that distance did not merely round.
 
 Distances are taken row by row (a token's hidden states, a row of a weight): one wrong row stands out, however
 many right ones are beside it.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,7 +24,8 @@ from torch import Tensor
 from argonne.ranks.world import Parallel
 from argonne.verification.block_tap import ACTIVATIONS, BlockTap
 from argonne.verification.compare import relative_error, tp_local
-from model import ArgonneBlock, ArgonneModel, document_starts, rotary_tables
+from argonne.verification.plain_blocks import PlainBlocks
+from model import ArgonneModel, document_starts
 from tp_shard import TensorParallelState
 
 FACTOR = 8.0
@@ -32,16 +33,13 @@ FACTOR = 8.0
 up to 2.5 times its distance was seen over 4 ranks. What is wrong in a row is some per cent of it and more."""
 LEAST_EPSILONS = 4.0
 """In units of the dtype's epsilon: the least limit, where the plain block happens to round luckily."""
+CEILINGS = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+"""The largest limit: a faulty oracle must not take its own fault for rounding."""
 EQUAL = 1e-12
 """Limit of what ranks hold alike to the last bit: what goes into a block, and the gradient at its output."""
 CLEAR = 2.0
 """How many times further off than every other rank one must be to be the one that is named."""
 GIVEN, MADE = (ACTIVATIONS[0], ACTIVATIONS[2]), (ACTIVATIONS[1], ACTIVATIONS[3])
-
-
-def wider_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the truth."""
-    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +75,10 @@ class _RowErrors:
         self.actual[ranks] = torch.maximum(self.actual.get(ranks, error), error)
         self.rounding.append(worst_row(rough, truth))
 
-    def compared(self, tensor: str, least: float, *, own: bool) -> list[Compared]:
-        """``least``: the limit where the plain block rounds not at all; ``own``: as `Compared` has it."""
+    def compared(self, tensor: str, least: float, ceiling: float, *, own: bool) -> list[Compared]:
+        """``least`` and ``ceiling``: bounds of the limit; ``own``: as `Compared` has it."""
         rounding = torch.stack(self.rounding).max().item()
-        limit = max(least, FACTOR * rounding) if math.isfinite(rounding) else least
+        limit = max(least, min(FACTOR * rounding, ceiling)) if math.isfinite(rounding) else least
         return [
             Compared(
                 tensor=tensor,
@@ -116,6 +114,7 @@ class LayerAudit:
     def __init__(self, model: ArgonneModel, tap: BlockTap, parallel: Parallel, dtype: torch.dtype) -> None:
         self._state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
         self._model, self._tap, self._parallel, self._dtype = model, tap, parallel, dtype
+        self._ceiling = CEILINGS[dtype]
         self._least = LEAST_EPSILONS * torch.finfo(dtype).eps
 
     def compare(self, oracle: int) -> list[Compared]:
@@ -123,7 +122,7 @@ class LayerAudit:
         weights = {name: self._whole_weight(name, oracle) for name in self._tap.parameters}
         blocks = None
         if self._parallel.tp_rank == oracle:
-            blocks = _Blocks(self._model, self._tap.index, weights, self._dtype)
+            blocks = PlainBlocks(self._model, self._tap.index, weights, self._dtype)
         found = self._compare_sequences(blocks, oracle)
         for name in self._tap.parameters:
             truth = None if blocks is None else blocks.gradients(name)
@@ -167,7 +166,7 @@ class LayerAudit:
 
     # ---------------------------------------------------------------- activations
 
-    def _compare_sequences(self, blocks: _Blocks | None, oracle: int) -> list[Compared]:
+    def _compare_sequences(self, blocks: PlainBlocks | None, oracle: int) -> list[Compared]:
         """Every sequence of the micro-batch through both blocks."""
         errors = {name: _RowErrors() for name in ACTIVATIONS}
         starts = self._tap.document_ids
@@ -190,7 +189,7 @@ class LayerAudit:
             one
             for name in ACTIVATIONS
             for one in errors[name].compared(
-                f"{name} of {block}", least.get(name, self._least), own=name in GIVEN
+                f"{name} of {block}", least.get(name, self._least), self._ceiling, own=name in GIVEN
             )
         ]
 
@@ -243,70 +242,7 @@ class LayerAudit:
                     actual = part[box.local_index]
                     errors.add((self._world_rank(rank),), actual, rough[inside], exact[inside])
         own = len(next(iter(errors.actual))) == 1
-        return errors.compared(f"gradient of {full}", self._least, own=own)
-
-
-class _Blocks:
-    """The plain block twice: exact, in the wide dtype, and rough, in the run's own."""
-
-    def __init__(
-        self, model: ArgonneModel, index: int, weights: Mapping[str, Tensor | None], dtype: torch.dtype
-    ) -> None:
-        self._model, self._index = model, index
-        self._exact = self._block(weights, wider_dtype(dtype))
-        self._rough = self._block(weights, dtype)
-        self._sums: dict[str, Tensor] = {}
-        """Gradients of the rough block's weights, added up in the wide dtype as one product would."""
-
-    def _block(self, weights: Mapping[str, Tensor | None], dtype: torch.dtype) -> ArgonneBlock:
-        with torch.device("meta"):
-            block = ArgonneBlock(self._model.config, self._index)
-        copies = {name: whole.to(dtype, copy=True) for name, whole in weights.items() if whole is not None}
-        block.load_state_dict(copies, assign=True)
-        return block.requires_grad_().train()
-
-    def take(
-        self, entered: Tensor, arrived: Tensor, documents: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """One sequence forward and backward, (seq_len, hidden_size): MADE, each exact and rough."""
-        exact = self._pass(self._exact, entered, arrived, documents)
-        rough = self._pass(self._rough, entered, arrived, documents)
-        for name, parameter in self._rough.named_parameters():
-            grad, parameter.grad = parameter.grad, None
-            assert grad is not None
-            wide = grad.to(exact[0].dtype)
-            self._sums[name] = self._sums[name] + wide if name in self._sums else wide
-        return (exact[0], rough[0]), (exact[1], rough[1])
-
-    def _pass(
-        self, block: ArgonneBlock, entered: Tensor, arrived: Tensor, documents: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        dtype = block.input_norm.weight.dtype
-        positions = torch.arange(len(entered), device=entered.device)[None]
-        rotary = rotary_tables(self._model.rotary_frequencies, positions, dtype)
-        hidden = entered.to(dtype)[None].detach().requires_grad_()
-        output = block(hidden, rotary, documents=documents)
-        output.backward(arrived.to(dtype)[None])
-        assert hidden.grad is not None
-        return output.detach()[0], hidden.grad[0]
-
-    def gradients(self, name: str) -> tuple[Tensor, Tensor]:
-        """Of a weight, over all sequences taken: exact and rough."""
-        exact = self._exact.get_parameter(name).grad
-        assert exact is not None
-        return exact, self._sums[name]
-
-
-def room_needed(model: ArgonneModel, layer: int, tokens: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes that an audit takes at most on one rank; ``tokens``: (batch, seq_len) of a micro-batch."""
-    config, wide = model.config, wider_dtype(dtype).itemsize
-    with torch.device("meta"):
-        weights = sum(parameter.numel() for parameter in ArgonneBlock(config, layer).parameters())
-    heads = config.num_attention_heads * config.head_dim
-    sequence = 16 * config.hidden_size + 8 * heads + 6 * config.intermediate_size
-    kept = len(ACTIVATIONS) * tokens[0] * tokens[1] * config.hidden_size * dtype.itemsize
-    scores = 0 if wide == torch.float32.itemsize else 3 * config.num_attention_heads * tokens[1] ** 2
-    return kept + wide * (6 * weights + tokens[1] * sequence + scores)
+        return errors.compared(f"gradient of {full}", self._least, self._ceiling, own=own)
 
 
 def furthest(found: Sequence[Compared]) -> Compared:

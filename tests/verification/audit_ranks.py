@@ -131,7 +131,7 @@ def wrong_attention(_: TrainedModel) -> Callable[[], None]:
         spoilt[:, :, 5] = 0.5
         return output * spoilt
 
-    model_file.sdpa_attention = faulty
+    model_file.sdpa_attention = faulty  # type: ignore[assignment]
 
     def undo() -> None:
         model_file.sdpa_attention = kernel
@@ -148,7 +148,7 @@ def wrong_product(_: TrainedModel) -> Callable[[], None]:
         output[-1] *= 0.5
         return output
 
-    fused.matrix_product = faulty
+    fused.matrix_product = faulty  # type: ignore[assignment]
 
     def undo() -> None:
         fused.matrix_product = product
@@ -160,7 +160,8 @@ def flipped_activation(trained: TrainedModel) -> Callable[[], None]:
     """One bit of one number on its way out of the block, on this rank alone."""
     block: Any = trained.model.blocks[LAYER]
     hook = block.register_forward_hook(lambda _, __, output: flip(output))
-    return hook.remove  # type: ignore[no-any-return]
+    remove: Callable[[], None] = hook.remove
+    return remove
 
 
 def flip(tensor: torch.Tensor, bit: int = 28) -> torch.Tensor:

@@ -11,7 +11,7 @@ from argonne.training.audit import Verdict
 from argonne.verification.layer_audit import Compared, furthest, worst_row
 from tests.verification.audit_ranks import ALL_SWITCHES, LAYER, Audited, audit_rank, build, faulty_rank
 
-FULL = {"settings": ALL_SWITCHES}
+FULL: dict[str, Any] = {"settings": ALL_SWITCHES}
 BLOCK = f"blocks.{LAYER}"
 
 
@@ -110,6 +110,7 @@ def verdict_on(name: str, culprit: int, *, world_size: int = 2, tp_size: int = 2
     [
         ("attention", 1, {}),
         ("attention", 1, {"sequence_parallel": True}),
+        ("attention", 1, {"oracle": 1}),
         ("product", 1, {"oracle": 1}),
         ("activation", 1, {}),
         ("compiled", 1, {"compiled": True}),
