@@ -1,6 +1,5 @@
 """What a run prints and records. Rank 0 speaks; on every other rank each call returns at once."""
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,7 +87,6 @@ class RunReport:
         self._metrics: MetricsFile | None = None
         self._samples: LaterFile | None = None
         self._spikes: LaterFile | None = None
-        self._audits: LaterFile | None = None
         self._trackers: Trackers | None = None
         self.evaluations: LaterFile | None = None
         """on rank 0 after ``begin``"""
@@ -123,8 +121,6 @@ class RunReport:
                 LaterFile(path, first_step, self.warn)
                 for path in (files.eval_metrics, files.samples, files.spikes)
             )
-            # What an audit found stays, also where the run was resumed from before it.
-            self._audits = LaterFile(files.audits, sys.maxsize, self.warn)
             self._trackers = Trackers(
                 trackers, self._output.root, first_step=first_step, config=settings or {}, warn=self.warn
             )
@@ -194,11 +190,6 @@ class RunReport:
             self._spikes.write(record)
         self.info(text)
 
-    def audit(self, record: dict[str, Any]) -> None:
-        """Record the audit of a layer."""
-        if self._audits is not None:
-            self._audits.write(record)
-
     def rewind(self, step: int) -> None:
         """The run goes back to ``step``: what was recorded beyond is replaced, the spikes apart."""
         self._step = step
@@ -245,8 +236,7 @@ class RunReport:
     def close(self) -> None:
         """Close bar, files and trackers; calling it again does nothing."""
         self._console.close()
-        files = (self._metrics, self.evaluations, self._samples, self._spikes, self._audits, self._trackers)
-        for file in files:
+        for file in (self._metrics, self.evaluations, self._samples, self._spikes, self._trackers):
             if file is not None:
                 file.close()
 

@@ -8,6 +8,7 @@ Every N steps one layer, in rotation, keeps what it is given and gives in the st
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from argonne.errors import AuditError, rank_list
 from argonne.files import OutputFolder
 from argonne.ranks.agree import gather_objects, on_rank_0
 from argonne.ranks.replicas import local_tensor
+from argonne.run.metrics import MetricsFile
 from argonne.training.build import TrainedModel
 from argonne.verification.block_tap import BlockTap, checksums
 from argonne.verification.layer_audit import Compared, LayerAudit, furthest
@@ -75,7 +77,8 @@ class Verdict:
     def record(self) -> dict[str, Any]:
         """Its part of a line of ``stats/audit.jsonl``."""
         worst = {} if self.worst is None else asdict(self.worst)
-        return {"oracle_rank": self.oracle, **worst, "off": self.off, "compared": self.compared}
+        counts = {"off": self.off, "compared": self.compared}
+        return {"ok": not self.fault, "oracle_rank": self.oracle, **worst, **counts, "fault": self.fault}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +141,9 @@ class SelfAudit:
         known = rest is not None and (rest.step, rest.layer) == (step - 1, tap.index)
         before = rest.sums if known and rest is not None else None
         verdict = judge(run.trained, tap, turn_of(run, step).oracle, before)
-        record: dict[str, Any] = {
-            "step": step,
-            "layer": tap.index,
-            "ok": verdict is not None and not verdict.fault,
-        }
-        record |= {"skipped": "not finite"} if verdict is None else verdict.record()
-        run.report.audit({**record, "seconds": time.monotonic() - started, **run.stages.label()})
+        found = {"ok": False, "skipped": "not finite"} if verdict is None else verdict.record()
+        seconds = time.monotonic() - started
+        _write(run, {"step": step, "layer": tap.index, **found, "seconds": seconds, **run.stages.label()})
         if verdict is None:
             return
         if not verdict.fault:
@@ -180,6 +179,15 @@ def turn_of(run: Run, step: int) -> Turn:
     """The layer and the oracle of an audited step: the same in a resumed run."""
     number = step // run.config.control.audit_interval - 1
     return Turn.of(number, len(run.trained.model.blocks), run.trained.parallel.tp_size)
+
+
+def _write(run: Run, record: dict[str, Any]) -> None:
+    """Append to ``stats/audit.jsonl``: what an audit found stays, also where the run is resumed before it."""
+    if run.trained.parallel.rank == 0:
+        path = OutputFolder(Path(run.config.output.output_dir)).audits
+        file = MetricsFile(path, sys.maxsize, run.report.warn)
+        file.write(record)
+        file.close()
 
 
 def _newest_until(folder: Path, step: int) -> str | None:

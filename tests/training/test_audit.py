@@ -42,7 +42,6 @@ class AuditedRun:
     def __init__(self, output: Path, trained: TrainedModel, interval: int, action: str = "warn") -> None:
         self.report = RunReport(output, rank=0)
         (output / "stats").mkdir(parents=True, exist_ok=True)
-        self.report.begin(first_step=0, total_steps=10)
         self.waited: list[str] = []
         control = ControlOptions(audit_interval=interval, audit_action=action)
         self.run: Any = SimpleNamespace(

@@ -22,10 +22,8 @@ def test_attention_spelled_out(
 ) -> None:
     monkeypatch.setattr(plain_blocks, "RUN", run)
     switches: dict[str, Any] = {"qk_norm": True, "v_norm": True, "attention_bias": True}
-    local: dict[str, Any] = {
-        "interleaved_local_attention": window is not None,
-        "local_attention_window": window,
-    }
+    local: dict[str, Any] = {"interleaved_local_attention": window is not None}
+    local["local_attention_window"] = window
     block: Any = small_model(**switches, **local).blocks[1]
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(2, LENGTH, 50, generator=generator, dtype=torch.float64)
