@@ -141,7 +141,7 @@ class SelfAudit:
         known = rest is not None and (rest.step, rest.layer) == (step - 1, tap.index)
         before = rest.sums if known and rest is not None else None
         verdict = judge(run.trained, tap, turn_of(run, step).oracle, before)
-        found = {"ok": False, "skipped": "not finite"} if verdict is None else verdict.record()
+        found = {"ok": None, "skipped": "not finite"} if verdict is None else verdict.record()
         seconds = time.monotonic() - started
         _write(run, {"step": step, "layer": tap.index, **found, "seconds": seconds, **run.stages.label()})
         if verdict is None:
