@@ -286,7 +286,7 @@ def loop(run: Run) -> bool:
     run.garbage.begin()
     stop, steps = False, StepLedger(run)
     while run.step < last_step and not stop:
-        run.profiler.before_step(run.step + 1)
+        between_steps.begin_step(run)
         since = stopwatch()
         batch = run.feed.next()
         votes = steps.take(batch, keeper.votes(stop=control.stop_flag), since=since)

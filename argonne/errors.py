@@ -43,6 +43,10 @@ class NonFiniteError(RunError):
     """Loss, gradients or weights are NaN or infinite and training cannot go on."""
 
 
+class AuditError(RunError):
+    """A rank did not compute what the model computes, and the run was asked to end for that."""
+
+
 def one_line(error: BaseException) -> str:
     """A library's message on one line; its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -73,6 +73,11 @@ class OutputFolder:
         return self.stats / "spikes.jsonl"
 
     @property
+    def audits(self) -> Path:
+        """One JSON object per audit of a layer."""
+        return self.stats / "audit.jsonl"
+
+    @property
     def profile(self) -> Path:
         """The folder of the traces of ``--profile``."""
         return self.stats / "profile"

@@ -40,6 +40,7 @@ PARTS = {
     "data": "argonne.benchmarks.data",
     "checkpoint": "argonne.benchmarks.checkpoint",
     "startup": "argonne.benchmarks.startup",
+    "audit": "argonne.benchmarks.audit",
     "gpu": "argonne.benchmarks.gpu",
 }
 

@@ -12,6 +12,7 @@ from argonne.config.tracker_packages import TRACKERS
 SPIKE_ACTIONS = ("none", "skip", "rewind")
 NO_CHECKPOINT = "NONE"
 """``--checkpoint-path`` of a run that starts from scratch."""
+AUDIT_ACTIONS = ("warn", "stop")
 ASYNC_CHOICES = ("auto", "on", "off")
 STREAMING_CHECKPOINT_INTERVAL = 300
 EPOCH_CHECKPOINT_INTERVAL = 2000
@@ -121,6 +122,17 @@ class ControlOptions:
         choices=SPIKE_ACTIONS,
     )
 
+    audit_interval: int = flag(
+        1000,
+        "optimizer steps between audits, each recomputing one layer unsharded on one rank; 0: never",
+        kind=int,
+        at_least=0,
+    )
+    audit_action: str = flag(
+        "warn",
+        "what follows where a rank computed something else: a warning, or the end of the run without a save",
+        choices=AUDIT_ACTIONS,
+    )
     max_run_time: float | None = flag(
         None,
         "stop and save after this long: seconds, or 23h30m",

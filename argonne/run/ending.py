@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from argonne.errors import (
     EXIT_FAILURE,
+    AuditError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -37,9 +38,9 @@ def is_final(error: RunError) -> bool:
     """Whether a restart would only repeat the error.
 
     Flags, data and checkpoints do not mend themselves, and steps that were not finite come again with the
-    same weights and tokens.
+    same weights and tokens. After an audit a person must choose the checkpoint, and maybe another device.
     """
-    return isinstance(error, ConfigError | DataError | CheckpointError | NonFiniteError)
+    return isinstance(error, AuditError | ConfigError | DataError | CheckpointError | NonFiniteError)
 
 
 class Ending:

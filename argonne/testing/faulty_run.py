@@ -10,6 +10,7 @@ The fault is ``{"kind": ..., "rank": ..., ...}`` and happens on that rank only:
 - ``spike``: one gradient is ``factor`` times what it should be in some steps, the ``batches``, counted from 1
   in this process; the rule judges from ``least`` steps on.
 - ``perturb``: one element of ``name`` changes before step ``step``.
+- ``kernel``: from step ``step`` on attention gets the first token of each sequence wrong.
 - ``spoil``: a bit of every checkpoint flips on its way to the disk (``times`` times).
 - ``slow_save``: every save takes ``seconds`` more.
 - ``slow``: reading a checkpoint back takes ``seconds`` more.
@@ -140,6 +141,24 @@ def perturb(fault: Fault) -> None:
     in_steps(change)
 
 
+def kernel(fault: Fault) -> None:
+    import torch
+
+    import model
+
+    attend = model.sdpa_attention
+
+    def break_it(one_step: Any, step: int) -> None:
+        if step == fault["step"]:
+            model.sdpa_attention = wrong  # type: ignore[assignment]
+
+    def wrong(*args: Any) -> Any:
+        output = attend(*args)
+        return torch.cat([output[:, :, :1] * 0.5, output[:, :, 1:]], dim=2)
+
+    in_steps(break_it)
+
+
 def spoil(fault: Fault) -> None:
     fsync, left = os.fsync, [fault.get("times", 1)]
 
@@ -248,6 +267,7 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "nan": nan,
     "spike": spike,
     "perturb": perturb,
+    "kernel": kernel,
     "spoil": spoil,
     "slow": slow,
     "slow_save": slow_save,

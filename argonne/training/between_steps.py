@@ -1,4 +1,4 @@
-"""What is due between steps: validation, samples, checks of the replicas, the profile, garbage."""
+"""What is due between steps: validation, samples, audits, checks of the replicas, the profile, garbage."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ from argonne.training.validation import validate
 from argonne.verification.replicas import check_replicas
 
 
+def begin_step(run: Run) -> None:
+    """What comes before each step: the begin of a profile, of an audit."""
+    run.profiler.before_step(run.step + 1)
+    run.audit.begin_step(run)
+
+
 def end_step(run: Run) -> None:
-    """What follows each step: the end of a profile, the collector, a check of the replicas; collective."""
+    """What follows each step: a profile's end, the collector, an audit, a check of replicas; collective."""
     found = run.profiler.after_step(run.step)
     if found is not None:
         run.report.info(found)
     run.garbage.after_step(run.step)
+    run.audit.end_step(run)
     check_replicas_if_due(run)
 
 
@@ -28,6 +35,7 @@ def is_anything_due(run: Run) -> bool:
         config.evaluation.eval_interval,
         config.output.sample_interval,
         config.parallel.replica_check_interval,
+        config.control.audit_interval,
     )
     return step == run.stages.last_step or any(every and step % every == 0 for every in intervals)
 

@@ -15,6 +15,7 @@ from argonne.config.options import RunConfig
 from argonne.errors import NonFiniteError
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport, StepRecord
+from argonne.training.audit import SelfAudit
 from argonne.training.build import TrainedModel
 from argonne.training.changes import (
     SETTINGS_KEY,
@@ -93,6 +94,7 @@ class Run:
     spikes: SpikeGuard = field(default_factory=lambda: SpikeGuard("none"))
     profiler: StepProfiler = field(default_factory=StepProfiler)
     garbage: GarbageControl = field(default_factory=GarbageControl)
+    audit: SelfAudit = field(default_factory=SelfAudit)
 
     @property
     def config(self) -> RunConfig:

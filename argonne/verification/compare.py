@@ -171,7 +171,7 @@ def _agreeing(report: ShardingReport) -> ShardingReport:
     return report
 
 
-def _tp_local(tensor: Tensor) -> Tensor:
+def tp_local(tensor: Tensor) -> Tensor:
     """This tensor-parallel rank's whole slice, gathered over the replicas that FSDP has cut it over."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -187,7 +187,7 @@ class _Tally:
     def weight(self, name: str) -> Tensor:
         """The unsharded weight; collective."""
         name = name if name in self._parameters else "embed_tokens.weight"
-        return gather_unsharded(_tp_local(self._parameters[name].detach()), name, self._state)
+        return gather_unsharded(tp_local(self._parameters[name].detach()), name, self._state)
 
     def is_tied(self, name: str) -> bool:
         """Whether the weight is another one's: a tied head."""
@@ -197,7 +197,7 @@ class _Tally:
         """Take note of how far this rank's gradient is from the unsharded one; collective."""
         grad = self._parameters[name].grad
         assert grad is not None, f"{name} has no gradient"
-        local = _tp_local(grad)
+        local = tp_local(grad)
         owned = torch.zeros((), dtype=torch.float64, device=local.device)
         held, maximum = owned.clone(), owned.clone()
         for box in self._state.slice_map.rectangles(name, self._state.group.rank):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -51,8 +51,17 @@ def check_replicas(parameters: Mapping[str, Tensor], slice_map: SliceMap, parall
         PeerError: on all ranks, naming the first parameter whose copies differ and the rank that differs.
     """
     names = shared_parameters(slice_map)
+    for name, sums in sums_of_copies(parameters, slice_map, parallel, names):
+        _check_equal(name, sums)
+    return len(names) if parallel.control_group is not None else 0
+
+
+def sums_of_copies(
+    parameters: Mapping[str, Tensor], slice_map: SliceMap, parallel: Parallel, names: Sequence[str]
+) -> list[tuple[str, dict[int, int]]]:
+    """(name, checksum by world rank) of each part of ``names`` that several ranks hold; collective."""
     if not names or parallel.control_group is None:
-        return 0
+        return []
     parts = [(name, part) for name in names for part in slice_map.copies(name)]
     none = torch.zeros((), dtype=torch.int64, device=parameters[names[0]].device)
     own = torch.stack(
@@ -63,19 +72,22 @@ def check_replicas(parameters: Mapping[str, Tensor], slice_map: SliceMap, parall
     ).cpu()
     sums = [torch.empty_like(own) for _ in range(parallel.world_size)]
     dist.all_gather(sums, own, group=parallel.control_group)
-    for index, (name, part) in enumerate(parts):
-        _check_equal(name, {rank: int(sums[rank][index]) for rank in part})
-    return len(names)
+    return [(name, {rank: int(sums[rank][i]) for rank in part}) for i, (name, part) in enumerate(parts)]
+
+
+def odd_ranks(sums: Mapping[int, int]) -> tuple[list[int], int]:
+    """The ranks whose checksum is not the usual one, and a rank that has the usual one."""
+    values = list(sums.values())
+    usual = max(values, key=lambda value: (values.count(value), value == values[0]))
+    same = next(rank for rank, value in sums.items() if value == usual)
+    return [rank for rank, value in sums.items() if value != usual], same
 
 
 def _check_equal(name: str, sums: Mapping[int, int]) -> None:
-    values = list(sums.values())
-    usual = max(values, key=lambda value: (values.count(value), value == values[0]))
-    odd = [rank for rank, value in sums.items() if value != usual]
+    odd, same = odd_ranks(sums)
     if odd:
-        same = next(rank for rank, value in sums.items() if value == usual)
         raise PeerError(
             f"{name} is no longer the same on all ranks (--replica-check-interval): rank {odd[0]} differs "
-            f"from rank {same} ({len(odd)} of {len(values)} copies differ); resume from the last checkpoint; "
+            f"from rank {same} ({len(odd)} of {len(sums)} copies differ); resume from the last checkpoint; "
             "if it happens again, suspect a faulty device"
         )

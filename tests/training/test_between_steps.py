@@ -10,6 +10,7 @@ import pytest
 from argonne.run.evaluations import ValidationRecord
 from argonne.training import between_steps
 from argonne.training.between_steps import (
+    begin_step,
     check_replicas_if_due,
     end_step,
     sample_if_due,
@@ -49,8 +50,15 @@ class Calls:
                 validation=note,
                 sample=lambda *args, **more: note((args, more)),
             ),
-            profiler=SimpleNamespace(after_step=lambda step: f"profile of {step}" if step == 3 else None),
+            profiler=SimpleNamespace(
+                before_step=lambda step: note(("profile begins", step)),
+                after_step=lambda step: f"profile of {step}" if step == 3 else None,
+            ),
             garbage=SimpleNamespace(after_step=lambda step: note(("garbage", step))),
+            audit=SimpleNamespace(
+                begin_step=lambda run: note(("audit begins", run.step)),
+                end_step=lambda run: note(("audit", run.step)),
+            ),
         )
         monkeypatch.setattr(between_steps, "validate", lambda trained, name, step: record(name, step))
         monkeypatch.setattr(
@@ -136,13 +144,20 @@ def test_replicas_are_compared_at_their_interval(monkeypatch: pytest.MonkeyPatch
     assert Calls(monkeypatch).steps_at_which(check_replicas_if_due) == []
 
 
-def test_the_end_of_a_step_says_the_profile_then_collects_then_compares(
+def test_the_end_of_a_step_says_the_profile_then_collects_audits_and_compares(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = Calls(monkeypatch, checks=3)
     for calls.run.step in (2, 3):
         end_step(calls.run)
     assert [entry if isinstance(entry, str) else entry[0] for entry in calls.asked] == [
-        *("garbage", "profile of 3"),
-        *("garbage", "replicas"),
+        *("garbage", "audit", "profile of 3"),
+        *("garbage", "audit", "replicas"),
     ]
+
+
+def test_a_step_begins_with_its_profile_and_its_audit(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    calls.run.step = 6
+    begin_step(calls.run)
+    assert calls.asked == [("profile begins", 7), ("audit begins", 6)]
