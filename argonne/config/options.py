@@ -70,6 +70,12 @@ class DataOptions:
         at_least=2,
         default_text="none",
     )
+    exclude_documents: str | None = flag(
+        None,
+        "leave out the documents that this file lists, as scripts/find_document.py writes it",
+        metavar="FILE",
+        default_text="none",
+    )
     text_column: str = flag("text", "column that holds the documents", metavar="NAME")
     token_column: str | None = flag(
         None, "list column of token ids, instead of text", metavar="NAME", default_text="the data is text"

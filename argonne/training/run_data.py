@@ -36,6 +36,8 @@ class RunData:
         if progress is None:
             return {}
         extra = dict(progress.metrics())
+        if self.opened is not None and (digest := self.opened.exclusion.digest):
+            extra["excluded_list"] = digest
         if new := progress.skipped[known:]:
             extra["data_skipped"] = list(new)
             self.report.note(data_skipped=list(progress.skipped))

@@ -162,6 +162,7 @@ def source_options(config: RunConfig, samples_per_step: int, vocab_size: int | N
         packing=data.packing,
         shuffle=data.shuffle,
         holdout=data.holdout,
+        exclude=data.exclude_documents,
         seed=training.seed,
         num_proc=data.num_proc,
         trust_remote_code=data.trust_remote_code,

@@ -18,7 +18,7 @@ STAGES_KEY = "stages"
 NOT_COMPARED = frozenset(
     {
         *("eval_data", "eval_interval", "eval_samples"),
-        *("num_proc", "data_cache_dir", "skip_bad_shards", "allow_data_change"),
+        *("exclude_documents", "num_proc", "data_cache_dir", "skip_bad_shards", "allow_data_change"),
         *("batch_size", "gradient_accumulation_steps", "global_batch_size"),
     }
 )
