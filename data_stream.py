@@ -11,7 +11,7 @@ from typing import Any
 
 from argonne.data.cached_source import CachedSource
 from argonne.data.encoder_pool import EncoderPool
-from argonne.data.excluded import Exclusion
+from argonne.data.excluded import Exclusion, list_text
 from argonne.data.exclusion_resume import (
     ReadBeforeError,
     exclude,
@@ -60,6 +60,7 @@ __all__ = [
     "check_data",
     "find_shards",
     "held_out_options",
+    "list_text",
     "load_tokenizer",
     "open_sources",
     "open_stream",

@@ -72,6 +72,14 @@ class Exclusion:
         }
         return cls(rows={source: shards for source, shards in kept.items() if shards})
 
+    @classmethod
+    def read(cls, path: Path) -> Exclusion:
+        """From a file that `list_text` filled."""
+        rows: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for entry in read_list(path):
+            rows[entry.source or ""][entry.file].append(entry.row)
+        return cls.of(rows)
+
     def __len__(self) -> int:
         return sum(len(rows) for shards in self.rows.values() for rows in shards.values())
 
@@ -103,6 +111,11 @@ def list_line(source: str, file: str, row: int, text: Text | None = None) -> str
     content: dict[str, Any] = {"source": source} if source else {}
     content |= {"file": file, "row": row}
     return json.dumps(content if text is None else {**content, "hash": text_hash(text)}, ensure_ascii=False)
+
+
+def list_text(exclusion: Exclusion) -> str:
+    """A list of the same documents, without the hashes of their texts."""
+    return "".join(f"{list_line(*document)}\n" for document in exclusion.documents())
 
 
 def read_list(path: str | Path) -> list[Entry]:
@@ -159,7 +172,14 @@ def find_entries(
             raise DataError(f"{entry.where}: {_unknown(entry, corpora)}")
         for source, index in here:
             shard = corpora[source][index]
-            _require_row(entry, shard, [n for name, n in here if name == source], corpora[source])
+            _require_one(entry, [n for name, n in here if name == source], corpora[source])
+            if entry.row >= shard.rows and not shard.fault:
+                if all(entry.row >= corpora[name][number].rows for name, number in here):
+                    raise DataError(
+                        f"{entry.where}: {shard.name!r} has {shard.rows} rows (from 0), and no row "
+                        f"{entry.row}: correct it"
+                    )
+                continue  # another source's shard of this name is meant
             rows[source][shard.name].add(entry.row)
             placed.append(Found(entry, source, index))
     named = {
@@ -190,19 +210,16 @@ def _unknown(entry: Entry, corpora: Mapping[str, Sequence[Shard]]) -> str:
     )
 
 
-def _require_row(entry: Entry, shard: Shard, alike: list[int], shards: Sequence[Shard]) -> None:
+def _require_one(entry: Entry, alike: list[int], shards: Sequence[Shard]) -> None:
+    """DataError unless one shard of a source is meant, and it has documents."""
+    name = shards[alike[0]].name
     if len(alike) > 1:
         names = " and ".join(repr(shards[number].name) for number in alike[:2])
         raise DataError(f"{entry.where}: {entry.file!r} may be {names}: give the whole name")
-    if is_flat(shard.name):
+    if is_flat(name):
         raise DataError(
-            f"{entry.where}: {shard.name!r} is a flat token file, which has no rows to leave out: "
+            f"{entry.where}: {name!r} is a flat token file, which has no rows to leave out: "
             "make a list column of it (scripts/prepare_data.py --tokenize), or take the line out"
-        )
-    if entry.row >= shard.rows and not shard.fault:
-        raise DataError(
-            f"{entry.where}: {shard.name!r} has {shard.rows} rows (from 0), and no row {entry.row}: "
-            "correct it"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from argonne.run.report import RunReport
 from argonne.run.status import already_ended
 from argonne.training.build import TrainedModel, build_model, fill_weights, model_settings
 from argonne.training.data_places import metadata_for
+from argonne.training.exclusion import keep_list, open_at
 from argonne.training.final_model import check_final_model_dir
 from argonne.training.model_config import local_attention_line
 from argonne.training.stages import Stages
@@ -44,7 +45,6 @@ from data_stream import (
     StepFeed,
     check_data,
     load_tokenizer,
-    open_stream,
 )
 
 VERIFIED_TOKENS = 128
@@ -182,18 +182,16 @@ def data_on_rank_0(
     samples_per_step: int,
     world: World,
     vocab_size: int | None = None,
+    *,
+    staged: bool = False,
 ) -> OpenedStream | None:
     """Rank 0's source (None elsewhere), at the place in ``metadata``; DataError on all ranks."""
-    return only_on_rank_0(
-        lambda: open_stream(
-            source_options(config, samples_per_step, vocab_size),
-            tokenizer,
-            saved_position=metadata.get("data_position"),
-            saved_state=metadata.get("data_state"),
-            global_step=step,
-        ),
-        world,
-    )
+
+    def open_here() -> OpenedStream:
+        options = replace(source_options(config, samples_per_step, vocab_size), exclude_elsewhere=staged)
+        return open_at(options, tokenizer, metadata, step, config)
+
+    return only_on_rank_0(open_here, world)
 
 
 def open_feed(
@@ -207,14 +205,17 @@ def open_feed(
     vocab_size: int | None = None,
     *,
     new_stage: bool,
+    staged: bool = False,
 ) -> tuple[OpenedStream | None, StepFeed]:
     """Rank 0's source and every rank's feed, which tokenizes the first texts while the model is built.
 
     ``metadata``: of a checkpoint after ``step`` steps, or nothing. ``vocab_size``: the model's.
-    ``new_stage``: the stage begins here.
+    ``new_stage``: the stage begins here; ``staged``: others lie before or behind it.
     """
     place = metadata_for(config, metadata, new_stage=new_stage)
-    opened = data_on_rank_0(config, tokenizer, place, step, samples_per_step, world, vocab_size)
+    where = (config, tokenizer, place, step, samples_per_step, world, vocab_size)
+    opened = data_on_rank_0(*where, staged=staged)
+    keep_list(opened, config, report)
     for notice in opened.notices if opened is not None else ():
         report.warn(notice)
     feed = StepFeed(

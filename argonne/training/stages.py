@@ -132,6 +132,10 @@ class Stages:
             f"{self.current.samples_per_step} sequences of {training.block_size} tokens a step"
         )
 
+    def standing(self, step: int) -> dict[str, bool]:
+        """Whether a stage begins at ``step``, and whether there are others: for the opening of its data."""
+        return {"new_stage": step == self.first_step, "staged": bool(self.current.name)}
+
     def lasting(self) -> tuple[int, ...]:
         """Steps whose checkpoints are kept for good: the ends of the stages."""
         return (*self.starts[1:], self.last_step) if self.current.name else ()
