@@ -235,7 +235,7 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     stage, config = stages.current, stages.current.config
     require_memory(config, start.settings, parallel)
     place = (config, start.tokenizer, metadata, step, stage.samples_per_step, report, world)
-    data, feed = setup.open_feed(*place, start.settings["vocab_size"], **stages.standing(step))
+    data, feed = setup.open_feed(*place, start.settings["vocab_size"], new_stage=step == stages.first_step)
     held_out = setup.validation_sets(config, start.tokenizer, parallel)
     trained = setup.build(config, start.settings, parallel)
     setup.check_room_on_rank_0(config, trained, stages, step, world)

@@ -100,6 +100,8 @@ class DataOptions:
     )
     skip_bad_shards: bool = flag(False, "skip and record unreadable data instead of failing")
     allow_data_change: bool = flag(False, "resume even if shards were removed, renamed or rewritten")
+    others: bool = False
+    """Whether other stages may read other data; no flag."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

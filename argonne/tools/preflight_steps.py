@@ -44,7 +44,6 @@ def two_steps(flight: Preflight) -> str:
         parallel,
         start.settings["vocab_size"],
         new_stage=new_stage,
-        staged=bool(stage.name),
     )
     try:
         trained = build(config, start.settings, parallel)

@@ -42,6 +42,7 @@ def rewind_if_asked(run: Run, batch: StepBatch, result: StepResult) -> bool:
         before=before,
         after=run.data.position(),
         report=run.report,
+        place=run.data.place(),
     )
     run.control.boundary(run.step)
     return True

@@ -68,6 +68,10 @@ class RunData:
             return {}
         return self.opened.position_dict(self.progress)
 
+    def place(self) -> dict[str, Any]:
+        """`position` as the metrics have it."""
+        return {} if self.progress is None else dict(self.progress.metrics().get("data_position", {}))
+
     def metadata(self, config: RunConfig, *, staged: bool) -> dict[str, Any]:
         """The keys of a checkpoint about the data; there on rank 0 only. ``staged``: in a run with stages."""
         if self.opened is None or self.progress is None:

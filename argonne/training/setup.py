@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,7 @@ def source_options(config: RunConfig, samples_per_step: int, vocab_size: int | N
         shuffle=data.shuffle,
         holdout=data.holdout,
         exclude=data.exclude_documents,
+        exclude_elsewhere=data.others,
         seed=training.seed,
         num_proc=data.num_proc,
         trust_remote_code=data.trust_remote_code,
@@ -182,16 +183,11 @@ def data_on_rank_0(
     samples_per_step: int,
     world: World,
     vocab_size: int | None = None,
-    *,
-    staged: bool = False,
 ) -> OpenedStream | None:
     """Rank 0's source (None elsewhere), at the place in ``metadata``; DataError on all ranks."""
 
-    def open_here() -> OpenedStream:
-        options = replace(source_options(config, samples_per_step, vocab_size), exclude_elsewhere=staged)
-        return open_at(options, tokenizer, metadata, step, config)
-
-    return only_on_rank_0(open_here, world)
+    options = source_options(config, samples_per_step, vocab_size)
+    return only_on_rank_0(lambda: open_at(options, tokenizer, metadata, step, config), world)
 
 
 def open_feed(
@@ -205,16 +201,14 @@ def open_feed(
     vocab_size: int | None = None,
     *,
     new_stage: bool,
-    staged: bool = False,
 ) -> tuple[OpenedStream | None, StepFeed]:
     """Rank 0's source and every rank's feed, which tokenizes the first texts while the model is built.
 
     ``metadata``: of a checkpoint after ``step`` steps, or nothing. ``vocab_size``: the model's.
-    ``new_stage``: the stage begins here; ``staged``: others lie before or behind it.
+    ``new_stage``: the stage begins here.
     """
     place = metadata_for(config, metadata, new_stage=new_stage)
-    where = (config, tokenizer, place, step, samples_per_step, world, vocab_size)
-    opened = data_on_rank_0(*where, staged=staged)
+    opened = data_on_rank_0(config, tokenizer, place, step, samples_per_step, world, vocab_size)
     keep_list(opened, config, report)
     for notice in opened.notices if opened is not None else ():
         report.warn(notice)

@@ -30,6 +30,7 @@ class SpikeGuard:
         self._checkpoint: Path | None = None
         self._rewinds = 0
         self._behind: dict[str, Any] = {}
+        self._passed = 0
         self._note: dict[str, Any] = {}
 
     @property
@@ -79,15 +80,18 @@ class SpikeGuard:
         before: Mapping[str, Any],
         after: Mapping[str, Any],
         report: RunReport,
+        place: Mapping[str, Any] | None = None,
     ) -> None:
         """Record that the run went back from ``step`` to the checkpoint after ``back_to`` steps.
 
         ``data_from``: the position in the checkpoint; from there, or from where the last way back to it
-        went on, to ``after`` the data was passed over.
+        went on, to ``after`` the data was passed over. ``place``: ``after`` as the metrics have it.
         """
         if checkpoint != self._checkpoint:
             self._checkpoint, self._rewinds, self._behind = checkpoint, 0, dict(data_from)
+            self._passed = 0
         self._rewinds += 1
+        self._passed += step - back_to
         record = {"step": step, "action": "rewind", **asdict(spike), "back_to_step": back_to}
         places = {"data_from": self._behind, "data_before": dict(before), "data_after": dict(after)}
         report.spike(
@@ -96,7 +100,12 @@ class SpikeGuard:
             f"the data of steps {back_to + 1} to {step}",
         )
         self._behind = dict(after)
-        self._note = {"spike": {**asdict(spike), "step": step, "back_to_step": back_to}}
+        # A key of its own: the next step may be a spike, too, and a skipped one.
+        rewound = {"from_step": step, "to_step": back_to, "passed_over": self._passed}
+        self._note = {
+            "spike": {**asdict(spike), "step": step, "back_to_step": back_to},
+            "rewound": {**rewound, "data_position": dict(place or {})},
+        }
 
     def take_note(self) -> dict[str, Any]:
         """Keys of the first metrics line after a way back, once."""

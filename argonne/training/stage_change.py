@@ -50,7 +50,6 @@ def enter_next_stage(run: Run) -> bool:
             world,
             run.settings["vocab_size"],
             new_stage=True,
-            staged=True,
         )
         run.validation_sets = validation_sets(stage.config, run.tokenizer, world)
     run.data.begin()

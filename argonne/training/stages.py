@@ -74,7 +74,11 @@ def plan_stages(recipe: Recipe, dp_size: int) -> tuple[PlannedStage, ...]:
         planned.append(
             PlannedStage(
                 name=stage.name,
-                config=dataclasses.replace(stage.config, training=training),
+                config=dataclasses.replace(
+                    stage.config,
+                    training=training,
+                    data=dataclasses.replace(stage.config.data, others=bool(stage.name)),
+                ),
                 samples_per_step=samples,
                 accumulation=accumulation,
                 reset_optimizer=stage.reset_optimizer,
@@ -131,10 +135,6 @@ class Stages:
             f"steps {self.first_step + 1:,} to {self.last_step:,}, "
             f"{self.current.samples_per_step} sequences of {training.block_size} tokens a step"
         )
-
-    def standing(self, step: int) -> dict[str, bool]:
-        """Whether a stage begins at ``step``, and whether there are others: for the opening of its data."""
-        return {"new_stage": step == self.first_step, "staged": bool(self.current.name)}
 
     def lasting(self) -> tuple[int, ...]:
         """Steps whose checkpoints are kept for good: the ends of the stages."""
