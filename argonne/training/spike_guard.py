@@ -30,7 +30,6 @@ class SpikeGuard:
         self._checkpoint: Path | None = None
         self._rewinds = 0
         self._behind: dict[str, Any] = {}
-        self._passed = 0
         self._note: dict[str, Any] = {}
 
     @property
@@ -80,18 +79,18 @@ class SpikeGuard:
         before: Mapping[str, Any],
         after: Mapping[str, Any],
         report: RunReport,
-        place: Mapping[str, Any] | None = None,
+        place: Mapping[str, Any],
+        passed_over: int,
     ) -> None:
         """Record that the run went back from ``step`` to the checkpoint after ``back_to`` steps.
 
         ``data_from``: the position in the checkpoint; from there, or from where the last way back to it
-        went on, to ``after`` the data was passed over. ``place``: ``after`` as the metrics have it.
+        went on, to ``after`` the data was passed over. ``place``: ``after`` as the metrics have it;
+        ``passed_over``: batches from the checkpoint's place to there.
         """
         if checkpoint != self._checkpoint:
             self._checkpoint, self._rewinds, self._behind = checkpoint, 0, dict(data_from)
-            self._passed = 0
         self._rewinds += 1
-        self._passed += step - back_to
         record = {"step": step, "action": "rewind", **asdict(spike), "back_to_step": back_to}
         places = {"data_from": self._behind, "data_before": dict(before), "data_after": dict(after)}
         report.spike(
@@ -101,10 +100,10 @@ class SpikeGuard:
         )
         self._behind = dict(after)
         # A key of its own: the next step may be a spike, too, and a skipped one.
-        rewound = {"from_step": step, "to_step": back_to, "passed_over": self._passed}
+        rewound = {"from_step": step, "to_step": back_to, "passed_over": passed_over}
         self._note = {
             "spike": {**asdict(spike), "step": step, "back_to_step": back_to},
-            "rewound": {**rewound, "data_position": dict(place or {})},
+            "rewound": {**rewound, "data_position": dict(place)},
         }
 
     def take_note(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from argonne.data.excluded import Exclusion
 from argonne.training.run_data import RunData
 from tests.training.small_run import run_config
 
@@ -35,6 +36,7 @@ def progress(row: int, skips: int = 0) -> Any:
 def run_data(start: Any = None) -> tuple[RunData, Report]:
     opened: Any = SimpleNamespace(
         start=start or progress(0),
+        exclusion=Exclusion(),
         source_names=("web", "code", "books"),
         position_dict=lambda at: {"row": at.row},
         state_dict=lambda at: {"rows": at.row},
