@@ -83,6 +83,8 @@ class SourceOptions:
     """Where what is read of remote shards is kept (None: nowhere)."""
     cache_dir: Path | None
     """Where the shard index and the non-streaming token cache lie."""
+    keeps_index: bool = True
+    """Write the shard index; False for who must leave the folder as it is."""
 
     @property
     def column(self) -> str:

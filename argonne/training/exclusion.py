@@ -76,12 +76,23 @@ def last_before(
     stages = list(stages)
     for step, path in own_checkpoints(folder.pretrained):
         try:
-            metadata = saved_metadata(path)
-            if all(_first_read(metadata, *stage, tokenizer, step) is None for stage in stages):
+            if first_read(path, step, stages, tokenizer) is None:
                 return step, path
         except (CheckpointError, DataError):
             continue
     return None
+
+
+def first_read(
+    path: Path, step: int, stages: Iterable[tuple[RunConfig, SourceOptions]], tokenizer: Any
+) -> str | None:
+    """The first newly excluded document that a checkpoint had seen, in words, or None.
+
+    Raises CheckpointError, and DataError where its data is not that of the stages.
+    """
+    metadata = saved_metadata(path)
+    found = (_first_read(metadata, config, options, tokenizer, step) for config, options in stages)
+    return next((one for one in found if one is not None), None)
 
 
 def _first_read(
