@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -86,6 +86,15 @@ class CachedSamples:
         """The samples with one of the tokens from ``begin`` on, ``end`` left out."""
         first, last = np.searchsorted(self.starts, [begin - self.options.block_size, end])
         return np.arange(first, last)
+
+    def take(self, dropped: np.ndarray, epoch: int, sample: int) -> Iterator[tuple[int, int]]:
+        """(epoch, number) of one sample after another, without end, from a place in an epoch's order on."""
+        epoch, sample = epoch + sample // len(self.starts), sample % len(self.starts)
+        while True:
+            for number in epoch_order(self.options.seed, epoch, len(self.starts))[sample:].tolist():
+                if not dropped[number]:
+                    yield epoch, number
+            epoch, sample = epoch + 1, 0
 
     def without(self, excluded: Mapping[int, Collection[int]]) -> np.ndarray:
         """(samples,) bool: those that hold a token of a row that the cache has and ``excluded`` names."""
