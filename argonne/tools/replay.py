@@ -106,13 +106,12 @@ class StepReplay:
         self._open(place, number - 1, number, new_stage=False)
 
     def _recorded_spike(self, totals: StepTotals) -> Spike | None:
-        """A spike where the run left the step out for one, by the threshold that it had then."""
-        if self._recorded.get("skipped") != "spike":
+        """What leaves a step out that the run left out: its value beside the threshold of that time."""
+        if not self._recorded.get("skipped"):
             return None
-        told = self._recorded["spike"]
-        value, threshold = float(getattr(totals, told["quantity"])), float(told["threshold"])
-        spiked = value > threshold
-        return Spike(quantity=told["quantity"], value=value, threshold=threshold) if spiked else None
+        told = self._recorded.get("spike") or {}
+        quantity, threshold = str(told.get("quantity", "loss")), float(told.get("threshold", math.inf))
+        return Spike(quantity=quantity, value=float(getattr(totals, quantity)), threshold=threshold)
 
     def _saved_dtype(self, start: Start) -> None:
         """The run's precision, whatever this device would choose."""
@@ -242,4 +241,4 @@ def _skipped(result: StepResult) -> str | None:
     """As the metrics say it."""
     if result.skipped:
         return "non-finite loss or gradient"
-    return "spike" if result.spike is not None else None
+    return "spike" if result.spike is not None and result.spike.value > result.spike.threshold else None
