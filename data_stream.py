@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from argonne.data.cached_source import CachedSource
 from argonne.data.encoder_pool import EncoderPool
-from argonne.data.excluded import Exclusion, list_text
+from argonne.data.excluded import Exclusion, list_text, require_entries
 from argonne.data.exclusion_resume import (
     ReadBeforeError,
     exclude,
@@ -66,6 +67,7 @@ __all__ = [
     "open_stream",
     "read_before",
     "read_held_out",
+    "require_listed",
 ]
 
 
@@ -200,6 +202,18 @@ def open_sources(options: SourceOptions) -> dict[str, tuple[SourceOptions, list[
     corpora = {name: shards for name, (_, shards) in found.items()}
     _, own, _ = exclude(options, {name: part for name, (part, _) in found.items()}, corpora)
     return {name: (own[name], shards) for name, shards in corpora.items()}
+
+
+def require_listed(stages: Iterable[SourceOptions]) -> None:
+    """DataError for a document that a list of --exclude-documents names and no stage's data has."""
+    corpora: dict[str, list[Mapping[str, list[Shard]]]] = {}
+    for options in stages:
+        if isinstance(options.exclude, str | Path):
+            opened = open_sources(replace(options, exclude=None))
+            found = {name: shards for name, (_, shards) in opened.items()}
+            corpora.setdefault(str(options.exclude), []).append(found)
+    for path, several in corpora.items():
+        require_entries(path, several)
 
 
 def held_out_options(options: SourceOptions) -> dict[str, SourceOptions]:

@@ -188,6 +188,15 @@ def find_entries(
     return Exclusion.of(named), placed
 
 
+def require_entries(path: str | Path, several: Sequence[Mapping[str, Sequence[Shard]]]) -> None:
+    """DataError for an entry that names no document of any of several corpora."""
+    entries = read_list(path)
+    here = {one.entry for corpora in several for one in find_entries(entries, corpora, others=True)[1]}
+    for entry in entries:
+        if entry not in here:
+            find_entries([entry], several[0])
+
+
 def _by_name(shards: Sequence[Shard]) -> dict[str, list[int]]:
     """Numbers of the shards that a text may mean: by name, by last part of the name, by full path."""
     found: dict[str, list[int]] = defaultdict(list)

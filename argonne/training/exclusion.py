@@ -1,4 +1,4 @@
-"""--exclude-documents around a run: lists kept beside its metrics, the last checkpoint before a document."""
+"""--exclude-documents around a run: the last checkpoint before a document, lists kept beside the metrics."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 from argonne.config.options import RunConfig
 from argonne.errors import CheckpointError, DataError
-from argonne.files import OutputFolder, write_text
-from argonne.run.report import RunReport
+from argonne.files import OutputFolder
 from argonne.training.data_places import metadata_for
 from checkpointing import own_checkpoints, saved_metadata
 from data_stream import (
@@ -18,22 +17,9 @@ from data_stream import (
     OpenedStream,
     ReadBeforeError,
     SourceOptions,
-    list_text,
     open_stream,
     read_before,
 )
-
-
-def keep_list(opened: OpenedStream | None, config: RunConfig, report: RunReport) -> None:
-    """Keep the list for those who look back: the metrics name it by its digest."""
-    if opened is None or not opened.exclusion.rows:
-        return
-    path = OutputFolder(Path(config.output.output_dir)).excluded(opened.exclusion.digest)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, list_text(opened.exclusion))
-    except OSError as error:
-        report.warn(f"{path} cannot be written ({error.strerror}): a replay will not know the list")
 
 
 def open_at(

@@ -23,7 +23,7 @@ from argonne.run.report import RunReport
 from argonne.run.status import already_ended
 from argonne.training.build import TrainedModel, build_model, fill_weights, model_settings
 from argonne.training.data_places import metadata_for
-from argonne.training.exclusion import keep_list, open_at
+from argonne.training.exclusion import open_at
 from argonne.training.final_model import check_final_model_dir
 from argonne.training.model_config import local_attention_line
 from argonne.training.stages import Stages
@@ -45,6 +45,7 @@ from data_stream import (
     StepFeed,
     check_data,
     load_tokenizer,
+    require_listed,
 )
 
 VERIFIED_TOKENS = 128
@@ -209,7 +210,6 @@ def open_feed(
     """
     place = metadata_for(config, metadata, new_stage=new_stage)
     opened = data_on_rank_0(config, tokenizer, place, step, samples_per_step, world, vocab_size)
-    keep_list(opened, config, report)
     for notice in opened.notices if opened is not None else ():
         report.warn(notice)
     feed = StepFeed(
@@ -261,6 +261,8 @@ def check_data_ahead(stages: Stages, world: World) -> None:
     """DataError on all ranks where a later stage's data, or a validation set of it, is not there."""
 
     def check() -> None:
+        if stages.index == 0 and stages.current.name:  # later, what lies behind may be gone
+            require_listed([source_options(one.config, one.samples_per_step) for one in stages.planned])
         for stage in stages.planned[stages.index + 1 :]:
             options = source_options(stage.config, stage.samples_per_step)
             try:

@@ -26,7 +26,18 @@ def train(corpus: Path, output: Path, *flags: Any, steps: int = 9, processes: in
     data = ["--tokenizer-path", corpus / "tokenizer"]
     if "--data-glob" not in flags:
         data += ["--data-glob", f"{corpus}/data/*.parquet"]
-    common = [*SHAPE, *SCHEDULE, "--total-steps", steps, "--checkpoint-interval", 3, "--keep-checkpoints", 9]
+    common = [
+        *SHAPE,
+        *SCHEDULE,
+        "--warmup-steps",
+        2,
+        "--total-steps",
+        steps,
+        "--checkpoint-interval",
+        3,
+        "--keep-checkpoints",
+        9,
+    ]
     done = launch(processes, *data, *common, "--output-dir", output, *flags, **more)
     assert done.code == 0, done.stderr
 
