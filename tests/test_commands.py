@@ -175,6 +175,14 @@ SCRIPTED = [
 ]
 
 
+def unseen_list(sample: Path, folder: Path) -> str:
+    """A list of the corpus' last document."""
+    path = folder / "unseen.jsonl"
+    last = sorted((sample / "data").iterdir())[-1]
+    path.write_text(f"{last.name}:19\n")
+    return str(path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "words"), SCRIPTED, ids=lambda value: " ".join(value)[-60:])
 def test_a_script_of_the_docs_runs(page: str, words: list[str], sample: Path, tmp_path: Path) -> None:
@@ -187,6 +195,7 @@ def test_a_script_of_the_docs_runs(page: str, words: list[str], sample: Path, tm
         "NEW": str(tmp_path / "new.pth"),
         "EXPORT": str(tmp_path / "export"), "held_out/*.parquet": str(sample / "data" / "*.parquet"),
     }  # fmt: skip
+    places["LIST"] = unseen_list(sample, tmp_path)
     finished = subprocess.run(
         [sys.executable, str(ROOT / script), *(places.get(word, word) for word in arguments)],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,

@@ -14,7 +14,7 @@ from argonne.data.excluded import list_line, text_hash
 from argonne.data.source import SourceOptions
 from argonne.errors import DataError
 from argonne.testing.sources import source_options
-from data_stream import OpenedStream, held_out_options, open_stream, read_held_out
+from data_stream import OpenedStream, held_out_options, open_stream, read_held_out, require_listed
 from tests.data.excluded_samples import (
     Packed,
     blocks_of,
@@ -212,3 +212,22 @@ def test_nothing_left(tokenizer: Any, tmp_path: Path) -> None:
     opened = open_stream(options(tmp_path, tmp_path / "list"), tokenizer)
     with pytest.raises(DataError, match="2 are excluded"):
         run(opened, 1)
+
+
+def test_over_stages_a_document_must_be_in_the_data_of_one(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        corpus.write_shards(tmp_path / name, ["a", "b", "c"], shards=1)
+        (tmp_path / name / "000_00000.parquet").rename(tmp_path / name / f"{name}.parquet")
+    listed = write_list(tmp_path / "list", [("one.parquet", 1), ("two.parquet", 2)])
+    stages = [options(tmp_path / name, listed, exclude_elsewhere=True) for name in ("one", "two")]
+    require_listed(stages)
+    with pytest.raises(DataError, match=r"line 4: 'two\.parquet' is no shard"):
+        require_listed(stages[:1])
+
+
+def test_a_staged_run_passes_over_what_is_elsewhere(tokenizer: Any, tmp_path: Path) -> None:
+    corpus.write_shards(tmp_path / "data", ["a", "b", "c"], shards=1)
+    listed = write_list(tmp_path / "list", [("000_00000.parquet", 1), ("other.parquet", 2)])
+    opened = open_stream(options(tmp_path / "data", listed, exclude_elsewhere=True), tokenizer)
+    opened.source.close()
+    assert opened.exclusion.rows == {"": {"000_00000.parquet": [1]}}

@@ -201,3 +201,19 @@ def test_a_mixture_is_asked_source_by_source(tokenizer: Any, tmp_path: Path) -> 
             read = read_before(replace(usual, exclude=exclude), tokenizer, **state)
             expected = f"source {name!r}: {shard} row {row}" if (0, 0, row) <= passed else None
             assert read == expected
+
+
+def test_a_cache_of_an_older_version_has_no_rows(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    usual = options(folder, streaming=False, cache_dir=tmp_path / "cache")
+    opened = open_stream(usual, tokenizer)
+    _, progress = taken(opened, 4)
+    (rows,) = (tmp_path / "cache").glob("tokens-*/rows.bin")
+    state = saved(opened, progress)
+    order = shuffled_blocks(blocks_of(tokens_of(natural_rows(folder), tokenizer), SIZE), 0)
+    seen = {token.place for _, block in islice(order, 4 * G) for token in block}
+    rows.unlink()
+    for place in places(folder)[::5]:
+        exclude = write_list(tmp_path / "l", [place])
+        assert (read_before(replace(usual, exclude=exclude), tokenizer, **state) is None) == (
+            place not in seen
+        )
