@@ -233,7 +233,10 @@ def held_out_options(options: SourceOptions) -> dict[str, SourceOptions]:
     )
     if not options.mix:
         return {"": part}
-    return {source.name: source_by_columns(part, source.glob) for source in options.mix}
+    return {
+        source.name: replace(source_by_columns(part, source.glob), source_name=source.name)
+        for source in options.mix
+    }
 
 
 def _check_corpus(options: SourceOptions) -> tuple[SourceOptions, list[Shard], list[str]]:

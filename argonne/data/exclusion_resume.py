@@ -47,7 +47,11 @@ def exclude(
     elif isinstance(given, Exclusion):
         exclusion = given
     else:
-        exclusion, placed = find_entries(read_list(given), corpora, others=options.exclude_elsewhere)
+        entries = read_list(given)
+        if options.source_name:
+            mine = [one for one in entries if one.source in (None, options.source_name)]
+            entries = [one._replace(source=None) for one in mine]
+        exclusion, placed = find_entries(entries, corpora, others=options.exclude_elsewhere)
         checked = checked_digest(placed)
         if checked != (state or {}).get(CHECKED, ""):
             check_hashes(placed, corpora, {name: part.column for name, part in own.items()})

@@ -68,6 +68,8 @@ class SourceOptions:
     """Documents to leave out: the file that lists them, or the list."""
     exclude_elsewhere: bool = False
     """The file may name documents of other data, that of other stages or of the other sources."""
+    source_name: str = ""
+    """Of the source of a mixture that is opened alone: the list names it so."""
     excluded: Mapping[int, frozenset[int]] = field(default_factory=dict)
     """Of one source, once its shards are known: the rows to leave out, by the shard's number."""
     cached_without: Mapping[int, frozenset[int]] | None = None

@@ -135,6 +135,11 @@ def test_a_mixture_leaves_out_rows_of_the_source_that_is_named(tokenizer: Any, t
         expected.append(code.take(1)[0] if name == "code" else sample)
     opened = open_stream(options_of(folders, exclude=tmp_path / "list"), tokenizer)
     assert run(opened, 30) == expected
+    parts = held_out_options(options_of(folders, exclude=tmp_path / "list", holdout=2))
+    for name, count in {"web": 0, "code": 2, "books": 0}.items():
+        part = open_stream(parts[name], tokenizer)
+        part.source.close()
+        assert len(part.exclusion) == count
     write_list(tmp_path / "list", [(shard, 1), (shard, 2)])  # without a name: in every source that has it
     opened = open_stream(options_of(folders, exclude=tmp_path / "list"), tokenizer)
     assert len(opened.exclusion) == 6
