@@ -116,6 +116,8 @@ class RowPlaces:
     shards: Sequence[Shard]
     order: Order
     _ranks: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    _shard_ranks: tuple[int, dict[int, int]] = (-1, {})
+    """Of the epoch asked about last."""
 
     def place(self, epoch: int, shard: int, row: int) -> Place:
         """Where a row stands in an epoch."""
@@ -123,7 +125,10 @@ class RowPlaces:
 
     def rank_of_shard(self, epoch: int, shard: int) -> int:
         """Where a shard stands in an epoch."""
-        return list(self.order.shards(epoch, len(self.shards))).index(shard)
+        if self._shard_ranks[0] != epoch:
+            order = self.order.shards(epoch, len(self.shards))
+            self._shard_ranks = epoch, {number: rank for rank, number in enumerate(order)}
+        return self._shard_ranks[1][shard]
 
     def _rank_of_row(self, epoch: int, shard: int, row: int) -> int:
         if isinstance(self.order, NaturalOrder):

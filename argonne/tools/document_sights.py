@@ -63,6 +63,7 @@ class StreamSights:
 
     def __post_init__(self) -> None:
         self.places = RowPlaces(self.shards, self.options.order)
+        self._numbers = {shard.name: number for number, shard in enumerate(self.shards)}
 
     def first(self) -> Mapping[str, Any]:
         index, row = self.options.order.first(0, self.shards)
@@ -71,7 +72,7 @@ class StreamSights:
     def epochs(
         self, wanted: Wanted, before: Mapping[str, Any], after: Mapping[str, Any], excluded: Excluded
     ) -> Iterator[int]:
-        number = number_of(self.shards, wanted.shard)
+        number = self._numbers.get(wanted.shard)
         if number is None or (wanted.row is not None and wanted.row in excluded.get(number, ())):
             return
         first, last = self._place(before), self._place(after)
@@ -84,7 +85,7 @@ class StreamSights:
                 yield epoch
 
     def _place(self, position: Mapping[str, Any]) -> Place:
-        number = number_of(self.shards, str(position["file_name"]))
+        number = self._numbers.get(str(position["file_name"]))
         if number is None:
             raise DataError(f"{position['file_name']} is gone from the data (--data-glob): restore it")
         return self.places.place(int(position["epoch"]), number, int(position["row"]))

@@ -84,7 +84,9 @@ class StepReplay:
         data = replace(self.config.data, exclude_documents=None if path is None else str(path))
         self.config = replace(self.config, data=data)
         state = metadata.get("data_state")
-        if isinstance(state, dict):  # the run has taken the list up already: nothing is new in it
+        if (
+            isinstance(state, dict) and self.parallel.rank == 0
+        ):  # the run has taken the list up already: nothing is new in it
             rows = Exclusion() if path is None else Exclusion.read(path)
             metadata = {**metadata, "data_state": {**state, "excluded": rows.rows}}
         place = (self.start.tokenizer, metadata, step, self.samples_per_step, self.report, self.parallel)
@@ -97,6 +99,7 @@ class StepReplay:
             return
         self.feed.close()
         barrier(self.parallel)  # no feed of this group is left on any rank
+        self.feed.close()
         place: dict[str, Any] = {}
         if self.opened is not None and self.before is not None:
             place = {

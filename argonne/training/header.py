@@ -174,4 +174,6 @@ def excluded_line(opened: OpenedStream) -> str:
         for name in opened.corpora
     }
     by_source = ", ".join(f"{name} {count}" if name else str(count) for name, count in passed.items())
-    return f"{len(opened.exclusion)} documents (--exclude-documents), passed over so far: {by_source}"
+    count = len(opened.exclusion)
+    listed = f"{count} document{'' if count == 1 else 's'}"
+    return f"{listed} (--exclude-documents), passed over so far: {by_source}"

@@ -133,7 +133,7 @@ def test_a_branch_without_documents_begins_before_them(
     assert f'changed: --exclude-documents: not given -> "{listed}"' in said
     done = launch(1, "--config", OutputFolder(new).run_config)
     assert done.code == 0 and "excluded documents: 0 -> 1" in done.stderr, done.stderr
-    assert "Excluded: 1 documents (--exclude-documents), passed over so far: 0" in done.stdout
+    assert "Excluded: 1 document (--exclude-documents), passed over so far: 0" in done.stdout
     assert metrics(new)[-1]["excluded_rows"] == 1
     assert contents(run) == before
 
