@@ -26,7 +26,7 @@ from argonne.checkpoint.load import LoadReport, load_slices
 from argonne.checkpoint.parallel_save import save_copies
 from argonne.checkpoint.parts import open_any
 from argonne.checkpoint.pretrained_folder import is_weights_folder, open_folder, weights_of_folder
-from argonne.checkpoint.reader import CheckpointReader, weights_only
+from argonne.checkpoint.reader import CheckpointReader, saved_position, weights_only
 from argonne.checkpoint.room import SaveEstimate, check_room, estimate_save, require_room
 from argonne.checkpoint.save import SaveReport, save_checkpoint
 from argonne.checkpoint.shape import check_model_config, infer_model_config
@@ -72,6 +72,7 @@ __all__ = [
     "require_safe_torch",
     "save_checkpoint",
     "save_copies",
+    "saved_metadata",
     "verify_checkpoint",
     "weights_of_folder",
 ]
@@ -95,6 +96,17 @@ def require_safe_torch(version: str = torch.__version__) -> None:
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint after ``step`` optimizer steps lies."""
     return folder / checkpoint_name(step)
+
+
+def saved_metadata(path: Path) -> dict[str, Any]:
+    """A checkpoint's keys beside weights and optimizer; without the position of another reader's data.
+
+    Raises CheckpointError where it cannot be read.
+    """
+    reader = open_any(path)
+    metadata = {key: value for key, value in reader.metadata.items() if key != "data_position"}
+    position = saved_position(reader.kind, reader.metadata)
+    return metadata if position is None else {**metadata, "data_position": position}
 
 
 @dataclass(frozen=True, kw_only=True)

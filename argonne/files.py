@@ -92,6 +92,10 @@ class OutputFolder:
         """How the run stands now."""
         return self.stats / "run_status.json"
 
+    def excluded(self, digest: str) -> Path:
+        """A list of excluded documents that a run here had, by its digest in the metrics."""
+        return self.stats / "excluded_documents" / f"{digest}.jsonl"
+
     @property
     def lock(self) -> Path:
         """Held while a run uses the folder."""

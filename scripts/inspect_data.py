@@ -96,6 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the run whose steps are looked at."""
+    parser.add_argument(
+        "--exclude-documents", metavar="FILE", help="the run's list (a checkpoint has its own)"
+    )
     parser.add_argument("--no-packing", action="store_true", help="each document cut alone, as in such a run")
     parser.add_argument("--no-streaming", action="store_true", help="the shuffled order; needs --cache-dir")
     parser.add_argument(

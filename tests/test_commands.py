@@ -214,6 +214,14 @@ def first_words(sample: Path) -> str:
     return str(pq.read_table(shards(sample)[0]).column("text")[0].as_py())[:20]
 
 
+def unseen_list(sample: Path, folder: Path) -> str:
+    """A list of the corpus' last document."""
+    path = folder / "unseen.jsonl"
+    last = sorted((sample / "data").iterdir())[-1]
+    path.write_text(f"{last.name}:19\n")
+    return str(path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "words"), SCRIPTED, ids=lambda value: " ".join(value)[-60:])
 def test_a_script_of_the_docs_runs(page: str, words: list[str], sample: Path, tmp_path: Path) -> None:
@@ -228,6 +236,7 @@ def test_a_script_of_the_docs_runs(page: str, words: list[str], sample: Path, tm
         "RUN": str(sample / "run"), "9000": "1", "1234": "2", "a sentence of it": first_words(sample),
         "000_00042.parquet": shards(sample)[0].name, "000_00042.parquet:1234": f"{shards(sample)[0].name}:0",
     }  # fmt: skip
+    places["LIST"] = unseen_list(sample, tmp_path)
     finished = subprocess.run(
         [sys.executable, str(ROOT / script), *(places.get(word, word) for word in arguments)],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,

@@ -70,6 +70,12 @@ class DataOptions:
         at_least=2,
         default_text="none",
     )
+    exclude_documents: str | None = flag(
+        None,
+        "leave out the documents that this file lists, as scripts/find_document.py writes it",
+        metavar="FILE",
+        default_text="none",
+    )
     text_column: str = flag("text", "column that holds the documents", metavar="NAME")
     token_column: str | None = flag(
         None, "list column of token ids, instead of text", metavar="NAME", default_text="the data is text"
@@ -94,6 +100,8 @@ class DataOptions:
     )
     skip_bad_shards: bool = flag(False, "skip and record unreadable data instead of failing")
     allow_data_change: bool = flag(False, "resume even if shards were removed, renamed or rewritten")
+    others: bool = False
+    """Whether other stages may read other data; no flag."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -207,6 +207,8 @@ def _written(config: RunConfig) -> dict[str, Any]:
         first, second = first.replace("_", "-"), second.replace("_", "-")
         if first in values and values[first] is not False:
             values.pop(second, None)
+    if "token-column" in values and "data-mix" not in values:
+        values.pop("text-column", None)  # of one source the two contradict each other
     return values
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,6 +36,8 @@ class Counts(NamedTuple):
     """Documents in which invalid UTF-8 was replaced by U+FFFD."""
     held_out_rows: int = 0
     """Documents left to the other part of a source that --holdout splits."""
+    excluded_rows: int = 0
+    """Documents that --exclude-documents names."""
 
 
 class Document(NamedTuple):
@@ -70,6 +72,8 @@ def no_text(shards: Sequence[Shard], counts: Counts) -> str:
     what = "text (--data-glob, --text-column)"
     if counts.held_out_rows:
         what = f"document in this part of it: all {counts.held_out_rows} are in the other (--holdout)"
+    if counts.excluded_rows:
+        what = f"document that is left: {counts.excluded_rows} are excluded (--exclude-documents)"
     return f"the {len(shards)} shards hold no {what}"
 
 
@@ -134,6 +138,8 @@ class DocumentReader:
     order: Order = field(default_factory=NaturalOrder)
     holdout: Holdout | None = None
     """The part of the documents to read; None: all."""
+    excluded: Mapping[int, Collection[int]] = field(default_factory=dict)
+    """Rows to pass over, by the shard's number."""
 
     def __post_init__(self) -> None:
         self._kept_groups = KeptGroups(KEPT_COST, DOCUMENT_COST)
@@ -250,7 +256,8 @@ class DocumentReader:
     ) -> Iterator[Document]:
         """The documents among the rows at ``offsets`` of a batch that begins at ``row``, in that order."""
         skips = len(self.skipped)  # grows between batches only
-        documents, nulls, empty, replaced, held_out = self.counts
+        documents, nulls, empty, replaced, held_out, excluded = self.counts
+        left_out = self.excluded.get(index, ())
         for offset in offsets:
             text = batch.texts[offset]
             if isinstance(text, bytes):
@@ -259,14 +266,16 @@ class DocumentReader:
                 nulls += 1
             elif not text:
                 empty += 1
+            elif row + offset in left_out:
+                excluded += 1
             elif self.holdout is not None and not self.holdout.keeps(text):
                 held_out += 1
             else:
-                counts = Counts(documents, nulls, empty, replaced, held_out)
+                counts = Counts(documents, nulls, empty, replaced, held_out, excluded)
                 documents += 1
                 replaced += offset in batch.replaced
                 yield Document(epoch, index, row + offset, text, counts, skips)
-        self.counts = Counts(documents, nulls, empty, replaced, held_out)
+        self.counts = Counts(documents, nulls, empty, replaced, held_out, excluded)
 
     def _record(
         self,

@@ -24,10 +24,15 @@ class Holdout:
 
     def keeps(self, text: str | LongText | TokenRow) -> bool:
         """Whether the document belongs to this part."""
-        digest = hashlib.blake2b(digest_size=8)
-        if isinstance(text, TokenRow):
-            digest.update(text.ids.astype("<i4", copy=False).tobytes())
-        else:
-            for stretch in (text,) if isinstance(text, str) else text.stretches():
-                digest.update(stretch.encode())
-        return (int.from_bytes(digest.digest(), "little") % self.every == 0) == self.held_out
+        return (int.from_bytes(document_digest(text, 8), "little") % self.every == 0) == self.held_out
+
+
+def document_digest(text: str | LongText | TokenRow, size: int) -> bytes:
+    """blake2b of the UTF-8 text, or of a row's ids as little-endian int32, ``size`` bytes."""
+    digest = hashlib.blake2b(digest_size=size)
+    if isinstance(text, TokenRow):
+        digest.update(text.ids.astype("<i4", copy=False).tobytes())
+    else:
+        for stretch in (text,) if isinstance(text, str) else text.stretches():
+            digest.update(stretch.encode())
+    return digest.digest()

@@ -7,13 +7,15 @@ without reading what came before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from argonne.data.shards import Shard
 
+Place = tuple[int, int, int]
+"""Epoch, the shard's number in the epoch's order, the row's number in the shard's order."""
 SHARDS_KEY = 0xFFFFFFFF
 """Stands for the shards in the key of an epoch's generator, where others have the shard's number."""
 
@@ -105,3 +107,40 @@ class ShuffledOrder:
                 if len(rows):
                     return index, shards[index].first_rows[group] + int(rows[0])
         return 0, 0
+
+
+@dataclass(eq=False)
+class RowPlaces:
+    """Where the rows of a source stand in the order of each epoch, found without reading them."""
+
+    shards: Sequence[Shard]
+    order: Order
+    _ranks: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    _shard_ranks: tuple[int, dict[int, int]] = (-1, {})
+    """Of the epoch asked about last."""
+
+    def place(self, epoch: int, shard: int, row: int) -> Place:
+        """Where a row stands in an epoch."""
+        return (epoch, self.rank_of_shard(epoch, shard), self._rank_of_row(epoch, shard, row))
+
+    def rank_of_shard(self, epoch: int, shard: int) -> int:
+        """Where a shard stands in an epoch."""
+        if self._shard_ranks[0] != epoch:
+            order = self.order.shards(epoch, len(self.shards))
+            self._shard_ranks = epoch, {number: rank for rank, number in enumerate(order)}
+        return self._shard_ranks[1][shard]
+
+    def _rank_of_row(self, epoch: int, shard: int, row: int) -> int:
+        if isinstance(self.order, NaturalOrder):
+            return row
+        key = (epoch, shard)
+        if key not in self._ranks:
+            held = self.shards[shard]
+            groups = [
+                held.first_rows[group] + (np.arange(held.group_rows[group]) if rows is None else rows)
+                for group, rows in self.order.groups(epoch, shard, held, None)
+            ]
+            rows = np.concatenate(groups) if groups else np.empty(0, np.int64)
+            self._ranks[key] = np.argsort(rows)
+        ranks = self._ranks[key]
+        return int(ranks[row]) if row < len(ranks) else row

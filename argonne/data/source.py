@@ -12,6 +12,7 @@ import numpy as np
 
 from argonne.data.documents import Counts, Document, DocumentReader
 from argonne.data.encoder_pool import EncoderPool
+from argonne.data.excluded import Exclusion
 from argonne.data.find_shards import shown
 from argonne.data.flat_tokens import block_position, file_position
 from argonne.data.holdout import Holdout
@@ -63,6 +64,16 @@ class SourceOptions:
     """Every so many-th document, by a hash of its text, is held out of training; None: none is."""
     held_out: bool = False
     """Read the held-out documents instead of all others."""
+    exclude: str | Path | Exclusion | None = None
+    """Documents to leave out: the file that lists them, or the list."""
+    exclude_elsewhere: bool = False
+    """The file may name documents of other data, that of other stages or of the other sources."""
+    source_name: str = ""
+    """Of the source of a mixture that is opened alone: the list names it so."""
+    excluded: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    """Of one source, once its shards are known: the rows to leave out, by the shard's number."""
+    cached_without: Mapping[int, frozenset[int]] | None = None
+    """Without streaming: the rows that the token cache was made without; None: ``excluded``."""
     num_proc: int
     """Tokenizing workers at most (cut to the CPUs)."""
     trust_remote_code: bool
@@ -74,6 +85,8 @@ class SourceOptions:
     """Where what is read of remote shards is kept (None: nowhere)."""
     cache_dir: Path | None
     """Where the shard index and the non-streaming token cache lie."""
+    keeps_index: bool = True
+    """Write the shard index; False for who must leave the folder as it is."""
 
     @property
     def column(self) -> str:
@@ -262,6 +275,7 @@ class StreamingSource:
             self._skipped,
             order=options.order,
             holdout=options.part,
+            excluded=options.excluded,
         )
         self._pool = pool
         self._unencodable: list[tuple[Document, str]] = []

@@ -1,4 +1,4 @@
-"""--no-streaming: the corpus tokenized once into a memory-mapped file, its samples in a shuffled order.
+"""--no-streaming: the corpus tokenized once into a memory-mapped file.
 
 A cache is a folder named after a hash of everything its tokens depend on, so it is rebuilt when any of it
 changed. It exists once its ``meta.json`` does; until then ``journal.json`` says how far the build came.
@@ -13,8 +13,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,9 +27,7 @@ from argonne.data.holdout import Holdout
 from argonne.data.position import DataPosition
 from argonne.data.shards import Shard
 from argonne.data.source import (
-    DataProgress,
     SourceOptions,
-    TakenSamples,
     refuse_unencodable,
     unencodable_skip,
 )
@@ -43,7 +41,9 @@ from argonne.files import write_json_durably
 CACHE_VERSION = 1
 JOURNAL_SECONDS = 5.0
 """Time between two journal entries: what an interrupted build has to do again at most."""
-TOKEN_BYTES, START_BYTES = 4, 8
+FILES = {"tokens.bin": ("tokens", 4), "starts.bin": ("documents", 8), "rows.bin": ("documents", 8)}
+"""Name -> (count in ``meta.json``, bytes of each)."""
+ROW_BITS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,28 +54,60 @@ class TokenCache:
     """(tokens,) int32, memory-mapped."""
     starts: np.ndarray
     """(documents,) int64: where each document begins; memory-mapped."""
+    rows: np.ndarray | None
+    """(documents,) int64: `row_key` of each, ascending; memory-mapped. None: of an older version."""
     counts: Counts
     skipped: tuple[dict[str, Any], ...]
     blocks: bool = False
     """Rows are blocks of a stream: EOS ids end its documents."""
 
 
-def cache_key(shards: Sequence[Shard], tokenizer: str, column: str, part: Holdout | None = None) -> str:
+def row_key(file_index: int, row: int) -> int:
+    """A row of the corpus as one number, ascending in the natural order."""
+    return file_index << ROW_BITS | row
+
+
+def cache_key(
+    shards: Sequence[Shard],
+    tokenizer: str,
+    column: str,
+    part: Holdout | None = None,
+    excluded: Mapping[int, Collection[int]] | None = None,
+) -> str:
     """Hash of everything that the cached tokens depend on (``tokenizer``: its fingerprint, EOS included)."""
     files = [[s.name, s.size, s.mtime_ns, s.digest, list(s.group_rows), s.fault] for s in shards]
     content = [CACHE_VERSION, files, tokenizer, column, PIECE_CHARACTERS]
     if part is not None:
         content.append([part.every, part.held_out])
+    if excluded:
+        content.append({"excluded": [[number, sorted(rows)] for number, rows in sorted(excluded.items())]})
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+def cache_folder(shards: Sequence[Shard], tokenizer: str, options: SourceOptions) -> Path:
+    """Where the token cache of a corpus lies, or would."""
+    assert options.cache_dir is not None
+    key = cache_key(shards, tokenizer, describe_column(options.column), options.part, options.excluded)
+    return options.cache_dir / f"tokens-{key}"
+
+
+def find_cache(shards: Sequence[Shard], tokenizer: str, options: SourceOptions) -> TokenCache:
+    """The token cache of a corpus; DataError where it is not there whole."""
+    folder = cache_folder(shards, tokenizer, options)
+    try:
+        return _mapped(folder)
+    except OSError as error:
+        raise DataError(
+            f"the token cache {folder} is not there ({error.strerror}), and the order of --no-streaming is "
+            "known from it alone: restore it, or name its folder with --data-cache-dir"
+        ) from error
 
 
 def open_cache(
     shards: list[Shard], recipe: EncoderRecipe, tokenizer: str, options: SourceOptions
 ) -> TokenCache:
     """The token cache of a corpus, built first where it is missing or unfinished."""
-    assert options.cache_dir is not None
-    key = cache_key(shards, tokenizer, describe_column(options.column), options.part)
-    folder = options.cache_dir / f"tokens-{key}"
+    folder = cache_folder(shards, tokenizer, options)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
@@ -111,19 +143,25 @@ def _refuse_skips(skipped: Sequence[Mapping[str, Any]], folder: Path, options: S
 
 def _mapped(folder: Path) -> TokenCache:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    sizes = {"tokens.bin": meta["tokens"] * TOKEN_BYTES, "starts.bin": meta["documents"] * START_BYTES}
-    for name, size in sizes.items():
-        if (folder / name).stat().st_size != size:
+    has_rows = (folder / "rows.bin").exists()
+    for name, size in _sizes(meta).items():
+        if (has_rows or name != "rows.bin") and (folder / name).stat().st_size != size:
             raise DataError(
                 f"the token cache {folder} is damaged ({name} is not {size} bytes): remove the folder"
             )
     return TokenCache(
         tokens=np.memmap(folder / "tokens.bin", np.int32, "r"),
         starts=np.memmap(folder / "starts.bin", np.int64, "r"),
+        rows=np.memmap(folder / "rows.bin", np.int64, "r") if has_rows else None,
         counts=Counts(**meta["counts"]),
         skipped=tuple(meta["skipped"]),
         blocks=bool(meta.get("blocks")),
     )
+
+
+def _sizes(place: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of each file by the counts in ``meta.json`` or the journal."""
+    return {name: int(place[count]) * each for name, (count, each) in FILES.items()}
 
 
 class _Build:
@@ -145,11 +183,7 @@ class _Build:
         """What the journal says, if the files hold it; otherwise the very beginning."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             place = json.loads((self._folder / "journal.json").read_text(encoding="utf-8"))
-            sizes = {
-                "tokens.bin": place["tokens"] * TOKEN_BYTES,
-                "starts.bin": place["documents"] * START_BYTES,
-            }
-            if all((self._folder / name).stat().st_size >= size for name, size in sizes.items()):
+            if all((self._folder / name).stat().st_size >= size for name, size in _sizes(place).items()):
                 return place
         return {
             "file_index": 0,
@@ -172,6 +206,7 @@ class _Build:
             list(place["skipped"]),
             epochs=1,
             holdout=self._options.part,
+            excluded=self._options.excluded,
         )
         pool = None
         if self._options.token_column is not None:
@@ -181,12 +216,11 @@ class _Build:
             pool = EncoderPool(self._recipe, self._options.num_proc)
             batches = encoded_documents(iter(reader), pool)
         try:
-            with (
-                self._continued("tokens.bin", place["tokens"] * TOKEN_BYTES) as tokens,
-                self._continued("starts.bin", place["documents"] * START_BYTES) as starts,
-            ):
-                total, documents = self._write(batches, reader, tokens, starts)
-                _synchronize(tokens, starts)
+            with contextlib.ExitStack() as stack:
+                sizes = _sizes(place)
+                files = [stack.enter_context(self._continued(name, size)) for name, size in sizes.items()]
+                total, documents = self._write(batches, reader, *files)
+                _synchronize(*files)
         finally:
             if pool is not None:
                 pool.close()
@@ -211,9 +245,10 @@ class _Build:
             yield file
 
     def _write(
-        self, batches: Iterator[EncodedBatch], reader: DocumentReader, tokens: IO[bytes], starts: IO[bytes]
+        self, batches: Iterator[EncodedBatch], reader: DocumentReader, *files: IO[bytes]
     ) -> tuple[int, int]:
         """Append every batch; returns (tokens, documents) of the whole cache."""
+        tokens, starts, rows = files
         total, documents = self._place["tokens"], self._place["documents"]
         journaled = time.monotonic()
         rows_before = [0]
@@ -226,12 +261,13 @@ class _Build:
                 self._blocks = self._blocks or block_starts is not None
                 ids.tofile(tokens)
                 np.array([total + place for place, _, _ in beginnings], dtype=np.int64).tofile(starts)
+                np.array([row_key(*mark[1:3]) for _, _, mark in beginnings], dtype=np.int64).tofile(rows)
                 if beginnings:
                     place, _, mark = beginnings[-1]
                     document = Document.from_mark(mark)
                     bar.update(rows_before[document.file_index] + document.row - bar.n)
                     if time.monotonic() - journaled >= JOURNAL_SECONDS:
-                        _synchronize(tokens, starts)
+                        _synchronize(*files)
                         self._journal(document, total + place, documents + len(beginnings) - 1, reader)
                         journaled = time.monotonic()
                 total += len(ids)
@@ -267,80 +303,3 @@ def _synchronize(*files: IO[bytes]) -> None:
     for file in files:
         file.flush()
         os.fsync(file.fileno())
-
-
-def epoch_order(seed: int, epoch: int, samples: int) -> np.ndarray:
-    """The order of the samples in an epoch: Philox keyed by (seed, epoch)."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(samples)
-
-
-class CachedSource:
-    """Samples of the cached corpus, epoch after epoch, each in its own order.
-
-    The cache is built at the first step, that is in the feed's thread, where nobody's time-out runs.
-    """
-
-    def __init__(
-        self,
-        shards: list[Shard],
-        recipe: EncoderRecipe,
-        tokenizer: str,
-        options: SourceOptions,
-        progress: DataProgress,
-    ) -> None:
-        self._build = lambda: open_cache(shards, recipe, tokenizer, options)
-        self._options = options
-        self._eos = int(recipe.tokenizer.eos_token_id)
-        self.progress = progress
-        self._cache: TokenCache | None = None
-        self._order: tuple[int, np.ndarray] | None = None
-
-    def _open(self) -> TokenCache:
-        cache = self._build()
-        size = self._options.block_size
-        if self._options.packing:
-            self._starts = np.arange(0, max(0, len(cache.tokens) - 1) // size * size, size)
-        else:
-            windows = np.maximum(np.diff(cache.starts, append=len(cache.tokens)) - 1, 0) // size
-            first = np.repeat(np.cumsum(windows) - windows, windows)
-            self._starts = np.repeat(cache.starts, windows) + (np.arange(windows.sum()) - first) * size
-        if len(self._starts) == 0:
-            raise DataError(
-                f"the corpus of {len(cache.tokens)} tokens has no sample of {size + 1}: lower --block-size"
-            )
-        return cache
-
-    def take(self, count: int) -> TakenSamples:
-        cache = self._cache = self._cache or self._open()
-        size = self._options.block_size
-        epoch, sample = self.progress.position.epoch, self.progress.position.sample or 0
-        epoch, sample = epoch + sample // len(self._starts), sample % len(self._starts)
-        tokens = np.empty((count, size + 1), dtype=np.int32)
-        begins = np.zeros((count, size), dtype=bool)
-        for index in range(count):
-            start = self._starts[self._epoch_order(epoch)[sample]]
-            tokens[index] = cache.tokens[start : start + size + 1]
-            if cache.blocks:
-                begins[index, 1:] = tokens[index, : size - 1] == self._eos
-            else:
-                first, last = np.searchsorted(cache.starts, [start, start + size])
-                begins[index, cache.starts[first:last] - start] = True
-            sample += 1
-            if sample == len(self._starts):
-                epoch, sample = epoch + 1, 0
-        self.progress = replace(
-            self.progress,
-            position=DataPosition(epoch=epoch, sample=sample, block_size=size),
-            samples=self.progress.samples + count,
-            counts=cache.counts,
-            skipped=cache.skipped,
-        )
-        return TakenSamples(tokens, begins if self._options.document_attention else None)
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_order(self._options.seed, epoch, len(self._starts))
-        return self._order[1]
-
-    def close(self) -> None:
-        """Nothing to end: the map goes with the object."""

@@ -32,7 +32,7 @@ def open_shards(options: SourceOptions) -> tuple[SourceOptions, list[Shard]]:
         options.data_glob,
         options.column,
         skip_bad_shards=options.skip_bad_shards,
-        cache_dir=options.cache_dir,
+        cache_dir=options.cache_dir if options.keeps_index else None,
         remote_cache=options.remote_cache,
     )
     return _for_tokens(options, shards), shards

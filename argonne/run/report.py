@@ -72,7 +72,7 @@ class RunReport:
         self.active = rank == 0
         self._console = Console(active=self.active)
         self.info, self.warn = self._console.info, self._console.warn
-        self._output = OutputFolder(output_dir)
+        self.output = OutputFolder(output_dir)
         self._log_interval = log_interval
         self.flops_per_token: float | None = None
         self._peak: float | None = None
@@ -115,14 +115,14 @@ class RunReport:
         self._first_step = self._step = first_step
         self._stage_end = total_steps
         if self.active:
-            files = self._output
+            files = self.output
             self._metrics = MetricsFile(files.metrics, first_step, self.warn)
             self.evaluations, self._samples, self._spikes = (
                 LaterFile(path, first_step, self.warn)
                 for path in (files.eval_metrics, files.samples, files.spikes)
             )
             self._trackers = Trackers(
-                trackers, self._output.root, first_step=first_step, config=settings or {}, warn=self.warn
+                trackers, self.output.root, first_step=first_step, config=settings or {}, warn=self.warn
             )
             self._console.open_bar(first_step, total_steps)
 
@@ -223,7 +223,7 @@ class RunReport:
         where = " in the background" if background else ""
         self.info(f"Saved {path} ({bytes / 1e9:.2f} GB in {seconds:.1f} s{where}{of_the_time})")
         details = {"checkpoint": str(path), "checkpoint_bytes": bytes, "checkpoint_seconds": seconds}
-        self._write_stats(self._output.current_stats(step), {**(facts or {}), **details})
+        self._write_stats(self.output.current_stats(step), {**(facts or {}), **details})
 
     def finish(self, state: str, reason: str | None = None) -> None:
         """Count the warnings; write ``final_training_stats_tensor_parallel_{timestamp}.json``."""
@@ -231,7 +231,7 @@ class RunReport:
             return
         self._console.repeat_warnings()
         timestamp = time.strftime("%Y%m%d_%H%M%S")
-        self._write_stats(self._output.final_stats(timestamp), {"state": state, "reason": reason})
+        self._write_stats(self.output.final_stats(timestamp), {"state": state, "reason": reason})
 
     def close(self) -> None:
         """Close bar, files and trackers; calling it again does nothing."""

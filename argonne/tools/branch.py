@@ -177,13 +177,20 @@ def _link(source: Path, target: Path) -> str | None:
 
 
 def _copy_records(old: OutputFolder, new: OutputFolder, step: int) -> None:
-    """Metrics, validations, samples and spikes up to ``step``, and the statistics of its checkpoint."""
+    """Metrics, validations, samples and spikes up to ``step``, and the statistics of its checkpoint.
+
+    And the lists of excluded documents, which the metrics name.
+    """
     pairs = [(getattr(old, name), getattr(new, name)) for name in _RECORDS]
     for source, target in pairs:
         if not source.is_file():
             continue
         with source.open("rb") as lines, target.open("wb") as kept:
             kept.writelines(line for line in lines if _is_up_to(line, step))
+    for kept in old.excluded("*").parent.glob("*.jsonl"):
+        target = new.excluded(kept.stem)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(kept, target)
     statistics = old.current_stats(step)
     if statistics.is_file():
         shutil.copyfile(statistics, new.current_stats(step))

@@ -12,28 +12,27 @@ import torch
 
 from argonne.config.recipe import Recipe
 from argonne.errors import CheckpointError, ConfigError, DataError
-from argonne.ranks.agree import broadcast_object, on_rank_0
-from argonne.ranks.replicas import forward_context, local_gradients
+from argonne.ranks.agree import barrier, broadcast_object, on_rank_0
 from argonne.ranks.world import Parallel, World, build_parallel
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport
 from argonne.tools.kept_run import KeptRun
+from argonne.tools.replay_measure import measure
 from argonne.tools.replay_past import Past, find_past, replay_recipe
-from argonne.tools.replay_result import Figure, MeasuredDocument, Replay
+from argonne.tools.replay_result import Figure, Replay
 from argonne.tools.step_documents import StepDocument, step_documents
 from argonne.training.build import DTYPES, TrainedModel, choose_tp_size
-from argonne.training.optimizer import GradientTotals, reset_adam
+from argonne.training.optimizer import StepTotals, reset_adam
 from argonne.training.setup import Start, build, choose_start, fill, open_feed, source_options
-from argonne.training.spike_guard import SPIKES_KEY, SpikeGuard
+from argonne.training.spikes import Spike
 from argonne.training.stages import plan_stages, resume_stages
 from argonne.training.step import StepResult, TrainingStep, Votes
-from data_stream import DataProgress, StepBatch
+from data_stream import DataProgress, Exclusion, StepBatch
 
 TOLERANCE = {torch.float32: 1e-3}
 """Relative, of loss and gradient norm at another layout or on another device, where sums run in another
 order; the difference grows from step to step."""
 LOW_PRECISION_TOLERANCE = 5e-2
-IGNORED = -100
 
 
 class StepReplay:
@@ -69,16 +68,53 @@ class StepReplay:
         )
         self._saved_dtype(start)
         self.samples_per_step = stage.samples_per_step
-        place = (start.tokenizer, start.metadata, start.step, stage.samples_per_step, report, parallel)
+        self._recorded: Mapping[str, Any] = {}
         begins = start.step == stages.first_step
-        self.opened, self.feed = open_feed(
-            self.config, *place, start.settings["vocab_size"], new_stage=begins
-        )
+        self._open(start.metadata, start.step, past.first + 1, new_stage=begins)
         try:
             self._build(start, stage.accumulation, stage.reset_optimizer and begins)
         except BaseException:
             self.feed.close()
             raise
+
+    def _open(self, metadata: Mapping[str, Any], step: int, number: int, *, new_stage: bool) -> None:
+        """Open the data at the place in ``metadata``, under the list of excluded documents of a step."""
+        self._digest = str(self.past.records[number].get("excluded_list") or "")
+        path = self.past.lists.get(self._digest)
+        data = replace(self.config.data, exclude_documents=None if path is None else str(path))
+        self.config = replace(self.config, data=data)
+        state = metadata.get("data_state")
+        if (
+            isinstance(state, dict) and self.parallel.rank == 0
+        ):  # the run has taken the list up already: nothing is new in it
+            rows = Exclusion() if path is None else Exclusion.read(path)
+            metadata = {**metadata, "data_state": {**state, "excluded": rows.rows}}
+        place = (self.start.tokenizer, metadata, step, self.samples_per_step, self.report, self.parallel)
+        vocab_size = self.start.settings["vocab_size"]
+        self.opened, self.feed = open_feed(self.config, *place, vocab_size, new_stage=new_stage)
+
+    def _take_up_list(self, number: int) -> None:
+        """Open the data again where the run took up another list before step ``number``."""
+        if str(self.past.records[number].get("excluded_list") or "") == self._digest:
+            return
+        self.feed.close()
+        barrier(self.parallel)  # no feed of this group is left on any rank
+        self.feed.close()
+        place: dict[str, Any] = {}
+        if self.opened is not None and self.before is not None:
+            place = {
+                "data_position": self.opened.position_dict(self.before),
+                "data_state": self.opened.state_dict(self.before),
+            }
+        self._open(place, number - 1, number, new_stage=False)
+
+    def _recorded_spike(self, totals: StepTotals) -> Spike | None:
+        """What leaves a step out that the run left out: its value beside the threshold of that time."""
+        if not self._recorded.get("skipped"):
+            return None
+        told = self._recorded.get("spike") or {}
+        quantity, threshold = str(told.get("quantity", "loss")), float(told.get("threshold", math.inf))
+        return Spike(quantity=quantity, value=float(getattr(totals, quantity)), threshold=threshold)
 
     def _saved_dtype(self, start: Start) -> None:
         """The run's precision, whatever this device would choose."""
@@ -94,9 +130,8 @@ class StepReplay:
         fill(config, self.trained, start, self.report)
         if reset:
             reset_adam(self.trained.optimizer)
-        guard = SpikeGuard(config.control.spike_action)
-        guard.load_state_dict(start.metadata.get(SPIKES_KEY) or {})
-        self.one_step = TrainingStep(self.trained, config.training, accumulation, guard.judge_of_steps)
+        # Not by the rule: it remembers steps that the run went back from, and that are not done again.
+        self.one_step = TrainingStep(self.trained, config.training, accumulation, self._recorded_spike)
         self.one_step.scaler.load_state_dict(start.metadata.get("loss_scaler") or {})
         self.before: DataProgress | None = self.opened.start if self.opened is not None else None
 
@@ -106,8 +141,9 @@ class StepReplay:
         Raises DataError where the data gives other tokens than the run trained on.
         """
         for number in range(self.past.first + 1, self.past.step + 1):
-            record = self.past.records[number]
-            for _ in range(_passed_over(record)):
+            record = self._recorded = self.past.records[number]
+            self._take_up_list(number)
+            for _ in range(self.past.passed_over.get(number, 0)):
                 self.before = self.feed.next().progress
             batch = self.feed.next()
             recorded = record.get("stream_hash")
@@ -131,7 +167,10 @@ class StepReplay:
         record = self.past.records[self.past.step]
         tolerance = TOLERANCE.get(self.trained.dtype, LOW_PRECISION_TOLERANCE)
         totals = result.totals
+        left_out = (record.get("skipped"), _skipped(result))
+        skipped = (Figure(name="skipped", recorded=left_out[0], replayed=left_out[1]),)
         return (
+            *(skipped if any(left_out) else ()),
             Figure(name="stream_hash", recorded=record.get("stream_hash"), replayed=batch.stream_hash),
             Figure(name="lr", recorded=record.get("lr"), replayed=result.lr),
             Figure(
@@ -150,55 +189,21 @@ class StepReplay:
 
         def find() -> tuple[StepDocument, ...]:
             assert self.before is not None
+            assert self.opened is not None
             options = source_options(self.config, self.samples_per_step, self.start.settings["vocab_size"])
             sources = None if batch.sources is None else batch.sources.tolist()
             return tuple(
-                step_documents(options, self.start.tokenizer, self.before, batch.tokens.numpy(), sources)
+                step_documents(
+                    options,
+                    self.start.tokenizer,
+                    self.before,
+                    batch.tokens.numpy(),
+                    sources,
+                    self.opened.identity.get("cached_without"),
+                )
             )
 
         return tuple(broadcast_object(on_rank_0(find, self.parallel), self.parallel))
-
-    def measure(self, batch: StepBatch, document: StepDocument) -> MeasuredDocument:
-        """Loss and gradient norm of one document under the weights before the step."""
-        trained, parallel = self.trained, self.parallel
-        trained.optimizer.zero_grad(set_to_none=True)
-        context = forward_context(parallel, trained.dtype, sharded=trained.fsdp)
-        scale, total = self.one_step.scaler.scale, torch.zeros((), dtype=torch.float64)
-        every = batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
-        for sample in dict.fromkeys(piece.sample for piece in document.pieces):
-            tokens = batch.tokens[sample : sample + 1].to(parallel.device).long()
-            targets = torch.full_like(tokens[:, 1:], IGNORED)
-            for _, begin, end in (piece for piece in document.pieces if piece.sample == sample):
-                targets[:, begin:end] = tokens[:, begin + 1 : end + 1]
-            inputs, within = tokens[:, :-1].contiguous(), {}
-            if batch.document_ids is not None:
-                within["document_ids"] = batch.document_ids[sample : sample + 1].to(parallel.device)
-            with context():
-                mean = trained.wrapped(input_ids=inputs, shift_labels=targets, **within).loss
-            count = int((targets != IGNORED).sum())
-            (mean * (count / every) * scale).backward()
-            total += mean.detach().double().cpu() * count
-        gradients = local_gradients(trained.model)
-        trained.tensor_parallel.sum_partial_gradients(gradients)
-        sums = GradientTotals(trained.slice_map, parallel.rank, parallel.world_group)
-        norm = sums.reduce(gradients, loss_share=torch.zeros((), device=parallel.device), scale=scale).read()
-        trained.optimizer.zero_grad(set_to_none=True)
-        return MeasuredDocument(
-            document=document,
-            loss=float(total) / document.tokens,
-            grad_norm=norm.grad_norm,
-            text=self._text(batch, document),
-        )
-
-    def _text(self, batch: StepBatch, document: StepDocument) -> str:
-        if self.start.tokenizer is None:
-            return ""
-        ids = [
-            token
-            for sample, begin, end in document.pieces
-            for token in batch.tokens[sample, begin:end].tolist()
-        ]
-        return str(self.start.tokenizer.decode(ids))
 
 
 def replay(run: KeptRun, recipe: Recipe, step: int, folder: Path, parts: Any, *, from_start: bool) -> Replay:
@@ -212,12 +217,10 @@ def replay(run: KeptRun, recipe: Recipe, step: int, folder: Path, parts: Any, *,
     parallel: Parallel = replayed.parallel
     try:
         batch = replayed.lead()
-        measured: tuple[MeasuredDocument, ...] = ()
-        notes = list(getattr(report, "said", ()))
-        if parallel.dp_size == 1:
-            measured = tuple(replayed.measure(batch, document) for document in replayed.documents(batch))
-        else:
-            notes.append("documents are measured on one replica only: give as many processes as one has")
+        how = {"scale": replayed.one_step.scaler.scale, "tokenizer": replayed.start.tokenizer}
+        measured = tuple(
+            measure(replayed.trained, batch, document, **how) for document in replayed.documents(batch)
+        )
         result = replayed.finish(batch)
     finally:
         replayed.feed.close()
@@ -229,7 +232,7 @@ def replay(run: KeptRun, recipe: Recipe, step: int, folder: Path, parts: Any, *,
         figures=replayed.figures(batch, result),
         same_layout=(parallel.tp_size, parallel.dp_size) == (past.tp_size, past.dp_size),
         documents=measured,
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(dict.fromkeys(getattr(report, "said", ()))),
     )
 
 
@@ -237,9 +240,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _passed_over(record: Mapping[str, Any]) -> int:
-    """Batches that the run passed over before a step because it had gone back from a spike."""
-    spike = record.get("spike") or {}
-    if "back_to_step" not in spike:
-        return 0
-    return int(spike["step"]) - int(spike["back_to_step"])
+def _skipped(result: StepResult) -> str | None:
+    """As the metrics say it."""
+    if result.skipped:
+        return "non-finite loss or gradient"
+    return "spike" if result.spike is not None and result.spike.value > result.spike.threshold else None

@@ -15,6 +15,8 @@ from argonne.errors import CheckpointError, ConfigError, DataError
 from argonne.files import read_json
 from argonne.ranks.world import World
 from argonne.tools.kept_run import KeptRun
+from argonne.tools.rewinds import WaysBack
+from argonne.training.exclusion import kept_list
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,10 @@ class Past:
     checkpoint: str
     records: Mapping[int, Mapping[str, Any]]
     """Of the steps after the checkpoint."""
+    passed_over: Mapping[int, int]
+    """Step -> batches passed over before it, since the run had gone back from a spike."""
+    lists: Mapping[str, Path]
+    """The lists of excluded documents that the records name, by their digest."""
     samples_per_step: int | None
     """None where the records do not tell it."""
     tp_size: int | None
@@ -56,11 +62,16 @@ def find_past(run: KeptRun, step: int, block_size: int, *, from_start: bool) -> 
     # The run that did the step wrote the next checkpoint, if it is still kept.
     later = [kept for kept in run.checkpoints if kept >= step]
     layout = read_json(run.output.current_stats(min(later, default=first))) or {}
+    back = WaysBack(run.output)
+    passed = {number: back.passed_over(record) for number, record in way.items()}
+    digests = {str(record["excluded_list"]) for record in way.values() if record.get("excluded_list")}
     return Past(
         step=step,
         first=first,
         checkpoint=path,
         records=way,
+        passed_over={number: batches for number, batches in passed.items() if batches},
+        lists={digest: kept for digest in digests if (kept := kept_list(run.output, digest)) is not None},
         samples_per_step=None if tokens is None else tokens // block_size,
         tp_size=layout.get("tp_size"),
         dp_size=layout.get("dp_size"),

@@ -5,21 +5,24 @@ The tokens found are compared with the step's, so that a place is never wrong.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from argonne.data.cached_source import CachedSamples, cached_options, excluded_later
 from argonne.data.documents import DocumentReader, Mark
 from argonne.data.encoder_pool import EncoderPool
+from argonne.data.excluded import Exclusion, RowsOfSources
 from argonne.data.flat_tokens import block_position
 from argonne.data.samplers import WindowSampler, resumed
 from argonne.data.stream import EncodedBatch, encoded_documents
-from argonne.data.token_stream import open_shards, source_by_columns, token_batches, with_vocabulary
-from argonne.data.tokenizer import EncoderRecipe
+from argonne.data.token_cache import ROW_BITS, find_cache
+from argonne.data.token_stream import token_batches, with_vocabulary
+from argonne.data.tokenizer import EncoderRecipe, tokenizer_fingerprint
 from argonne.errors import DataError
+from data_stream import open_sources
 
 if TYPE_CHECKING:
     from argonne.data.position import DataPosition
@@ -44,8 +47,7 @@ class StepDocument:
     """Of a mixture; "" without one."""
     epoch: int
     shard: str
-    row: int | None
-    """None in the shuffled order of blocks, which remembers no rows."""
+    row: int
     token: int
     """Its first token in the step, counted in the document."""
     pieces: tuple[Piece, ...]
@@ -57,9 +59,8 @@ class StepDocument:
 
     def place(self) -> str:
         """Where it lies, in words."""
-        row = "" if self.row is None else f", row {self.row}"
         named = f"{self.source}: " if self.source else ""
-        return f"{named}{self.shard}{row}, from token {self.token}, epoch {self.epoch}"
+        return f"{named}{self.shard}, row {self.row}, from token {self.token}, epoch {self.epoch}"
 
 
 class _Run(NamedTuple):
@@ -76,6 +77,7 @@ def step_documents(
     before: DataProgress,
     tokens: np.ndarray,
     sources: Sequence[int] | None,
+    cached_without: RowsOfSources | None = None,
 ) -> list[StepDocument]:
     """The documents of a step in the order in which it met them.
 
@@ -83,17 +85,19 @@ def step_documents(
         before: where the data stood before the step.
         tokens: (samples, block_size + 1), the step's.
         sources: of a mixture, the number of each sample's source.
+        cached_without: of a run without streaming, the documents that its token caches were made without.
 
     Raises DataError where the data no longer gives the step's tokens.
     """
     options = with_vocabulary(options, tokenizer)
     found: list[StepDocument] = []
+    opened, made = open_sources(options), Exclusion.of(cached_without or {})
     for number, (name, position) in enumerate(before.positions.items()):
         mine = [index for index in range(len(tokens)) if sources is None or int(sources[index]) == number]
         if not mine:
             continue
-        part = source_by_columns(options, options.mix[number].glob) if options.mix else options
-        part, shards = open_shards(part)
+        part, shards = opened[name]
+        part = replace(part, cached_without=made.by_number(name, shards))
         found += _of_source(part, shards, tokenizer, name, position, tokens, mine)
     return sorted(found, key=lambda document: document.pieces[0])
 
@@ -109,7 +113,7 @@ def _of_source(
 ) -> list[StepDocument]:
     size = options.block_size
     if position.sample is not None:
-        return _blocks(name, position, tokenizer.eos_token_id, tokens, mine)
+        return _cached(options, shards, tokenizer, name, position, tokens, mine)
     position = block_position(position)
     reader = DocumentReader(
         shards,
@@ -118,6 +122,7 @@ def _of_source(
         options.skip_bad_shards,
         order=options.order,
         holdout=options.part,
+        excluded=options.excluded,
     )
     pool = None
     if options.token_column is None:
@@ -204,23 +209,43 @@ def _pieces(begin: int, end: int, mine: list[int], size: int) -> Iterator[Piece]
         begin += stop - place
 
 
-def _blocks(
-    name: str, position: DataPosition, eos: int, tokens: np.ndarray, mine: list[int]
+def _cached(
+    options: SourceOptions,
+    shards: list[Shard],
+    tokenizer: Any,
+    name: str,
+    position: DataPosition,
+    tokens: np.ndarray,
+    mine: list[int],
 ) -> list[StepDocument]:
-    """In the shuffled order of blocks: what lies between two EOS of a sample."""
-    found = []
-    for sample in mine:
-        inputs = tokens[sample, :-1]
-        cuts = [0, *(np.flatnonzero(inputs[:-1] == eos) + 1).tolist(), len(inputs)]
-        for begin, end in itertools.pairwise(cuts):
-            found.append(
-                StepDocument(
-                    source=name,
-                    epoch=position.epoch,
-                    shard=f"sample {sample} of the step",
-                    row=None,
-                    token=begin,
-                    pieces=(Piece(sample, begin, end),),
-                )
+    """In the shuffled order of samples: the documents of which each sample has tokens."""
+    made = cached_options(options)
+    samples = CachedSamples(find_cache(shards, tokenizer_fingerprint(tokenizer), made), shards, made)
+    assert position.sample is not None
+    taken = samples.take(samples.without(excluded_later(options)), position.epoch, position.sample)
+    starts, rows, size = samples.cache.starts, samples.rows, options.block_size
+    documents: dict[tuple[int, int], StepDocument] = {}
+    for sample, (epoch, number) in zip(mine, taken, strict=False):
+        begin = int(samples.starts[number])
+        if not np.array_equal(samples.cache.tokens[begin : begin + size], tokens[sample, :-1]):
+            raise DataError(
+                f"the token cache no longer gives the step's tokens from {position.describe()} on"
             )
-    return found
+        first, last = np.searchsorted(starts, [begin, begin + size - 1], side="right") - 1
+        for document in range(int(first), int(last) + 1):
+            stop = int(starts[document + 1]) if document < last else begin + size
+            piece = Piece(sample, max(int(starts[document]), begin) - begin, stop - begin)
+            if piece.begin == piece.end:
+                continue  # without token ids
+            index, row = divmod(int(rows[document]), 1 << ROW_BITS)
+            token = begin + piece.begin - int(starts[document])
+            known = documents.setdefault(
+                (epoch, document),
+                StepDocument(
+                    source=name, epoch=epoch, shard=shards[index].name, row=row, token=token, pieces=()
+                ),
+            )
+            documents[epoch, document] = replace(
+                known, token=min(known.token, token), pieces=(*known.pieces, piece)
+            )
+    return list(documents.values())

@@ -54,6 +54,7 @@ def show_step(options: argparse.Namespace) -> None:
 
 def source_options(options: argparse.Namespace, state: dict[str, Any] | None) -> SourceOptions:
     """What decides the tokens: the flags, and over them a checkpoint's ``data_state``."""
+    from argonne.data.excluded import Exclusion
     from argonne.data.source import MixPart, SourceOptions
 
     built = SourceOptions(
@@ -67,6 +68,7 @@ def source_options(options: argparse.Namespace, state: dict[str, Any] | None) ->
         packing=not options.no_packing,
         shuffle=options.shuffle,
         holdout=options.holdout,
+        exclude=options.exclude_documents,
         seed=options.seed,
         num_proc=options.num_proc,
         trust_remote_code=options.trust_remote_code,
@@ -83,6 +85,8 @@ def source_options(options: argparse.Namespace, state: dict[str, Any] | None) ->
         }  # what a checkpoint without these keys was trained with
         saved: dict[str, Any] = {key: state.get(key, value) for key, value in newer.items()}
         built = replace(built, **{key: state[key] for key in known}, **saved)
+        if built.exclude is None:
+            built = replace(built, exclude=Exclusion.of(state.get("excluded") or {}))
         if built.token_column is None:
             built = replace(built, text_column=state["text_column"])
     if not built.streaming and built.cache_dir is None:

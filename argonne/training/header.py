@@ -160,6 +160,20 @@ def source_lines(options: DataOptions, opened: OpenedStream | None) -> dict[str,
             texts[f"Source {name}"] = f"weight {weight}, {count} shards of {glob}, from {place}"
     if options.shuffle:
         texts["Shuffled"] = "shards, row groups and rows, by --seed"
+    if opened is not None and opened.exclusion.rows:
+        texts["Excluded"] = excluded_line(opened)
     if options.holdout is not None:
         texts["Held out"] = f"one document in {options.holdout}"
     return texts
+
+
+def excluded_line(opened: OpenedStream) -> str:
+    """How many documents are listed, and how many of them each source has passed over so far."""
+    passed = {
+        name: getattr(opened.start, "sources", {"": opened.start})[name].counts.excluded_rows
+        for name in opened.corpora
+    }
+    by_source = ", ".join(f"{name} {count}" if name else str(count) for name, count in passed.items())
+    count = len(opened.exclusion)
+    listed = f"{count} document{'' if count == 1 else 's'}"
+    return f"{listed} (--exclude-documents), passed over so far: {by_source}"

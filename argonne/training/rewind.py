@@ -42,6 +42,8 @@ def rewind_if_asked(run: Run, batch: StepBatch, result: StepResult) -> bool:
         before=before,
         after=run.data.position(),
         report=run.report,
+        place=run.data.place(),
+        passed_over=_passed_over(run, view),
     )
     run.control.boundary(run.step)
     return True
@@ -61,6 +63,17 @@ def _open(run: Run, path: Path) -> CheckpointView | None:
         run.report.warn(f"the way back from a spike is closed, and the step is skipped: {error}")
         return None
     return view if view is not None and view.step >= run.stages.first_step else None
+
+
+def _passed_over(run: Run, view: CheckpointView) -> int:
+    """Batches between the checkpoint's place in the data and today's; 0 on ranks without the data."""
+    progress, opened = run.data.progress, run.data.opened
+    if progress is None or opened is None:
+        return 0
+    saved = view.metadata.get("data_state") or {}
+    begun = view.step == run.stages.first_step  # the checkpoint may be that of another stage's data
+    before = opened.start.samples if begun or "samples" not in saved else int(saved["samples"])
+    return (progress.samples - before) // run.samples_per_step
 
 
 def _load(run: Run, view: CheckpointView) -> None:

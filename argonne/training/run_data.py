@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from argonne.config.options import RunConfig
+from argonne.files import write_text
 from argonne.run.report import RunReport
 from argonne.training.data_places import data_source
-from data_stream import DataProgress, OpenedStream
+from data_stream import DataProgress, Exclusion, OpenedStream, list_text
 
 
 @dataclass(eq=False, kw_only=True)
@@ -28,6 +29,17 @@ class RunData:
         self.progress = self.opened.start if self.opened is not None else None
         if self.progress is not None:
             self.report.note(data_skipped=list(self.progress.skipped))
+        if self.opened is not None and self.opened.exclusion.rows:
+            self._keep_list(self.opened.exclusion)
+
+    def _keep_list(self, exclusion: Exclusion) -> None:
+        """For those who look back: the metrics name the list of excluded documents by its digest."""
+        path = self.report.output.excluded(exclusion.digest)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, list_text(exclusion))
+        except OSError as error:
+            self.report.warn(f"{path} cannot be written ({error.strerror}): a replay will not know the list")
 
     def advance(self, progress: DataProgress | None) -> dict[str, Any]:
         """Go to the place after a step; its keys for the metrics. Reports what was newly skipped."""
@@ -36,6 +48,8 @@ class RunData:
         if progress is None:
             return {}
         extra = dict(progress.metrics())
+        if self.opened is not None and (digest := self.opened.exclusion.digest):
+            extra["excluded_list"] = digest
         if new := progress.skipped[known:]:
             extra["data_skipped"] = list(new)
             self.report.note(data_skipped=list(progress.skipped))
@@ -65,6 +79,10 @@ class RunData:
         if self.opened is None or self.progress is None:
             return {}
         return self.opened.position_dict(self.progress)
+
+    def place(self) -> dict[str, Any]:
+        """`position` as the metrics have it."""
+        return {} if self.progress is None else dict(self.progress.metrics().get("data_position", {}))
 
     def metadata(self, config: RunConfig, *, staged: bool) -> dict[str, Any]:
         """The keys of a checkpoint about the data; there on rank 0 only. ``staged``: in a run with stages."""

@@ -23,6 +23,7 @@ from argonne.run.report import RunReport
 from argonne.run.status import already_ended
 from argonne.training.build import TrainedModel, build_model, fill_weights, model_settings
 from argonne.training.data_places import metadata_for
+from argonne.training.exclusion import open_at
 from argonne.training.final_model import check_final_model_dir
 from argonne.training.model_config import local_attention_line
 from argonne.training.stages import Stages
@@ -45,7 +46,7 @@ from data_stream import (
     StepFeed,
     check_data,
     load_tokenizer,
-    open_stream,
+    require_listed,
 )
 
 VERIFIED_TOKENS = 128
@@ -163,6 +164,8 @@ def source_options(config: RunConfig, samples_per_step: int, vocab_size: int | N
         packing=data.packing,
         shuffle=data.shuffle,
         holdout=data.holdout,
+        exclude=data.exclude_documents,
+        exclude_elsewhere=data.others,
         seed=training.seed,
         num_proc=data.num_proc,
         trust_remote_code=data.trust_remote_code,
@@ -184,16 +187,9 @@ def data_on_rank_0(
     vocab_size: int | None = None,
 ) -> OpenedStream | None:
     """Rank 0's source (None elsewhere), at the place in ``metadata``; DataError on all ranks."""
-    return only_on_rank_0(
-        lambda: open_stream(
-            source_options(config, samples_per_step, vocab_size),
-            tokenizer,
-            saved_position=metadata.get("data_position"),
-            saved_state=metadata.get("data_state"),
-            global_step=step,
-        ),
-        world,
-    )
+
+    options = source_options(config, samples_per_step, vocab_size)
+    return only_on_rank_0(lambda: open_at(options, tokenizer, metadata, step, config), world)
 
 
 def open_feed(
@@ -277,6 +273,8 @@ def check_data_ahead(stages: Stages, world: World) -> None:
     """DataError on all ranks where a later stage's data, or a validation set of it, is not there."""
 
     def check() -> None:
+        if stages.index == 0 and stages.current.name:  # later, what lies behind may be gone
+            require_listed([source_options(one.config, one.samples_per_step) for one in stages.planned])
         for stage in stages.planned[stages.index + 1 :]:
             options = source_options(stage.config, stage.samples_per_step)
             try:

@@ -79,11 +79,14 @@ class SpikeGuard:
         before: Mapping[str, Any],
         after: Mapping[str, Any],
         report: RunReport,
+        place: Mapping[str, Any],
+        passed_over: int,
     ) -> None:
         """Record that the run went back from ``step`` to the checkpoint after ``back_to`` steps.
 
         ``data_from``: the position in the checkpoint; from there, or from where the last way back to it
-        went on, to ``after`` the data was passed over.
+        went on, to ``after`` the data was passed over. ``place``: ``after`` as the metrics have it;
+        ``passed_over``: batches from the checkpoint's place to there.
         """
         if checkpoint != self._checkpoint:
             self._checkpoint, self._rewinds, self._behind = checkpoint, 0, dict(data_from)
@@ -96,7 +99,12 @@ class SpikeGuard:
             f"the data of steps {back_to + 1} to {step}",
         )
         self._behind = dict(after)
-        self._note = {"spike": {**asdict(spike), "step": step, "back_to_step": back_to}}
+        # A key of its own: the next step may be a spike, too, and a skipped one.
+        rewound = {"from_step": step, "to_step": back_to, "passed_over": passed_over}
+        self._note = {
+            "spike": {**asdict(spike), "step": step, "back_to_step": back_to},
+            "rewound": {**rewound, "data_position": dict(place)},
+        }
 
     def take_note(self) -> dict[str, Any]:
         """Keys of the first metrics line after a way back, once."""

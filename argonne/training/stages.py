@@ -18,7 +18,7 @@ STAGES_KEY = "stages"
 NOT_COMPARED = frozenset(
     {
         *("eval_data", "eval_interval", "eval_samples"),
-        *("num_proc", "data_cache_dir", "skip_bad_shards", "allow_data_change"),
+        *("exclude_documents", "num_proc", "data_cache_dir", "skip_bad_shards", "allow_data_change"),
         *("batch_size", "gradient_accumulation_steps", "global_batch_size"),
     }
 )
@@ -74,7 +74,11 @@ def plan_stages(recipe: Recipe, dp_size: int) -> tuple[PlannedStage, ...]:
         planned.append(
             PlannedStage(
                 name=stage.name,
-                config=dataclasses.replace(stage.config, training=training),
+                config=dataclasses.replace(
+                    stage.config,
+                    training=training,
+                    data=dataclasses.replace(stage.config.data, others=bool(stage.name)),
+                ),
                 samples_per_step=samples,
                 accumulation=accumulation,
                 reset_optimizer=stage.reset_optimizer,

@@ -211,3 +211,10 @@ def test_ranks_with_other_files_are_told_apart(tmp_path: Path) -> None:
     assert {key for key in one if one[key] != other[key]} == {"--total-steps of stage two"}
     reset = recipe_values(recipe_of(tmp_path, TOP + STAGES.replace("optimizer = true", "optimizer = false")))
     assert {key for key in one if one[key] != reset[key]} == {"the stages"}
+
+
+@pytest.mark.parametrize("column", ["token-column", "text-column"])
+def test_the_configuration_of_a_run_of_one_column_repeats_it(tmp_path: Path, column: str) -> None:
+    recipe = parse_recipe(["--tokenizer-path", "tok", f"--{column}", "ids"])
+    again = recipe_of(tmp_path, recipe_toml(recipe))
+    assert recipe_values(again) | {"--config": None} == recipe_values(recipe)

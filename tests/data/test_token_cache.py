@@ -206,7 +206,13 @@ def test_an_interrupted_build_goes_on(
     monkeypatch.setattr(data_cache, "encoded_documents", lambda d, p: cut(whole(d, p), 10**9))
     expected = expected_samples(options, tokenizer, 1)
     taken = steps(open_stream(options, tokenizer), len(expected) // 5)
-    assert {path.name for path in folder.iterdir()} == {"tokens.bin", "starts.bin", "meta.json", "lock"}
+    assert {path.name for path in folder.iterdir()} == {
+        "tokens.bin",
+        "starts.bin",
+        "rows.bin",
+        "meta.json",
+        "lock",
+    }
     assert len(seen) - begun < begun  # it did not begin anew
     assert np.array_equal(np.concatenate([step.tokens for step in taken]), expected[: 5 * len(taken)])
     assert taken[0].progress.counts.null_rows == 1 and taken[0].progress.counts.documents == 50

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import branch_run
 import compare_runs
+import find_document
 import pytest
 
 from argonne.files import OutputFolder
@@ -105,3 +106,48 @@ def test_a_spoiled_checkpoint_and_a_used_folder_are_refused(
 def test_a_run_without_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert branch_run.main([str(tmp_path / "none"), str(tmp_path / "new"), "--step", "3"]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_a_branch_without_documents_begins_before_them(
+    finished_run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, listed = finished_run.folder, tmp_path / "list"
+    before = contents(run)
+    seen = {}
+    for row in range(6):
+        assert find_document.main([str(run), "--document", f"000_00000.parquet:{row}"]) == 0
+        said = capsys.readouterr().out
+        if "seen in steps" in said:
+            kept = said.split("checkpoints without it: ")[1].split()
+            seen[row] = 0 if kept == ["none"] else int(kept[-1].rstrip(","))
+    row = next(row for row, last in seen.items() if last == 3)
+    arguments = [str(run), "--document", f"000_00000.parquet:{row}", "--exclude-list", str(listed)]
+    assert find_document.main(arguments) == 0
+    assert f"{listed}: 1 documents added, 0 were there" in capsys.readouterr().out
+    assert find_document.main(arguments) == 0
+    assert "0 documents added, 1 were there" in capsys.readouterr().out
+    new, flags = tmp_path / "new", ["--exclude-documents", str(listed)]
+    assert branch_run.main([str(run), str(new), *flags]) == 0
+    said = capsys.readouterr().out
+    assert f"{new}: a branch of {run} at step 3" in said
+    assert f'changed: --exclude-documents: not given -> "{listed}"' in said
+    done = launch(1, "--config", OutputFolder(new).run_config)
+    assert done.code == 0 and "excluded documents: 0 -> 1" in done.stderr, done.stderr
+    assert "Excluded: 1 document (--exclude-documents), passed over so far: 0" in done.stdout
+    assert metrics(new)[-1]["excluded_rows"] == 1
+    assert contents(run) == before
+
+    assert branch_run.main([str(run), str(tmp_path / "other"), "--step", "6", *flags]) == 1
+    error = capsys.readouterr().err
+    assert f"--step 6: its checkpoint had seen 000_00000.parquet row {row}" in error
+    assert "give --step 3" in error
+    listed.write_text("000_00000.parquet:0\n")
+    assert branch_run.main([str(run), str(tmp_path / "other"), *flags]) == 1
+    assert "every checkpoint" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    resumed = launch(1, "--config", OutputFolder(new).run_config, "--total-steps", 12, *flags)
+    assert resumed.code == 1
+    assert resumed.errors() == [
+        "error: --exclude-documents names 000_00000.parquet row 0, which the run has trained on, and no "
+        f"checkpoint in {new}/pretrained is from before: start anew with the list, or --allow-data-change to "
+        "leave it out from here on"
+    ]

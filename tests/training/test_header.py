@@ -10,6 +10,7 @@ import pytest
 from argonne.config.mixture import mixed_source
 from argonne.config.options import DataOptions, ParallelOptions
 from argonne.config.run_options import CheckpointOptions
+from argonne.data.excluded import Exclusion
 from argonne.run.processes import Launch
 from argonne.run.report import RunReport
 from argonne.training.header import (
@@ -31,7 +32,11 @@ def opened_at(**position: Any) -> Any:
     place = DataPosition(**{"epoch": 1, "file_name": "a.parquet", "row": 7, "token_offset": 30, **position})
     start = SimpleNamespace(position=place, positions={"web": place, "code": place})
     return SimpleNamespace(
-        shards=["a", "b"], start=start, source_names=(), corpora={"web": "abc", "code": "d"}
+        shards=["a", "b"],
+        start=start,
+        source_names=(),
+        corpora={"web": "abc", "code": "d"},
+        exclusion=Exclusion(),
     )
 
 

@@ -81,6 +81,20 @@ def test_the_record_names_the_spike_and_the_data_passed_over(run: Run, tmp_path:
     )
 
 
+def test_the_first_step_after_it_says_where_its_data_began(run: Run, tmp_path: Path) -> None:
+    assert rewind_if_asked(run, batch(70), SPIKED)
+    assert rewind_if_asked(run, batch(80), SPIKED)  # at once again
+    run.complete(batch(82), SPIKED, 1.0)  # and a skipped one
+    line = lines(tmp_path)[-1]
+    assert line["skipped"] == "spike" and "back_to_step" not in line["spike"]
+    assert line["rewound"] == {
+        "from_step": 5,
+        "to_step": 4,
+        "passed_over": 20,  # samples 40 to 80, two a step
+        "data_position": {"row": 80},
+    }
+
+
 @pytest.mark.parametrize("action", ["none", "skip"])
 def test_no_other_action_goes_back(action: str, run: Run) -> None:
     run.spikes.action = action

@@ -1,10 +1,13 @@
 """Where the data of a run stands: after a step, in metrics, in checkpoints, and what was skipped."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from argonne.data.excluded import Exclusion
+from argonne.files import OutputFolder
 from argonne.training.run_data import RunData
 from tests.training.small_run import run_config
 
@@ -35,6 +38,7 @@ def progress(row: int, skips: int = 0) -> Any:
 def run_data(start: Any = None) -> tuple[RunData, Report]:
     opened: Any = SimpleNamespace(
         start=start or progress(0),
+        exclusion=Exclusion(),
         source_names=("web", "code", "books"),
         position_dict=lambda at: {"row": at.row},
         state_dict=lambda at: {"rows": at.row},
@@ -92,3 +96,15 @@ def test_other_ranks_have_no_place(tmp_path: Any) -> None:
     assert data.advance(None) == {} and data.position() == {} and report.facts == {}
     assert data.source_losses([1], [8.0], block_size=8) == {}
     assert data.metadata(run_config(tmp_path), staged=True) == {}
+
+
+def test_a_list_of_excluded_documents_is_kept_and_named(tmp_path: Path) -> None:
+    data, report = run_data()
+    data.opened.exclusion = Exclusion.of({"web": {"a.parquet": [3]}})  # type: ignore[union-attr, misc]
+    data.report.output = OutputFolder(tmp_path)
+    data.begin()
+    digest = data.advance(progress(1))["excluded_list"]
+    assert Exclusion.read(OutputFolder(tmp_path).excluded(digest)) == data.opened.exclusion  # type: ignore[union-attr]
+    data.report.output = OutputFolder(tmp_path / "stats" / "excluded_documents" / f"{digest}.jsonl")
+    data.begin()
+    assert "cannot be written" in report.warnings[-1]

@@ -53,10 +53,15 @@ def test_ways_back_to_one_checkpoint_are_few(tmp_path: Path) -> None:
             "data_from": {"row": 0},
             "before": {"row": number},
             "after": {"row": number + 1},
+            "place": {"row": number + 1},
+            "passed_over": number + 3,
         }
         guard.rewound(SPIKE, 9, checkpoint=path, back_to=6, report=report, **places)
     assert not guard.may_go_back_to(path) and guard.may_go_back_to(tmp_path / "b.pth")
-    assert guard.take_note()["spike"]["back_to_step"] == 6 and guard.take_note() == {}
+    note = guard.take_note()
+    assert note["spike"]["back_to_step"] == 6 and guard.take_note() == {}
+    told = {"from_step": 9, "to_step": 6, "passed_over": 5, "data_position": {"row": 3}}
+    assert note["rewound"] == told
     report.close()
     lines = [json.loads(line) for line in OutputFolder(tmp_path).spikes.read_text().splitlines()]
     assert [(line["data_from"]["row"], line["data_after"]["row"]) for line in lines] == [

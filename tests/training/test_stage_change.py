@@ -77,7 +77,9 @@ def test_the_next_stage_has_its_own_data_batches_and_sets(run: Run) -> None:
     assert (run.stages.current.name, run.stages.first_step, run.stages.last_step) == ("long", 4, 7)
     assert run.data.position() == {"row": 0} and run.validation_sets == (2 * CONTEXT,)
     assert run.trained is model and run.one_step is not step
-    assert run.data.places == {"a/*": {"data_position": {"row": 40}, "data_state": {"rows": 40}}}
+    assert run.data.places == {
+        "a/*": {"data_position": {"row": 40}, "data_state": {"rows": 40, "samples": 40}}
+    }
 
 
 def test_the_loss_scale_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

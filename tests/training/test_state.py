@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from argonne.config.options import ParallelOptions
+from argonne.data.excluded import Exclusion
 from argonne.errors import NonFiniteError
 from argonne.training.between_steps import check_replicas_if_due
 from argonne.training.keeper import CheckpointKeeper
@@ -36,16 +37,18 @@ class Source:
 
     def __init__(self, start: Any) -> None:
         self.start = start
+        self.exclusion = Exclusion()
 
     def position_dict(self, progress: Any) -> dict[str, Any]:
         return {"row": progress.row}
 
     def state_dict(self, progress: Any) -> dict[str, Any]:
-        return {"rows": progress.row}
+        return {"rows": progress.row, "samples": progress.samples}
 
 
 def progress_at(row: int, skipped: tuple[Any, ...] = ()) -> Any:
-    return SimpleNamespace(row=row, skipped=skipped, metrics=lambda: {"data_rows": row})
+    metrics = {"data_rows": row, "data_position": {"row": row}}
+    return SimpleNamespace(row=row, samples=row, skipped=skipped, metrics=lambda: metrics)
 
 
 def small_run(folder: Path, **groups: Any) -> Run:
@@ -144,7 +147,7 @@ def test_a_saved_run_is_restored(run: Run, tmp_path: Path, capsys: pytest.Captur
     saved = torch.load(path, weights_only=True)
     assert saved["global_step"] == 1 and saved["scheduler_state_dict"] == {"step": 0}
     assert (saved["tokens_processed"], saved["loss"]) == (32, result.totals.loss)
-    assert (saved["data_position"], saved["data_state"]) == ({"row": 3}, {"rows": 3})
+    assert (saved["data_position"], saved["data_state"]) == ({"row": 3}, {"rows": 3, "samples": 3})
     assert (saved["global_batch_size"], saved["model_dtype"]) == (2, "torch.float32")
     assert saved["model_config"] == {"model_type": "argonne2", **SETTINGS}
     assert saved["optimizer_state_dict"]["state"][0]["step"].item() == 1.0
