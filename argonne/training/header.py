@@ -137,6 +137,7 @@ def switches(options: ParallelOptions) -> dict[str, str]:
         "Sequence parallel": "on" if options.sequence_parallel else "",
         "Recomputation": options.activation_checkpointing,
         "Compiled": "each block" if options.compile else "",
+        "Asynchronous TP": "on" if options.async_tp else "",
     }
     return {label: text for label, text in texts.items() if text not in ("", "none")}
 
