@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
+    from argonne.ranks.gpu_environment import prepare_gpus
+
     prepare_gpus(config, environment)
     from argonne.ranks.faults import run_error_of
     from argonne.ranks.world import disconnect
@@ -166,21 +168,6 @@ def train(recipe: Recipe, environment: Environment, control: RunControl, report:
 
 
 # ------------------------------------------------------------------ connect
-
-
-def prepare_gpus(config: RunConfig, environment: Environment) -> None:
-    """Set what CUDA, NCCL and the allocator read; before torch is imported.
-
-    The model is not open yet: where the flags do not name its heads, they are taken to be Argonne 2.0's.
-    """
-    from argonne.config.presets import PRESETS, REFERENCE
-    from argonne.ranks.gpu_environment import one_queue_helps, set_gpu_environment
-
-    options = config.parallel
-    heads = {**PRESETS[REFERENCE], **(config.model.settings or {})}["num_attention_heads"]
-    fsdp = options.data_parallel == "fsdp"
-    one_queue = one_queue_helps(environment, options.tensor_parallel_size, heads, fsdp=fsdp)
-    set_gpu_environment(os.environ, one_queue=one_queue)
 
 
 def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl) -> World:

@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
+    from argonne.ranks.gpu_environment import prepare_gpus
+
+    prepare_gpus(recipe.config, environment)
     from argonne.tools.preflight import preflight
 
     return preflight(recipe, environment)

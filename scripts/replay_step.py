@@ -50,14 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = KeptRun(options.run)
         recipe = run.recipe()
 
+        from argonne.ranks.gpu_environment import prepare_gpus
         from argonne.ranks.launch import Environment
+
+        environment = Environment.read(recipe.config.parallel.local_rank)
+        prepare_gpus(recipe.config, environment)
         from argonne.ranks.world import disconnect
         from argonne.run.control import RunControl
         from argonne.tools.preflight import QuietReport, join
         from argonne.tools.replay import replay
         from argonne.tools.replay_page import terminal_lines, verdict, write_page
 
-        environment = Environment.read(recipe.config.parallel.local_rank)
         world, _ = join(recipe, environment)
         with tempfile.TemporaryDirectory(prefix="argonne-replay-") as folder:
             report = QuietReport(Path(folder), rank=world.rank)
