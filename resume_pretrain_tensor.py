@@ -21,6 +21,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -68,8 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-
-    from argonne.ranks.gpu_environment import prepare_gpus
 
     prepare_gpus(config, environment)
     from argonne.ranks.faults import run_error_of
@@ -170,9 +169,25 @@ def train(recipe: Recipe, environment: Environment, control: RunControl, report:
 # ------------------------------------------------------------------ connect
 
 
+def prepare_gpus(config: RunConfig, environment: Environment) -> None:
+    """Set what CUDA, NCCL and the allocator read; before torch is imported.
+
+    The model is not open yet: where the flags do not name its heads, they are taken to be Argonne 2.0's.
+    """
+    from argonne.config.presets import PRESETS, REFERENCE
+    from argonne.ranks.gpu_environment import one_queue_helps, set_gpu_environment
+
+    options = config.parallel
+    heads = {**PRESETS[REFERENCE], **(config.model.settings or {})}["num_attention_heads"]
+    fsdp = options.data_parallel == "fsdp"
+    one_queue = one_queue_helps(environment, options.tensor_parallel_size, heads, fsdp=fsdp)
+    set_gpu_environment(os.environ, one_queue=one_queue)
+
+
 def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl) -> World:
     """Join the other ranks, watch each other from then on, and check that all were started alike."""
     from argonne.ranks.agree import check_same
+    from argonne.ranks.flight_recorder import recorded_groups
     from argonne.ranks.meeting import await_ranks, open_store, private_store
     from argonne.ranks.world import AGREEMENT_TIMEOUT, COLLECTIVE_TIMEOUT, choose_device, connect
     from argonne.run.stalls import collective_limit
@@ -191,6 +206,7 @@ def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl)
         control.all_joined()
     limit = collective_limit(stall_timeout, least=COLLECTIVE_TIMEOUT.total_seconds())
     world = connect(environment, device, store, timeout=timedelta(seconds=limit))
+    control.progress.completed_work = partial(recorded_groups, device)
     check_same(recipe_values(recipe), world)
     if config.model.settings is not None:  # a degree that cannot work is refused before anything is read
         choose_tp_size(config.model.settings, config.parallel.tensor_parallel_size, world)

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from argonne.errors import ConfigError
 from argonne.tools.kept_run import KeptRun
 from argonne.tools.script import OneLineParser, run_script
+from resume_pretrain_tensor import prepare_gpus
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = KeptRun(options.run)
         recipe = run.recipe()
 
-        from argonne.ranks.gpu_environment import prepare_gpus
         from argonne.ranks.launch import Environment
 
         environment = Environment.read(recipe.config.parallel.local_rank)

@@ -6,15 +6,9 @@ call, gloo and NCCL at the first group.
 
 from __future__ import annotations
 
-import os
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING
 
-from argonne.config.presets import PRESETS, REFERENCE
 from argonne.ranks.launch import Environment
-
-if TYPE_CHECKING:
-    from argonne.config.options import RunConfig
 
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """The allocator's variable since torch 2.9, and the older name, which it still reads."""
@@ -46,15 +40,3 @@ def one_queue_helps(environment: Environment, tp_size: int | None, query_heads: 
         ranks = environment.local_world_size or environment.world_size
         tp_size = max(size for size in range(1, ranks + 1) if ranks % size == 0 and query_heads % size == 0)
     return tp_size > 1 and (not fsdp or environment.world_size == tp_size)
-
-
-def prepare_gpus(config: RunConfig, environment: Environment) -> None:
-    """Set this process's environment for a run with these flags.
-
-    The model is not open yet: where the flags do not name its heads, they are taken to be Argonne 2.0's.
-    """
-    options = config.parallel
-    heads = {**PRESETS[REFERENCE], **(config.model.settings or {})}["num_attention_heads"]
-    fsdp = options.data_parallel == "fsdp"
-    one_queue = one_queue_helps(environment, options.tensor_parallel_size, heads, fsdp=fsdp)
-    set_gpu_environment(os.environ, one_queue=one_queue)

@@ -67,9 +67,7 @@ Left alone, it orders a graph by peak memory and awaits each reduction at once, 
 which the layers put between the two, hide nothing."""
 
 
-def compile_blocks(
-    blocks: Iterable[nn.Module], *, backend: str = "inductor", async_tp: bool = False
-) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], *, backend: str = "inductor", async_tp: bool = False) -> None:
     """torch.compile each block in place, with static shapes; parameter names do not change.
 
     ``async_tp``: torch's own asynchronous tensor parallelism (see `enable_async_tp`).
@@ -114,7 +112,8 @@ def enable_async_tp(parallel: Parallel, block_size: int) -> None:
     name = parallel.tp_group.group_name
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # called needless since 2.13, whose pass still asks
+            # Said to be needless since torch 2.13, whose pass still asks for it.
+            warnings.simplefilter("ignore", FutureWarning)
             symmetric_memory.enable_symm_mem_for_group(name)
         symmetric_memory.get_symm_mem_workspace(name, 1 << 20)
     except RuntimeError as error:

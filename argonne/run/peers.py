@@ -13,12 +13,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from argonne.errors import EXIT_FAILURE
 from argonne.run.processes import process_fields
-from argonne.run.stalls import Beat, Progress, StallJudge, Verdict
+from argonne.run.stalls import Beat, GroupWork, Progress, StallJudge, Verdict
 
 
 class KeyStore(Protocol):
@@ -72,6 +72,7 @@ class Peers:
         self._places: dict[int, dict[str, Any]] = {}
         self._notes: dict[int, Note] = {}
         self._number = 0
+        self._stood = (-1, 0.0)
         self._ending = threading.Event()
         self._wanted = threading.Event()
         self._round = threading.Condition()
@@ -197,8 +198,9 @@ class Peers:
             phase=progress.phase,
             work=progress.work,
             collective=progress.collective,
+            groups=self._completed_work(progress),
         )
-        self._store.set(self._key("beat", self._rank), json.dumps(dataclasses.asdict(beat)))
+        self._store.set(self._key("beat", self._rank), beat.text())
         for rank in range(self._world_size):
             if rank not in self._places and (place := self._read("place", rank)) is not None:
                 self._places[rank] = json.loads(place)
@@ -213,6 +215,15 @@ class Peers:
             self._store.set(self._key("verdict", "all"), json.dumps(dataclasses.asdict(verdict)))
         return verdict, verdict is not None
 
+    def _completed_work(self, progress: Progress) -> Mapping[str, GroupWork]:
+        """How far the device has come, once the loop has stood for half of the time that a stall takes."""
+        at, work = time.monotonic(), progress.work
+        if self._stood[0] != work:
+            self._stood = (work, at)
+        if self._judge is None or progress.completed_work is None:
+            return {}
+        return progress.completed_work() if at - self._stood[1] > self._judge.timeout / 2 else {}
+
     def _judge_beats(self) -> Verdict | None:
         """Rank 0 watches all, and rank 1 watches rank 0."""
         if self._judge is None or self._rank > 1:
@@ -221,7 +232,7 @@ class Peers:
         beats = {}
         for rank in watched:
             if rank not in self._notes and (text := self._read("beat", rank)) is not None:
-                beats[rank] = Beat(**json.loads(text))
+                beats[rank] = Beat.read(text)
         verdict = self._judge.observe(beats, time.monotonic()) if beats else None
         return verdict if verdict is None or self._rank == 0 or verdict.silent else None
 

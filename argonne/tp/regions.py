@@ -148,7 +148,7 @@ def _own_positions(tensor: Tensor, group: TPGroup) -> Tensor:
 
 
 # Each rank's part is gathered whole, (batch, local_seq_len, hidden), and cut and joined by split and cat: one
-# copy of the sequence, and the form that torch's asynchronous tensor parallelism looks for in a compiled graph.
+# copy of the sequence, and the form that torch's asynchronous tensor parallelism looks for in a graph.
 
 
 def start_gather_sequence(tensor: Tensor, group: TPGroup) -> Tensor:
@@ -160,7 +160,8 @@ def finish_gather_sequence(started: Tensor, group: TPGroup, seq_len: int) -> Ten
     """-> (batch, seq_len, hidden), padding stripped, put in order once and not by each product made of it."""
     gathered = group.wait(started)
     local = gathered.shape[SEQUENCE_DIM]
-    if gathered.shape[0] == group.size and not torch.compiler.is_compiling():  # one sequence: in order already
+    if gathered.shape[0] == group.size and not torch.compiler.is_compiling():
+        # One sequence is in order already.
         return gathered.reshape(1, group.size * local, -1)[:, :seq_len]
     parts = gathered.chunk(group.size)
     if seq_len == group.size * local:

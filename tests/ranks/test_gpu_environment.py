@@ -69,7 +69,8 @@ import os, runpy, sys
 class Spy:
     def find_spec(self, name, path=None, target=None):
         if name in ("torch", "lm_eval"):  # lm_eval imports torch, and may be missing here
-            print("torch finds", os.environ.get("PYTORCH_ALLOC_CONF"), os.environ.get("NCCL_DEBUG"), flush=True)
+            found = [os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "NCCL_DEBUG")]
+            print("torch finds", *found, flush=True)
             os._exit(0)
 
 sys.meta_path.insert(0, Spy())

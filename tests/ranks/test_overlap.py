@@ -4,6 +4,7 @@ The code is generated but not run: a fake process group stands in for the other 
 whose compilation takes most of the time, are left out.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from argonne.errors import ConfigError
 from argonne.ranks.recompute import OVERLAP, compile_blocks, enable_async_tp, recompute_blocks
 from argonne.ranks.world import Parallel
 from argonne.testing.distributed import run_ranks
@@ -41,8 +43,8 @@ def written_code(
     torch._dynamo.reset()
     model = small_model(torch.float32, num_hidden_layers=1)
     shard_tensor_parallel(model, sequence_parallel=sequence_parallel)
-    recompute_blocks(model.blocks, mode)  # type: ignore[arg-type]
-    compile_blocks(model.blocks, async_tp=async_tp)  # type: ignore[arg-type]
+    recompute_blocks(model.blocks, mode)
+    compile_blocks(model.blocks, async_tp=async_tp)
 
     def no_kernel(*_: Any, **__: Any) -> Callable[..., None]:
         return lambda *_: None
@@ -93,7 +95,9 @@ def test_weight_gradients_hide_the_reduction_of_both_halves(
     kind = "reduce_scatter" if sequence_parallel else "all_reduce"
     counts = hidden_products(backward, kind)
     mlp, attention = counts[-2:]  # a recomputed exit goes before
-    assert mlp >= 2, "gate and up"
+    # Without sequence parallelism selective recomputation makes the MLP's input in the kernel that follows
+    # the wait: only down's weight gradient goes before, and gate's and up's hide the attention's reduction.
+    assert mlp >= (1 if mode == "selective" else 2), "gate and up"
     assert attention >= 3, "q, k and v"
     if mode == "none":  # what the entrances gathered is kept, and not gathered once more
         gathers = [code.count("all_gather_into_tensor.default(") for code in (forward, backward)]
@@ -149,12 +153,12 @@ def async_rank(rank: int, world_size: int, fused: bool) -> tuple[float, float, i
             loss = step()
         else:
             compile_blocks(model.blocks, async_tp=True)  # type: ignore[arg-type]
-            with torch._inductor.config.patch(fx_graph_cache=False):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
                 if fused:
-                    with pretend_symmetric_memory(), mock.patch.object(dist, "is_nccl_available", lambda: True):
-                        loss, codes = run_and_get_code(step)
-                else:
-                    loss, codes = run_and_get_code(step)
+                    stack.enter_context(pretend_symmetric_memory())
+                    stack.enter_context(mock.patch.object(dist, "is_nccl_available", lambda: True))
+                loss, codes = run_and_get_code(step)
             operations = sum(code.count("symm_mem.fused") for code in codes)
         found.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     (loss, eager), (fast_loss, fast) = found
@@ -165,7 +169,7 @@ def async_rank(rank: int, world_size: int, fused: bool) -> tuple[float, float, i
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
 def test_async_tp_trains_alike(fused: bool) -> None:
-    """With torch's fused operations, and as a run on the CPU does, where the pass leaves collectives alone."""
+    """With torch's fused operations, and as on the CPU, where the pass leaves collectives alone."""
     for loss, worst, operations in run_ranks(async_rank, 2, fused, timeout=400):
         assert loss < 1e-6
         assert worst < 1e-5
@@ -180,9 +184,7 @@ def parallel(tp_size: int) -> Parallel:
 
 
 def test_async_tp_wants_an_even_division_of_the_sequence() -> None:
-    from argonne.errors import ConfigError
-
-    with pytest.raises(ConfigError, match="--block-size 63 is not a multiple of the tensor-parallel degree 2"):
+    with pytest.raises(ConfigError, match=r"--block-size 63 is not a multiple of .* degree 2"):
         enable_async_tp(parallel(2), 63)
     enable_async_tp(parallel(2), 64)
     enable_async_tp(parallel(1), 63)
