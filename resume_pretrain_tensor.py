@@ -201,7 +201,7 @@ def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl)
     meeting_timeout = timedelta(seconds=stall_timeout) if stall_timeout > 0 else AGREEMENT_TIMEOUT
     store = open_store(environment, timeout=meeting_timeout)
     if store is not None:
-        control.join(private_store(store))
+        control.join(private_store(store), environment.master.rpartition(":")[0])
         await_ranks(environment, store, timeout=meeting_timeout)
         control.all_joined()
     limit = collective_limit(stall_timeout, least=COLLECTIVE_TIMEOUT.total_seconds())

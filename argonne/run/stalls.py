@@ -7,6 +7,7 @@ collectives that each rank's device has entered and completed.
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -65,6 +66,7 @@ class Progress:
         self.completed_work: Callable[[], Mapping[str, GroupWork]] | None = None
         """tells of each process group how far the device has come; costly, asked where the loop stands"""
         self._marks = 0
+        self._stood = (-1, 0.0)
 
     def mark(self, phase: str, step: int | None = None) -> None:
         """The loop enters a phase, or has made progress in it."""
@@ -82,6 +84,18 @@ class Progress:
     def work(self) -> int:
         """Grows with every mark and every collective."""
         return self._marks + (self.collectives.total_calls if self.collectives is not None else 0)
+
+    def device_work(self, patience: float) -> Mapping[str, GroupWork]:
+        """How far the device has come in each process group, once the loop has stood for ``patience`` s.
+
+        Before, nothing: it costs too much to be asked all the time. For one thread, every few seconds.
+        """
+        at, work = time.monotonic(), self.work
+        if self._stood[0] != work:
+            self._stood = (work, at)
+        if self.completed_work is None or at - self._stood[1] <= patience:
+            return {}
+        return self.completed_work()
 
     @property
     def collective(self) -> str:

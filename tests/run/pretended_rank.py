@@ -5,6 +5,7 @@ python pretended_rank.py OPTIONS-AS-JSON
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -89,8 +90,9 @@ def agree(store: FolderStore, name: str, rank: int, world_size: int, flag: int) 
 
 def train(options: dict[str, Any], control: RunControl, store: FolderStore) -> int:
     rank, world_size = control.rank, control.world_size
-    control.join(store)
+    control.join(store, "127.0.0.1" if "hosts" in options else "")
     agree(store, "joined", rank, world_size, 0)
+    control.all_joined()
     if options.get("start_seconds"):
         store.set(f"starting/{rank}", "")
         time.sleep(options["start_seconds"])
@@ -131,6 +133,8 @@ def main() -> int:
     environment = Environment.read()
     rank, world_size, launch = environment.rank, environment.world_size, environment.launch
     store = FolderStore(output_dir / f"store_{options.get('attempt', launch.restart_count)}")
+    if "hosts" in options:
+        socket.gethostname = lambda: options["hosts"][rank]
     control = RunControl(
         output_dir,
         rank=rank,
