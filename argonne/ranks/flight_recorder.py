@@ -37,7 +37,7 @@ def recorded_groups(device: torch.device) -> dict[str, GroupWork]:
     if groups:  # a group in which this rank has entered nothing yet
         for group, name in dist.distributed_c10d._world.pg_names.items():
             if group.group_desc not in BACKGROUND_GROUPS:
-                groups.setdefault(name, GroupWork(group=group.group_desc))
+                groups.setdefault(name, GroupWork(group=_named(group.group_desc)))
     return groups
 
 
@@ -58,7 +58,11 @@ def _progress(group: str, issued: list[dict[str, Any]]) -> GroupWork:
     entered = max((e["collective_seq_id"] for e in left if _is_entered(e)), default=completed)
     following = {entry["collective_seq_id"]: entry["profiling_name"] for entry in left}
     kind = following.get(max(entered, completed + 1), "").rpartition(":")[2]
-    return GroupWork(group=group, entered=entered, completed=completed, kind=kind)
+    return GroupWork(group=_named(group), entered=entered, completed=completed, kind=kind)
+
+
+def _named(description: str) -> str:
+    return "all ranks" if description == "default_pg" else description
 
 
 def _is_entered(entry: dict[str, Any]) -> bool:

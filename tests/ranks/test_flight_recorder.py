@@ -56,7 +56,7 @@ def test_a_rank_that_has_not_entered_a_collective_is_told_from_one_that_waits_in
     ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     waits, late = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2))
-    assert sorted(work["group"] for work in waits.values()) == ["default_pg", "mesh_tp", "save_later"]
+    assert sorted(work["group"] for work in waits.values()) == ["all ranks", "mesh_tp", "save_later"]
     for groups, expected in ((waits, (4, 3)), (late, (3, 3))):
         (mesh,) = (work for work in groups.values() if work["group"] == "mesh_tp")
         assert (mesh["entered"], mesh["completed"]) == expected
