@@ -196,12 +196,16 @@ class HostWatch:
         return None
 
     def without_store(self, answered: float, at: float) -> tuple[str, bool] | None:
-        """Where rank 0's host is gone and the store with it, which last ``answered`` then: what to say, and
-        whether this rank says it."""
+        """Where rank 0 is gone and the store with it, which last ``answered`` then: what to say, and whether
+        this rank says it. Of the other ranks of that host nothing is known."""
         since = self._links.lost().get(0) if self._rank else None
         if since is None or at - max(since, answered) <= GRACE_SECONDS:
             return None
-        return self._text(self._on(self._hosts[0])), self._rank == self._first_elsewhere()
+        text = (
+            f"rank 0 on host {self._hosts[0]} is gone, and the run's store with it, {self._place()}: look at "
+            "that host, then resume from the newest checkpoint"
+        )
+        return text, self._rank == self._first_elsewhere()
 
     def _on(self, host: str) -> list[int]:
         return sorted(rank for rank, place in self._hosts.items() if place == host)
@@ -222,9 +226,10 @@ class HostWatch:
         return all(at - self._beats[rank][1] > GRACE_SECONDS for rank in ranks)
 
     def _text(self, ranks: list[int]) -> str:
-        progress = self._progress
         return (
-            f"{rank_list(ranks)} went with host {self._hosts[ranks[0]]} after step {progress.step} "
-            f"({progress.phase}): its connections ended, and no sign of life followed; look at that host, "
+            f"{rank_list(ranks)} went with host {self._hosts[ranks[0]]} {self._place()}: its connections ended, and no sign of life followed; look at that host, "
             "then resume from the newest checkpoint"
         )
+
+    def _place(self) -> str:
+        return f"after step {self._progress.step} ({self._progress.phase})"

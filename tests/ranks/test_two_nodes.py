@@ -151,5 +151,5 @@ def test_a_node_that_is_gone_is_named_by_the_other(
     assert len(said[0]) == 1 and said[0][0].startswith("error: rank 1 went with host second after step")
     assert ranks[0].returncode == 1
     if fault == "no network":  # to rank 1 it is rank 0's host that is gone
-        assert len(said[1]) == 1 and said[1][0].startswith("error: rank 0 went with host first after step")
+        assert len(said[1]) == 1 and said[1][0].startswith("error: rank 0 on host first is gone")
         assert ranks[1].returncode == 1

@@ -168,7 +168,7 @@ def test_without_a_store_each_rank_knows_and_one_says_it(join: Join) -> None:
     later = now + 1.0
     told = [watch.without_store(now, later) for watch in (third, fourth)]
     assert [speaks for _, speaks in (each for each in told if each is not None)] == [True, False]
-    assert told[0] is not None and told[0][0].startswith("ranks 0, 1 went with host first")
+    assert told[0] is not None and told[0][0].startswith("rank 0 on host first is gone, and the run's store")
     assert third.without_store(later, later) is None, "it still answers"
 
 
