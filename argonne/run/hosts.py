@@ -227,8 +227,8 @@ class HostWatch:
 
     def _text(self, ranks: list[int]) -> str:
         return (
-            f"{rank_list(ranks)} went with host {self._hosts[ranks[0]]} {self._place()}: its connections ended, "
-            "and no sign of life followed; look at that host, then resume from the newest checkpoint"
+            f"{rank_list(ranks)} went with host {self._hosts[ranks[0]]} {self._place()}: its connections "
+            "ended, and no sign of life followed; look at that host, then resume from the newest checkpoint"
         )
 
     def _place(self) -> str:
