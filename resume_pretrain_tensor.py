@@ -21,6 +21,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -186,6 +187,7 @@ def prepare_gpus(config: RunConfig, environment: Environment) -> None:
 def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl) -> World:
     """Join the other ranks, watch each other from then on, and check that all were started alike."""
     from argonne.ranks.agree import check_same
+    from argonne.ranks.flight_recorder import recorded_groups
     from argonne.ranks.meeting import await_ranks, open_store, private_store
     from argonne.ranks.world import AGREEMENT_TIMEOUT, COLLECTIVE_TIMEOUT, choose_device, connect
     from argonne.run.stalls import collective_limit
@@ -199,11 +201,12 @@ def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl)
     meeting_timeout = timedelta(seconds=stall_timeout) if stall_timeout > 0 else AGREEMENT_TIMEOUT
     store = open_store(environment, timeout=meeting_timeout)
     if store is not None:
-        control.join(private_store(store))
+        control.join(private_store(store), environment.master.rpartition(":")[0])
         await_ranks(environment, store, timeout=meeting_timeout)
         control.all_joined()
     limit = collective_limit(stall_timeout, least=COLLECTIVE_TIMEOUT.total_seconds())
     world = connect(environment, device, store, timeout=timedelta(seconds=limit))
+    control.progress.completed_work = partial(recorded_groups, device)
     check_same(recipe_values(recipe), world)
     if config.model.settings is not None:  # a degree that cannot work is refused before anything is read
         choose_tp_size(config.model.settings, config.parallel.tensor_parallel_size, world)

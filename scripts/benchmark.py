@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from argonne.ranks.gpu_environment import set_gpu_environment  # noqa: E402
 from argonne.tools.script import OneLineParser, run_script  # noqa: E402
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if options.part == "gpu":
+        set_gpu_environment(os.environ, one_queue=True)  # a rank's share of tp 8
     from argonne.benchmarks.common import as_text, fill_tables, write
 
     parts = [part for part in PARTS if part != "gpu"] if options.part == "all" else [options.part]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from argonne.errors import ConfigError, DataError
 from argonne.files import json_safe
+from argonne.ranks.gpu_environment import set_gpu_environment
 from argonne.tools.checkpoint_export import export_checkpoint
 from argonne.tools.script import OneLineParser, run_script
 
@@ -146,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         check(options)
+        set_gpu_environment(os.environ, one_queue=False)
         results = evaluate(options)
         for task, values in results.items():
             for metric, value in values.items():

@@ -10,6 +10,7 @@ Alone, or split over the processes of torchrun, of which each reads its own slic
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from argonne.config.presets import MODEL_KEYS, REFERENCE
+from argonne.config.presets import MODEL_KEYS, PRESETS, REFERENCE
 from argonne.errors import ConfigError, RunError
 from argonne.tools.script import OneLineParser, run_script
 
@@ -223,9 +224,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         check(options)
 
+        from argonne.ranks.gpu_environment import one_queue_helps, set_gpu_environment
         from argonne.ranks.launch import Environment
 
         environment = Environment.read()
+        heads = PRESETS[REFERENCE]["num_attention_heads"]  # the model is not open yet
+        one_queue = one_queue_helps(environment, options.tensor_parallel_size, heads, fsdp=False)
+        set_gpu_environment(os.environ, one_queue=one_queue)
         try:
             text = run(options, environment)
         except RunError as error:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from argonne.config.command_line import parse_recipe
 from argonne.errors import RunError
+from resume_pretrain_tensor import prepare_gpus
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
+    prepare_gpus(recipe.config, environment)
     from argonne.tools.preflight import preflight
 
     return preflight(recipe, environment)

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from argonne.errors import ConfigError
 from argonne.tools.kept_run import KeptRun
 from argonne.tools.script import OneLineParser, run_script
+from resume_pretrain_tensor import prepare_gpus
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,13 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = run.recipe()
 
         from argonne.ranks.launch import Environment
+
+        environment = Environment.read(recipe.config.parallel.local_rank)
+        prepare_gpus(recipe.config, environment)
         from argonne.ranks.world import disconnect
         from argonne.run.control import RunControl
         from argonne.tools.preflight import QuietReport, join
         from argonne.tools.replay import replay
         from argonne.tools.replay_page import terminal_lines, verdict, write_page
 
-        environment = Environment.read(recipe.config.parallel.local_rank)
         world, _ = join(recipe, environment)
         with tempfile.TemporaryDirectory(prefix="argonne-replay-") as folder:
             report = QuietReport(Path(folder), rank=world.rank)

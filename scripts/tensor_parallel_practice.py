@@ -14,6 +14,7 @@ Exit code 0: all agree; 1: something differs; 2: a wrong flag.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from argonne.errors import ConfigError, DeviceError, RunError
+from argonne.ranks.gpu_environment import set_gpu_environment
 from argonne.tools.script import OneLineParser, run_script, silence_stdout
 
 
@@ -126,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
 
     def work() -> str | None:
+        set_gpu_environment(os.environ, one_queue=True)
         problems = "; ".join(practise(options))
         return f"the split layers are not the unsharded ones: {problems}" if problems else None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from argonne.ranks.gpu_environment import set_gpu_environment
 from tests import ROOT
 
 for entry in (str(ROOT / "scripts"), str(ROOT)):
@@ -21,6 +22,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu"):  # torch is not imported yet
+        set_gpu_environment(os.environ, one_queue=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -18,7 +18,7 @@ from argonne.config.distillation import distillation_problems
 from argonne.config.families import read_folder_config
 from argonne.config.flags import FlagParser, fill, parse_given
 from argonne.config.mixture import mixture_problems
-from argonne.config.options import ModelOptions, RunConfig, TrainingOptions
+from argonne.config.options import ModelOptions, ParallelOptions, RunConfig, TrainingOptions
 from argonne.config.presets import load_model_settings
 from argonne.config.recipe import Recipe, Stage, groups, overlay
 from argonne.config.recipe_file import Layer, read_layers
@@ -92,6 +92,7 @@ def _combination_problems(config: RunConfig, given: Mapping[str, Any]) -> list[s
                 f"{training.batch_size} x --gradient-accumulation-steps "
                 f"{training.gradient_accumulation_steps or 1}: change one of them"
             )
+    problems += _parallel_problems(config.parallel)
     problems += mixture_problems(given)
     if config.data.shuffle and not config.data.streaming:
         problems.append("--shuffle contradicts --no-streaming, which has its own order: leave one out")
@@ -105,6 +106,15 @@ def _combination_problems(config: RunConfig, given: Mapping[str, Any]) -> list[s
     if checkpoint.init_from is not None:
         problems += _initial_problems(checkpoint, given)
     return problems
+
+
+def _parallel_problems(parallel: ParallelOptions) -> list[str]:
+    """What ``--async-tp`` lacks: it is a rewriting of compiled blocks' sequence-parallel collectives."""
+    needed = {"--compile": parallel.compile, "--sequence-parallel": parallel.sequence_parallel}
+    missing = [name for name, given in needed.items() if not given]
+    if not parallel.async_tp or not missing:
+        return []
+    return [f"--async-tp needs {' and '.join(missing)}: add {'it' if len(missing) == 1 else 'them'}"]
 
 
 def _initial_problems(checkpoint: CheckpointOptions, given: Mapping[str, Any]) -> list[str]:

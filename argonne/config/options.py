@@ -193,6 +193,11 @@ class ParallelOptions:
         "none", "what the backward pass recomputes", choices=("none", "full", "selective")
     )
     compile: bool = flag(False, "compile each block with torch.compile")
+    async_tp: bool = flag(
+        False,
+        "overlap products with their gathers and scatters piece by piece (torch's asynchronous tensor "
+        "parallelism); with --compile and --sequence-parallel",
+    )
     verify_sharding: bool = flag(False, "before training, compare the sharded model with the unsharded one")
     replica_check_interval: int = flag(
         100, "optimizer steps between checks of replicated weights; 0: never", kind=int, at_least=0

@@ -1,7 +1,7 @@
 """What CUDA, NCCL and PyTorch's allocator read from the environment, set in one place for every way to start.
 
-Imported and called before torch: CUDA reads its variables at the first call, gloo and NCCL at the
-first group.
+Imported and called before torch, by every command that uses a GPU: CUDA reads its variables at the first
+call, gloo and NCCL at the first group.
 """
 
 from __future__ import annotations

@@ -119,9 +119,10 @@ def connect(
             )
         except (RuntimeError, ValueError, TimeoutError) as error:
             raise cannot_join(environment, error) from error
-        control = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
-        feed = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
-        save = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
+        control, feed, save = (
+            dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT, group_desc=name)
+            for name in ("control", "feed", "save")
+        )
     return World(
         rank=environment.rank,
         world_size=environment.world_size,

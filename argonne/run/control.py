@@ -83,8 +83,9 @@ class RunControl:
         status.update(checkpoint=before.get("checkpoint"))
         threading.Thread(target=self._beat, args=(status, lock), name="run status", daemon=True).start()
 
-    def join(self, store: KeyStore) -> None:
-        """Watch the other ranks from now on; ``store`` is used by another thread (give it a clone)."""
+    def join(self, store: KeyStore, address: str = "") -> None:
+        """Watch the other ranks from now on; ``store`` is used by another thread (give it a clone), and rank
+        0's host is reached at ``address``."""
         if self.world_size > 1:
             self._ending.peers = Peers(
                 store,
@@ -94,6 +95,7 @@ class RunControl:
                 attempt=self.launch.restart_count,
                 stall_timeout=self._stall_timeout,
                 on_verdict=self._watcher.stalled,
+                address=address,
             )
 
     def all_joined(self) -> None:

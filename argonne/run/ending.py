@@ -33,6 +33,9 @@ from argonne.run.stalls import Progress
 from argonne.run.status import RunStatus, mark_failed
 from argonne.run.traces import dump_stacks
 
+LOSING_SECONDS = 15.0
+"""How long a failed collective is not explained by itself where a host may be gone."""
+
 
 def is_final(error: RunError) -> bool:
     """Whether a restart would only repeat the error.
@@ -82,8 +85,9 @@ class Ending:
     def explain(self, error: BaseException) -> RunError:
         """What a failed collective means: the end of a peer, by name where it can be found out."""
         if self.peers is not None:
-            deadline = time.monotonic() + 3.0
-            while time.monotonic() < deadline:
+            began = time.monotonic()
+            # Where a host may be gone, the thread that watches ends this process once that is certain.
+            while time.monotonic() - began < (LOSING_SECONDS if self.peers.hosts.losing else 3.0):
                 self.peers.refresh(0.5)
                 if dead := self.peers.dead():
                     return self._death(dead)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from argonne.errors import EXIT_FAILURE
+from argonne.run.hosts import HostWatch
 from argonne.run.processes import process_fields
 from argonne.run.stalls import Beat, Progress, StallJudge, Verdict
 
@@ -47,6 +48,7 @@ class Peers:
 
     Args:
         store: shared by all ranks and used by this object's thread alone (give it a clone).
+        address: where rank 0's host is reached by ranks of other hosts; "": nothing is connected to it.
         on_verdict: called once from the thread when the run must end: the verdict, and whether this rank is
             the one that says so.
         attempt: restarts so far; torchrun's store keeps what earlier attempts wrote.
@@ -63,6 +65,7 @@ class Peers:
         attempt: int,
         stall_timeout: float,
         on_verdict: Callable[[Verdict, bool], None],
+        address: str = "",
     ) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._attempt = attempt
@@ -80,7 +83,10 @@ class Peers:
         place = {"host": socket.gethostname(), "pid": os.getpid()}
         fields = process_fields(os.getpid())
         place["started"] = fields[19] if fields else ""
-        store.set(self._key("place", rank), json.dumps(place))
+        self.hosts = HostWatch(
+            rank, progress, address=address, stall_timeout=stall_timeout, read=self._read, write=self._write
+        )
+        self._write("place", rank, json.dumps(place))
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
         self._thread.start()
 
@@ -102,7 +108,7 @@ class Peers:
     def _send(self, kind: str, rank: int | str, text: str) -> None:
         def send() -> None:
             with contextlib.suppress(RuntimeError, OSError):  # the store may have gone first
-                self._store.set(self._key(kind, rank), text)
+                self._write(kind, rank, text)
 
         # A store whose process is stopped would keep us for ever.
         thread = threading.Thread(target=send, daemon=True)
@@ -111,6 +117,7 @@ class Peers:
 
     def close(self) -> None:
         """End the thread, waiting two seconds at most; calling it again does nothing."""
+        self.hosts.close()
         self._ending.set()
         self._wanted.set()
         if threading.current_thread() is not self._thread:
@@ -197,8 +204,9 @@ class Peers:
             phase=progress.phase,
             work=progress.work,
             collective=progress.collective,
+            groups={} if self._judge is None else progress.device_work(self._judge.timeout / 2),
         )
-        self._store.set(self._key("beat", self._rank), json.dumps(dataclasses.asdict(beat)))
+        self._write("beat", self._rank, beat.text())
         for rank in range(self._world_size):
             if rank not in self._places and (place := self._read("place", rank)) is not None:
                 self._places[rank] = json.loads(place)
@@ -208,9 +216,11 @@ class Peers:
         if spoken is not None:
             fields = json.loads(spoken)
             return Verdict(ranks=tuple(fields["ranks"]), silent=fields["silent"], text=fields["text"]), False
-        verdict = self._judge_beats()
+        places = {rank: place["host"] for rank, place in self._places.items()}
+        left = {rank: note.state for rank, note in self._notes.items()}
+        verdict = self.hosts.look(places, left) or self._judge_beats()
         if verdict is not None:
-            self._store.set(self._key("verdict", "all"), json.dumps(dataclasses.asdict(verdict)))
+            self._write("verdict", "all", json.dumps(dataclasses.asdict(verdict)))
         return verdict, verdict is not None
 
     def _judge_beats(self) -> Verdict | None:
@@ -221,10 +231,13 @@ class Peers:
         beats = {}
         for rank in watched:
             if rank not in self._notes and (text := self._read("beat", rank)) is not None:
-                beats[rank] = Beat(**json.loads(text))
+                beats[rank] = Beat.read(text)
         verdict = self._judge.observe(beats, time.monotonic()) if beats else None
         return verdict if verdict is None or self._rank == 0 or verdict.silent else None
 
     def _read(self, kind: str, rank: int | str) -> str | None:
         key = self._key(kind, rank)
         return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def _write(self, kind: str, rank: int | str, text: str) -> None:
+        self._store.set(self._key(kind, rank), text)

@@ -14,6 +14,8 @@ def enable_flight_recorder(output_dir: Path, environ: MutableMapping[str, str]) 
     To be called before the process groups are made; what the user has set stays.
     """
     environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    # An event at each collective's start shows whether this rank's GPU has come to it.
+    environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")
     environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(OutputFolder(output_dir).flight_recorder_prefix))
 

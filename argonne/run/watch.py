@@ -157,6 +157,10 @@ class Watcher:
         self._trouble_since = (self._trouble_since or at) if trouble else None
         if self._trouble_since is not None and at - self._trouble_since > TROUBLE_SECONDS:
             self._ending.follow()
+        if (gone := self._peers.hosts.without_store(self._peers.answered, at)) is not None:
+            text, speaks = gone
+            note = Note(state="failed", text=text)
+            self._ending.leave(EXIT_FAILURE, f"error: {text}" if speaks else None, note)
         if self._stall_timeout > 0 and at - self._peers.answered > max(self._stall_timeout, 30.0):
             self._ending.leave_for(
                 PeerError("rank 0's host does not answer any more: check that host, then resume")

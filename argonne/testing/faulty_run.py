@@ -17,6 +17,7 @@ The fault is ``{"kind": ..., "rank": ..., ...}`` and happens on that rank only:
 - ``clock``: the wall clock jumps by days at every look.
 - ``exit``: the process ends without a word in step ``step`` (of attempt ``attempt`` of the launch only).
 - ``bug``: an exception that no one expected in step ``step``.
+- ``hang``: step ``step`` does not begin.
 - ``early``: SIGKILL before the first step, when ``function`` of ``module`` is called (of attempt 0 only).
 - ``signal``: the process sends itself ``number`` inside ``phase`` (step, save, copy, sample), the
   ``count``-th time.
@@ -227,6 +228,10 @@ def bug(fault: Fault) -> None:
     in_steps(fail)
 
 
+def hang(fault: Fault) -> None:
+    in_steps(lambda one_step, step: time.sleep(1000) if step == fault["step"] else None)
+
+
 def early(fault: Fault) -> None:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         module = importlib.import_module(fault["module"])
@@ -274,6 +279,7 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "clock": clock,
     "exit": leave,
     "bug": bug,
+    "hang": hang,
     "early": early,
     "signal": send,
 }

@@ -177,6 +177,7 @@ def scale(recipe: Recipe, folder: Path, *, processes: int, on_gpus: bool) -> Sca
                 old.parallel,
                 tensor_parallel_size=degree,
                 compile=old.parallel.compile and on_gpus,
+                async_tp=old.parallel.async_tp and on_gpus,
                 local_rank=None,
             ),
             checkpoint=dataclasses.replace(

@@ -33,7 +33,8 @@ class _ColumnProducts(torch.autograd.Function):
     """Products of one input with several column slices: one entrance for all of them.
 
     Backward: the input gradient's reduction is under way while the weight gradients are computed. With
-    sequence parallelism only the local slice of the input is kept, and gathered again meanwhile.
+    sequence parallelism only the local slice of the input is kept, and gathered again meanwhile; compiled
+    code keeps the whole, since torch's partitioner would keep the first gather for the second.
     """
 
     @staticmethod
@@ -42,7 +43,8 @@ class _ColumnProducts(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[: len(biased)], iter(parameters[len(biased) :])
         whole = finish_gather_sequence(start_gather_sequence(x, group), group, seq_len) if seq_len else x
-        ctx.save_for_backward(x, *weights)
+        ctx.regathers = seq_len > 0 and not torch.compiler.is_compiling()
+        ctx.save_for_backward(x if ctx.regathers else whole, *weights)
         ctx.group, ctx.seq_len, ctx.biased = group, seq_len, biased
         return tuple(
             times_transposed(whole, w, next(biases) if has else None)
@@ -55,7 +57,7 @@ class _ColumnProducts(torch.autograd.Function):
         group: TPGroup = ctx.group
         count = len(weights)
         rows = [_rows(grad) for grad in grads]
-        regathered = start_gather_sequence(x, group) if ctx.seq_len else None
+        regathered = start_gather_sequence(x, group) if ctx.regathers else None
 
         grad_x = reducing = None
         if ctx.needs_input_grad[0]:

@@ -147,24 +147,40 @@ def _own_positions(tensor: Tensor, group: TPGroup) -> Tensor:
     return pad_sequence(tensor, group.size).narrow(SEQUENCE_DIM, group.rank * local, local).contiguous()
 
 
+# Each rank's part is gathered whole, (batch, local_seq_len, hidden), and cut and joined by split and cat: one
+# copy of the sequence, and the form that torch's asynchronous tensor parallelism looks for in a graph.
+
+
 def start_gather_sequence(tensor: Tensor, group: TPGroup) -> Tensor:
     """Issue the all-gather of (batch, local_seq_len, hidden); finish it with `finish_gather_sequence`."""
-    return group.start_all_gather(tensor.movedim(SEQUENCE_DIM, 0).contiguous())
+    return group.start_all_gather(tensor.contiguous())
 
 
 def finish_gather_sequence(started: Tensor, group: TPGroup, seq_len: int) -> Tensor:
     """-> (batch, seq_len, hidden), padding stripped, put in order once and not by each product made of it."""
-    return group.wait(started)[:seq_len].movedim(0, SEQUENCE_DIM).contiguous()
+    gathered = group.wait(started)
+    local = gathered.shape[SEQUENCE_DIM]
+    if gathered.shape[0] == group.size and not torch.compiler.is_compiling():
+        # One sequence is in order already.
+        return gathered.reshape(1, group.size * local, -1)[:, :seq_len]
+    parts = gathered.chunk(group.size)
+    if seq_len == group.size * local:
+        return torch.cat(parts, dim=SEQUENCE_DIM)
+    lengths = [max(0, min(local, seq_len - rank * local)) for rank in range(group.size)]
+    return torch.cat([p[:, :length] for p, length in zip(parts, lengths, strict=True)], dim=SEQUENCE_DIM)
 
 
 def start_scatter_sequence(tensor: Tensor, group: TPGroup) -> Tensor:
     """Issue the reduce-scatter of padded partial sums (batch, seq_len, hidden)."""
-    return group.start_reduce_scatter(pad_sequence(tensor, group.size).movedim(SEQUENCE_DIM, 0).contiguous())
+    padded = pad_sequence(tensor, group.size)
+    if padded.shape[0] == 1 and not torch.compiler.is_compiling():
+        return group.start_reduce_scatter(padded.reshape(group.size, -1, padded.shape[-1]))
+    return group.start_reduce_scatter(torch.cat(padded.chunk(group.size, dim=SEQUENCE_DIM)))
 
 
 def finish_scatter_sequence(started: Tensor, group: TPGroup) -> Tensor:
-    """-> (batch, local_seq_len, hidden), in that order in memory: what follows runs over it many times."""
-    return group.wait(started).movedim(0, SEQUENCE_DIM).contiguous()
+    """-> (batch, local_seq_len, hidden)."""
+    return group.wait(started)
 
 
 class _SplitSequence(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from argonne.config.options import ModelOptions, ParallelOptions, TrainingOptions
 from argonne.config.presets import MODEL_KEYS, PRESETS, REFERENCE
 from argonne.errors import ConfigError
-from argonne.ranks.recompute import compile_blocks, recompute_blocks
+from argonne.ranks.recompute import compile_blocks, enable_async_tp, recompute_blocks
 from argonne.ranks.replicas import apply_ddp, apply_fsdp, local_parameters, local_tensor
 from argonne.ranks.world import Parallel, World, resolve_tp_size
 from argonne.training.model_config import resolve_model_config
@@ -125,6 +125,8 @@ def build_model(
 ) -> TrainedModel:
     """The split model on this rank's device, its slices not yet filled; ``taught``: beside a teacher."""
     dtype, chunk = choose_dtype(training.dtype, parallel.device), training.loss_chunk_tokens
+    if options.async_tp:
+        enable_async_tp(parallel, training.block_size)
     with torch.device("meta"):
         model = ArgonneModel(ArgonneConfig(**settings))
     shard_tensor_parallel(
@@ -136,7 +138,7 @@ def build_model(
     )
     recompute_blocks(model.blocks, options.activation_checkpointing)
     if options.compile:
-        compile_blocks(model.blocks)
+        compile_blocks(model.blocks, async_tp=options.async_tp and parallel.tp_size > 1)
     fsdp = parallel.dp_size > 1 and options.data_parallel == "fsdp"
     if fsdp:
         apply_fsdp(model, model.blocks, parallel, dtype)

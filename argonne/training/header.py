@@ -118,7 +118,7 @@ def run_facts(
             "Schedule": str(Schedule.of(training)),
             **({"Teacher": trained.teacher.text} if trained.teacher is not None else {}),
             **source_lines(config.data, opened),
-            **switches(config.parallel),
+            **switches(config.parallel, parallel.device.type),
             **faster_line(config, trained.model.config.to_dict(), parallel),
         },
     )
@@ -131,12 +131,14 @@ def device_name(device: torch.device) -> str:
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads a process)"
 
 
-def switches(options: ParallelOptions) -> dict[str, str]:
-    """Label -> text of what is on."""
+def switches(options: ParallelOptions, device_type: str = "cuda") -> dict[str, str]:
+    """Label -> text of what is on, on such a device."""
+    fuses = "on" if device_type == "cuda" else "changes nothing on a CPU"
     texts = {
         "Sequence parallel": "on" if options.sequence_parallel else "",
         "Recomputation": options.activation_checkpointing,
         "Compiled": "each block" if options.compile else "",
+        "Asynchronous TP": fuses if options.async_tp else "",
     }
     return {label: text for label, text in texts.items() if text not in ("", "none")}
 

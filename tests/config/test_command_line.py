@@ -112,6 +112,8 @@ def test_every_problem_is_reported_at_once(capsys: pytest.CaptureFixture[str]) -
         ("--total-steps 5 --total-tokens 5000", "--total-steps contradicts --total-tokens"),
         ("--total-tokens 0", "--total-tokens 0: must be at least 1"),
         ("--activation-checkpointing some", "choose none, full or selective"),
+        ("--async-tp", "--async-tp needs --compile and --sequence-parallel: add them"),
+        ("--async-tp --compile", "--async-tp needs --sequence-parallel: add it"),
     ],
 )
 def test_one_wrong_value(capsys: pytest.CaptureFixture[str], arguments: str, expected: str) -> None:

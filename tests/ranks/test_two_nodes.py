@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from argonne.testing.launch import launch, metrics
+from argonne.testing.corpus import small_corpus
+from argonne.testing.launch import SCHEDULE, SHAPE, command, environment, launch, metrics
 from tests import ROOT
 
 pytestmark = pytest.mark.slow
@@ -59,3 +62,94 @@ def test_two_nodes_train_like_one_process(tmp_path: Path, network: str) -> None:
         assert mine["stream_hash"] == theirs["stream_hash"]
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=3e-5)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-4)
+
+
+@pytest.fixture
+def cable() -> Iterator[tuple[str, str]]:
+    """Two network namespaces joined by a cable; 10.78.0.1 and 10.78.0.2 are their addresses."""
+    ends = (f"argl{os.getpid()}", f"argr{os.getpid()}")
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for end in ends:
+            ip("netns", "add", end)
+        ip(
+            "link",
+            "add",
+            "cable",
+            "netns",
+            ends[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "cable",
+            "netns",
+            ends[1],
+        )
+        for number, end in enumerate(ends, 1):
+            ip("-n", end, "addr", "add", f"10.78.0.{number}/24", "dev", "cable")
+            ip("-n", end, "link", "set", "cable", "up")
+            ip("-n", end, "link", "set", "lo", "up")
+        subprocess.run(["unshare", "--uts", "true"], check=True, capture_output=True)
+        yield ends
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no right to make network namespaces here: {error}")
+    finally:
+        for end in ends:
+            subprocess.run(["ip", "netns", "del", end], capture_output=True)
+
+
+@pytest.mark.parametrize("fault", ["killed", "no network"])
+def test_a_node_that_is_gone_is_named_by_the_other(
+    tmp_path: Path, cable: tuple[str, str], fault: str
+) -> None:
+    """One rank a host. Nothing tells gloo that a host has no network: it would wait for half an hour."""
+    shards, tokenizer, _ = small_corpus(tmp_path / "corpus")
+    flags = [
+        *SHAPE, *SCHEDULE, "--tokenizer-path", tokenizer, "--data-glob", shards, "--total-steps", 100000,
+        "--checkpoint-interval", 100000, "--sample-interval", 0, "--output-dir", tmp_path / "run",
+    ]  # fmt: skip
+    ranks = []
+    for rank, (end, host) in enumerate(zip(cable, ("first", "second"), strict=True)):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        meeting = {"MASTER_ADDR": "10.78.0.1", "MASTER_PORT": "29555", "GLOO_SOCKET_IFNAME": "cable"}
+        on_host = [
+            "ip",
+            "netns",
+            "exec",
+            end,
+            "unshare",
+            "--uts",
+            "sh",
+            "-c",
+            f'hostname {host}; exec "$@"',
+            "sh",
+        ]
+        ranks.append(
+            subprocess.Popen(
+                [*on_host, *command(1, *flags)], env={**environment(), **place, **meeting},
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    try:
+        lines = tmp_path / "run" / "stats" / "training_metrics.jsonl"
+        while not lines.exists() or lines.read_text().count("\n") < 3:
+            assert [rank.poll() for rank in ranks] == [None, None]
+            time.sleep(0.1)
+        if fault == "killed":
+            ranks[1].kill()
+        else:
+            subprocess.run(["ip", "-n", cable[1], "link", "set", "cable", "down"], check=True)
+        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    said = [[line for line in text.splitlines() if line.startswith("error: ")] for text in errors]
+    assert len(said[0]) == 1 and said[0][0].startswith("error: rank 1 went with host second after step")
+    assert ranks[0].returncode == 1
+    if fault == "no network":  # to rank 1 it is rank 0's host that is gone
+        assert len(said[1]) == 1 and said[1][0].startswith("error: rank 0 on host first is gone")
+        assert ranks[1].returncode == 1

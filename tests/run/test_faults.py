@@ -212,3 +212,18 @@ def test_the_time_of_a_run_is_limited(tmp_path: Path, data: list[str]) -> None:
     assert finished.code == 75
     stopped_and_saved(tmp_path, finished)
     assert "--max-run-time" in status(tmp_path)["reason"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(
+    data: list[str], tmp_path: Path, compiled: bool
+) -> None:
+    """Compiled steps count no collective: torch's recorder does."""
+    flags = [*data, "--output-dir", tmp_path, "--stall-timeout", "60" if compiled else "8"]
+    fault = {"kind": "hang", "rank": 1, "step": 4}
+    finished = launch(2, *flags, *(["--compile"] if compiled else []), fault=fault, timeout=400)
+    assert finished.code == 1
+    (line,) = finished.errors()
+    assert line.startswith("error: rank 1 made no progress for ")
+    assert " s (--stall-timeout) while rank 0 waits in all_reduce " in line
+    assert " of all ranks, last seen in step 3, step: check that process, its GPU and its host" in line
