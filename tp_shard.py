@@ -31,7 +31,9 @@ from argonne.tp.imbalance import head_imbalance, work_imbalance
 from argonne.tp.initial_values import initialise_parameters
 from argonne.tp.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from argonne.tp.loss import attach_loss, vocab_parallel_cross_entropy
+from argonne.tp.padded_heads import attach_padded_heads, check_padding
 from argonne.tp.plan import (
+    HeadCounts,
     TensorParallelPlan,
     build_slice_map,
     check_degree,
@@ -116,6 +118,7 @@ def shard_tensor_parallel(
     *,
     sequence_parallel: bool = False,
     loss_chunk_tokens: int | None = 0,
+    pad_to: int = 1,
     plan: TensorParallelPlan | None = None,
 ) -> nn.Module:
     """Split ``model`` in place over a tensor-parallel group and return it.
@@ -136,19 +139,24 @@ def shard_tensor_parallel(
         sequence_parallel: keep norms and the residual stream as slices of the sequence.
         loss_chunk_tokens: with ``shift_labels`` an ArgonneModel takes head and loss together, so many tokens
             at a time (None: 256 MiB of logits), and returns no logits; 0: all at once.
+        pad_to: of an ArgonneModel, store each head, and the slices of MLP and vocabulary, with zeros up to a
+            multiple of this (8 on GPUs, whose kernels want rows aligned); nothing else sees the zeros.
         plan: replaces the plan of the model's type.
 
     Raises:
-        ConfigError: unknown architecture, a degree that does not fit the heads, or a model divided before.
+        ConfigError: unknown architecture, a degree that does not fit the heads, a model divided before, or
+            one whose heads cannot be padded.
     """
     group = as_tp_group(mesh)
     _refuse_divided(model)
     plan = plan or plan_for(model)
     if sequence_parallel and not plan.sequence_parallel:
         raise ConfigError(f"--sequence-parallel does not work with {type(model).__name__}; leave it out")
-    slice_map = build_slice_map(model, plan, group.size)
+    check_padding(model, plan, pad_to)
+    slice_map = build_slice_map(model, plan, group.size, pad_to)
+    heads = HeadCounts.from_config(getattr(model, "config", None), pad_to)
     sequence, head_sequence = SequenceState(sequence_parallel and group.size > 1), SequenceState()
-    _attach(model, plan, slice_map, group, (sequence, head_sequence), loss_chunk_tokens)
+    _attach(model, plan, slice_map, group, (sequence, head_sequence), heads, loss_chunk_tokens)
     guard_saving(model, slice_map, group.size)
     model.tensor_parallel = TensorParallelState(  # type: ignore[assignment]
         group=group,
@@ -176,14 +184,16 @@ def _attach(
     slice_map: SliceMap,
     group: TPGroup,
     sequences: tuple[SequenceState, SequenceState],
+    heads: HeadCounts,
     loss_chunk_tokens: int | None,
 ) -> None:
     """Put the layers, loss and hooks of ``plan`` in place; ``sequences``: the body's, the head's."""
     sequence, head_sequence = sequences
     swap_layers(model, plan, slice_map, group, sequence, head_sequence)
-    rewrite_head_counts(model, plan, group)
+    rewrite_head_counts(model, plan, group, heads)
+    attach_padded_heads(model, plan, heads)
     attach_entrances(model, plan, group, sequence)
-    attach_head_copies(model, plan, group)
+    attach_head_copies(model, plan, group, heads)
     attach_loss(model, plan, group)
     if loss_chunk_tokens != 0 and hasattr(model, "head_loss"):
         attach_head_loss(model, plan, group, head_sequence, loss_chunk_tokens)

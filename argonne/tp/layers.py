@@ -227,6 +227,7 @@ class VocabParallelEmbedding(nn.Module):
         group: the tensor-parallel group.
         sequence: with sequence parallelism enabled in it, the sum is reduce-scattered and the output is
             (batch, local_seq_len, embedding_dim).
+        local_num_embeddings: extent of the slices where they are padded further; the caller fills them.
 
     Raises:
         IndexError: an id outside the vocabulary, on the CPU (as torch does). Ids on a GPU are not
@@ -241,12 +242,13 @@ class VocabParallelEmbedding(nn.Module):
         group: TPGroup,
         padding_idx: int | None = None,
         sequence: SequenceState | None = None,
+        local_num_embeddings: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.local_num_embeddings = padded_slice_size(num_embeddings, group.size)
+        self.local_num_embeddings = local_num_embeddings or padded_slice_size(num_embeddings, group.size)
         self.vocab_start = group.rank * self.local_num_embeddings
         self.group, self.sequence = group, sequence
         self.weight = nn.Parameter(
@@ -257,7 +259,7 @@ class VocabParallelEmbedding(nn.Module):
             num_embeddings, embedding_dim, padding_idx, device="meta" if on_meta else device, dtype=dtype
         )
         self.padding_idx = whole.padding_idx  # counted from the start
-        if not on_meta:
+        if local_num_embeddings is None and not on_meta:
             _keep_slice(self.weight, whole.weight, group, 0)
 
     def forward(self, ids: Tensor) -> Tensor:
