@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from argonne.benchmarks.common import Report, Row, interleaved, summary, timed_row
 from argonne.benchmarks.gpu_attention import attention_rows, backend_of
 from argonne.benchmarks.models import Shape, alone, our_step, training_options
+from argonne.config.derived import width_multiple
 from argonne.config.options import ParallelOptions
 from argonne.errors import DeviceError
 from argonne.ranks.world import Parallel, World, build_parallel
@@ -102,7 +103,9 @@ def expected_bytes(trained: TrainedModel, shape: Shape, options: Mapping[str, An
         batch_size=shape.batch,
         block_size=shape.seq_len,
     )
-    return rank_memory(ModelOutline.of(model), model, layout).total
+    on_gpu = trained.parallel.device.type == "cuda"
+    outline = ModelOutline.of(model, width_multiple(ParallelOptions(**options), on_gpu=on_gpu))
+    return rank_memory(outline, model, layout).total
 
 
 def measure_step(shape: Shape, parallel: Parallel, rounds: int, **options: Any) -> Measured:

@@ -198,7 +198,9 @@ def count_step(case: Case, layers: int) -> tuple[Traffic, Traffic]:
             batch_size=case.batch_size, block_size=case.block_size, dtype="bf16", total_steps=10
         )
         choices = ParallelOptions(
-            sequence_parallel=case.sequence_parallel, activation_checkpointing=case.recomputation
+            sequence_parallel=case.sequence_parallel,
+            activation_checkpointing=case.recomputation,
+            pad_widths="on",  # as on a GPU
         )
         with FakeTensorMode(), cuda_code(counter.note):
             trained = build_model(case.settings(layers), choices, options, parallel)

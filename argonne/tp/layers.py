@@ -263,12 +263,13 @@ class VocabParallelEmbedding(nn.Module):
             _keep_slice(self.weight, whole.weight, group, 0)
 
     def forward(self, ids: Tensor) -> Tensor:
-        if self.group.size == 1:
-            return F.embedding(ids, self.weight, self.padding_idx)
-        if can_be_read(ids):
+        padded = self.local_num_embeddings * self.group.size > self.num_embeddings
+        if can_be_read(ids) and (padded or self.group.size > 1):
             wrong = (ids < 0) | (ids >= self.num_embeddings)
             if bool(wrong.any()):
                 raise IndexError(f"an id is outside the vocabulary of {self.num_embeddings}")
+        if self.group.size == 1:
+            return F.embedding(ids, self.weight, self.padding_idx)
         local = ids - self.vocab_start
         outside = (local < 0) | (local >= self.local_num_embeddings)
         padding = None if self.padding_idx is None else self.padding_idx - self.vocab_start

@@ -117,9 +117,7 @@ class HeadCounts:
         query_heads = config.num_attention_heads
         key_value_heads = getattr(config, "num_key_value_heads", None) or query_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-        return cls(
-            query_heads=query_heads, key_value_heads=key_value_heads, head_dim=head_dim, pad_to=pad_to
-        )
+        return cls(query_heads=query_heads, key_value_heads=key_value_heads, head_dim=head_dim, pad_to=pad_to)
 
     @property
     def stored_dim(self) -> int:
