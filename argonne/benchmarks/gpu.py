@@ -154,10 +154,12 @@ def memory_row(name: str, measured: Measured) -> list[Row]:
 
 
 def share_rows(shape: Shape, device: torch.device, rounds: int) -> tuple[list[Row], dict[str, Any]]:
-    """One rank's share of tp 8: eager, compiled, with sequence parallelism."""
+    """One rank's share of tp 8: eager, compiled, without padded widths, with sequence parallelism."""
     variants: dict[str, dict[str, Any]] = {
         "eager": {},
+        "eager, widths as they are": {"pad_widths": "off"},
         "compiled": {"compile": True},
+        "compiled, widths as they are": {"compile": True, "pad_widths": "off"},
         "sequence parallel": {"sequence_parallel": True},
         "sequence parallel, compiled": {"sequence_parallel": True, "compile": True},
     }
@@ -189,6 +191,11 @@ def share_rows(shape: Shape, device: torch.device, rounds: int) -> tuple[list[Ro
         timed_row("gain of compilation, share of tp 8", measured["compiled"].seconds,
                   measured["eager"].seconds, inverse=True, at_least=True, target=1.10)
     )  # fmt: skip
+    for how in ("eager", "compiled"):
+        rows.append(
+            timed_row(f"gain of padded widths, share of tp 8, {how}", measured[how].seconds,
+                      measured[f"{how}, widths as they are"].seconds, inverse=True, at_least=True)
+        )  # fmt: skip
     return rows, data
 
 
