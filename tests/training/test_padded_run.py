@@ -17,14 +17,17 @@ from argonne.ranks.world import Parallel
 from argonne.testing.corpus import small_corpus
 from argonne.testing.distributed import run_ranks
 from argonne.testing.launch import SCHEDULE, SHAPE, checkpoint, launch, metrics
-from argonne.testing.models import relative_error
+from argonne.testing.models import relative_error, small_model
 from argonne.training.build import TrainedModel, build_model, fill_weights
 from argonne.training.header import padding_line
 from argonne.training.step import TrainingStep, Votes
+from argonne.training.teacher_weights import split_model
+from argonne.verification.simulate import simulate
 from checkpointing import HostCopy, open_chosen, save_checkpoint, save_copies
 from model import ArgonneModel
 from tests.training.small_run import SEED, SETTINGS, batch_of, training_options
 from tests.verification.layouts import layout, single_process
+from tp_shard import SimulatedTPGroup
 
 SWITCHED: dict[str, Any] = {**SETTINGS, "qk_norm": True, "v_norm": True, "attention_bias": True}
 STEPS = 5
@@ -255,6 +258,23 @@ def test_by_the_command_line(tmp_path: Path) -> None:
     exported: Any = ArgonneModel.from_pretrained(tmp_path / "export-on")
     for name, values in exported.state_dict().items():
         assert torch.equal(values.float(), padded["model_state_dict"][name].to(values.dtype).float()), name
+
+
+def test_an_argonne_teacher_is_padded_as_its_student(tmp_path: Path) -> None:
+    whole = small_model(torch.float32, qk_norm=True)
+    whole.save_pretrained(tmp_path)
+    tokens = batch_of(2).tokens.long()
+
+    def work(group: SimulatedTPGroup) -> tuple[Tensor, Any]:
+        teacher: Any = split_model(tmp_path, torch.float32, torch.device("cpu"), group, 8)
+        with torch.no_grad():
+            return teacher(input_ids=tokens).logits, teacher.blocks[1].attn.k_proj.weight.shape
+
+    with torch.no_grad():
+        expected = whole(input_ids=tokens).logits
+    for logits, shape in simulate(SimulatedTPGroup.create(2), work):
+        assert shape == (16, 50)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_auto_pads_on_gpus_only_and_the_header_says_what() -> None:
