@@ -207,6 +207,8 @@ def _fitting_plan(
     plan = plan or plan_for(model)
     if sequence_parallel and not plan.sequence_parallel:
         raise ConfigError(f"--sequence-parallel does not work with {type(model).__name__}; leave it out")
+    if pad_to < 1 or (pad_to > 1 and pad_to % 2):
+        raise ConfigError(f"pad_to {pad_to}: give an even number, or 1 for no padding")
     if pad_to > 1 and not plan.padded_heads:
         raise ConfigError(f"the heads of {type(model).__name__} cannot be stored padded: leave pad_to out")
     return plan

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import model as decoder
 from argonne.errors import ConfigError
 from argonne.testing.models import loss_of, random_tokens, relative_error, small_model
 from argonne.tp.architectures import plan_for
@@ -168,6 +169,13 @@ def test_loss_gradients_and_logits(tp_size: int, changes: dict[str, Any], sequen
         check(tp_size, changes, sequence_parallel=sequence_parallel, loss_chunk_tokens=chunk)
 
 
+def test_the_forms_that_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotation in fewer passes, on the CPU, which has no kernel for the fused norm."""
+    monkeypatch.setattr(decoder, "saves_traffic", lambda x: True)
+    monkeypatch.setattr(decoder, "_HAS_FUSED_NORM", False)
+    check(2, {**SWITCHES, **BIASES})
+
+
 @pytest.mark.parametrize(("tp_size", "switches"), [(1, SWITCHES), (2, {}), (3, SWITCHES)])
 def test_each_document_alone(tp_size: int, switches: dict[str, Any]) -> None:
     tokens, spans = batch_and_spans()
@@ -277,6 +285,12 @@ def test_where_nothing_is_asked_or_missing_nothing_changes() -> None:
 def test_models_of_transformers_are_refused(kind: str) -> None:
     with pytest.raises(ConfigError, match="cannot be stored padded: leave pad_to out"):
         shard_tensor_parallel(build(kind), pad_to=PAD)
+
+
+@pytest.mark.parametrize("pad_to", [0, -8, 7])
+def test_halves_that_cannot_be_padded_are_refused(pad_to: int) -> None:
+    with pytest.raises(ConfigError, match=f"pad_to {pad_to}: give an even number"):
+        shard_tensor_parallel(small_model(), pad_to=pad_to)
 
 
 def test_what_is_said_of_it() -> None:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from argonne.config.options import ParallelOptions
 from argonne.config.presets import PRESETS
-from argonne.ranks.recompute import compile_blocks
+from argonne.ranks.recompute import compile_blocks, recompute_blocks
 from argonne.ranks.world import Parallel
 from argonne.testing.corpus import small_corpus
 from argonne.testing.distributed import run_ranks
 from argonne.testing.launch import SCHEDULE, SHAPE, checkpoint, launch, metrics
-from argonne.testing.models import relative_error, small_model
+from argonne.testing.models import loss_of, random_tokens, relative_error, small_model
 from argonne.training.build import TrainedModel, build_model, fill_weights
 from argonne.training.header import padding_line
 from argonne.training.step import TrainingStep, Votes
@@ -27,16 +27,18 @@ from checkpointing import HostCopy, open_chosen, save_checkpoint, save_copies
 from model import ArgonneModel
 from tests.training.small_run import SEED, SETTINGS, batch_of, training_options
 from tests.verification.layouts import layout, single_process
-from tp_shard import SimulatedTPGroup
+from tp_shard import SimulatedTPGroup, gather_state_dict, shard_tensor_parallel
 
 SWITCHED: dict[str, Any] = {**SETTINGS, "qk_norm": True, "v_norm": True, "attention_bias": True}
 STEPS = 5
 Whole = dict[str, Tensor]
 
 
-def built(parallel: Parallel, pad: str, settings: Mapping[str, Any], **options: Any) -> TrainedModel:
+def built(
+    parallel: Parallel, pad: str, settings: Mapping[str, Any], dtype: str = "fp32", **options: Any
+) -> TrainedModel:
     choices = ParallelOptions(pad_widths=pad, **options)
-    trained = build_model(settings, choices, training_options(weight_decay=0.5), parallel)
+    trained = build_model(settings, choices, training_options(weight_decay=0.5, dtype=dtype), parallel)
     fill_weights(trained, None, SEED)
     return trained
 
@@ -106,6 +108,48 @@ def test_clipped_and_decayed_steps_on_one_rank(recomputation: str) -> None:
     trained = built(single_process(), "on", SWITCHED, activation_checkpointing=recomputation)
     curve = train(trained, 0, STEPS)
     check_agreement([(curve, owned(trained), assert_padding_is_zero(trained))])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_steps_in_sixteen_bits(dtype: str) -> None:
+    padded, plain = (built(single_process(), pad, SWITCHED, dtype) for pad in ("on", "off"))
+    for own, expected in zip(train(padded, 0, STEPS), train(plain, 0, STEPS), strict=True):
+        assert own == pytest.approx(expected, rel=2e-2)
+    assert assert_padding_is_zero(padded) > 0
+
+
+def exact_rank(
+    rank: int, world_size: int, mode: str, sequence_parallel: bool, compiled: bool
+) -> tuple[float, dict[str, Tensor]]:
+    torch._dynamo.reset()
+    model: Any = small_model(qk_norm=True, attention_bias=True)
+    group = layout(rank, world_size, world_size).tp_group
+    shard_tensor_parallel(model, group, sequence_parallel=sequence_parallel, loss_chunk_tokens=7, pad_to=8)
+    recompute_blocks(model.blocks, mode)
+    if compiled:
+        compile_blocks(model.blocks)
+    loss = loss_of(model, random_tokens())
+    loss.backward()
+    model.tensor_parallel.sum_partial_gradients({n: p.grad for n, p in model.named_parameters()})
+    return loss.item(), gather_state_dict(model, gradients=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize(("world", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, True)])
+@pytest.mark.timeout(900)
+def test_recomputed_and_compiled_gradients_in_float64(
+    world: int, sequence_parallel: bool, mode: str, compiled: bool
+) -> None:
+    whole = small_model(qk_norm=True, attention_bias=True)
+    expected = loss_of(whole, random_tokens())
+    expected.backward()
+    for loss, gradients in run_ranks(exact_rank, world, mode, sequence_parallel, compiled, timeout=800):
+        assert abs(loss - expected.item()) <= 1e-10 * expected.item()
+        for name, parameter in whole.named_parameters():
+            assert parameter.grad is not None
+            assert relative_error(gradients[name], parameter.grad) <= 1e-10, name
 
 
 def test_compiled_blocks() -> None:
