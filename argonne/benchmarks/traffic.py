@@ -137,8 +137,8 @@ class TrafficCounter(TorchDispatchMode):
         self.traffic.add(self.place(), op, moved)
 
     def place(self) -> str:
-        """The innermost module, numbers of layers left out."""
-        innermost = max(self._tracker.parents, key=lambda name: name.count("."))
+        """The innermost module, numbers of layers left out; of several by name, that counts be repeatable."""
+        innermost = max(self._tracker.parents, key=lambda name: (name.count("."), name))
         parts = [part for part in innermost.split(".") if not part.isdigit()]
         return ".".join(parts[1:]) or "head, loss and optimizer"
 
