@@ -418,7 +418,12 @@ class _RotaryTables:
         self, frequencies: Tensor, seq_len: int, device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         kept = self.kept
-        if kept is None or kept[0].shape[1] < seq_len or (kept[0].device, kept[0].dtype) != (device, dtype):
+        wanted = (device, dtype, 2 * len(frequencies))
+        if (
+            kept is None
+            or kept[0].shape[1] < seq_len
+            or (kept[0].device, kept[0].dtype, kept[0].shape[-1]) != wanted
+        ):
             kept = rotary_tables(frequencies, torch.arange(seq_len, device=device)[None], dtype)
             if type(kept[0]) is Tensor and not kept[0].is_inference():  # the backward pass takes no others
                 self.kept = kept

@@ -31,7 +31,9 @@ from argonne.tp.imbalance import head_imbalance, work_imbalance
 from argonne.tp.initial_values import initialise_parameters
 from argonne.tp.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from argonne.tp.loss import attach_loss, vocab_parallel_cross_entropy
+from argonne.tp.padded_heads import attach_padded_heads, padding_text
 from argonne.tp.plan import (
+    HeadCounts,
     TensorParallelPlan,
     build_slice_map,
     check_degree,
@@ -69,6 +71,7 @@ __all__ = [
     "OUTSIDE_BYTES",
     "ColumnParallelLinear",
     "DistillationRule",
+    "HeadCounts",
     "Layout",
     "ModelOutline",
     "ProcessTPGroup",
@@ -95,6 +98,7 @@ __all__ = [
     "has_plan",
     "head_imbalance",
     "initialise_parameters",
+    "padding_text",
     "rank_memory",
     "reduce_from_region",
     "reduce_scatter_sequence",
@@ -118,6 +122,7 @@ def shard_tensor_parallel(
     *,
     sequence_parallel: bool = False,
     loss_chunk_tokens: int | None = 0,
+    pad_to: int = 1,
     plan: TensorParallelPlan | None = None,
 ) -> nn.Module:
     """Split ``model`` in place over a tensor-parallel group and return it.
@@ -138,25 +143,25 @@ def shard_tensor_parallel(
         sequence_parallel: keep norms and the residual stream as slices of the sequence.
         loss_chunk_tokens: with ``shift_labels`` an ArgonneModel takes head and loss together, so many tokens
             at a time (None: 256 MiB of logits), and returns no logits; 0: all at once.
+        pad_to: an ArgonneModel's heads, and slices of MLP and vocabulary, are stored with zeros up to a
+            multiple of this, for kernels that want rows aligned; nothing else sees them.
         plan: replaces the plan of the model's type.
 
     Raises:
-        ConfigError: unknown architecture, a degree that does not fit the heads, or a model divided before.
+        ConfigError: an unknown architecture, what it or its heads do not allow, or a model divided before.
     """
     group = as_tp_group(mesh)
-    _refuse_divided(model)
-    plan = plan or plan_for(model)
-    if sequence_parallel and not plan.sequence_parallel:
-        raise ConfigError(f"--sequence-parallel does not work with {type(model).__name__}; leave it out")
-    slice_map = build_slice_map(model, plan, group.size)
+    plan = _fitting_plan(model, plan, sequence_parallel=sequence_parallel, pad_to=pad_to)
+    slice_map = build_slice_map(model, plan, group.size, pad_to)
     sequence, head_sequence = SequenceState(sequence_parallel and group.size > 1), SequenceState()
-    _attach(model, plan, slice_map, group, (sequence, head_sequence), loss_chunk_tokens)
-    guard_saving(model, slice_map, group.size)
+    _attach(model, plan, slice_map, group, (sequence, head_sequence), pad_to, loss_chunk_tokens)
+    guard_saving(model, slice_map)
     model.tensor_parallel = TensorParallelState(  # type: ignore[assignment]
         group=group,
         slice_map=slice_map,
         sequence=sequence,
         plan=plan,
+        pad_to=pad_to,
         summed=summed_parameters(model, plan, sequence_parallel=sequence_parallel) if group.size > 1 else (),
         **_holders_of_copies(slice_map, group),
     )
@@ -178,19 +183,37 @@ def _attach(
     slice_map: SliceMap,
     group: TPGroup,
     sequences: tuple[SequenceState, SequenceState],
+    pad_to: int,
     loss_chunk_tokens: int | None,
 ) -> None:
     """Put the layers, loss and hooks of ``plan`` in place; ``sequences``: the body's, the head's."""
     sequence, head_sequence = sequences
+    heads = HeadCounts.from_config(getattr(model, "config", None), pad_to)
     swap_layers(model, plan, slice_map, group, sequence, head_sequence)
-    rewrite_head_counts(model, plan, group)
+    rewrite_head_counts(model, plan, group, heads)
+    attach_padded_heads(model, plan, heads)
     attach_entrances(model, plan, group, sequence)
-    attach_head_copies(model, plan, group)
+    attach_head_copies(model, plan, group, heads)
     attach_loss(model, plan, group)
     if loss_chunk_tokens != 0 and hasattr(model, "head_loss"):
         attach_head_loss(model, plan, group, head_sequence, loss_chunk_tokens)
     attach_call_hooks(model, plan, group, sequence, head_sequence)
     attach_dropout(model, plan, group)
+
+
+def _fitting_plan(
+    model: nn.Module, plan: TensorParallelPlan | None, *, sequence_parallel: bool, pad_to: int
+) -> TensorParallelPlan:
+    """The model's plan. ConfigError where it is divided, or its own code does not allow what is asked for."""
+    _refuse_divided(model)
+    plan = plan or plan_for(model)
+    if sequence_parallel and not plan.sequence_parallel:
+        raise ConfigError(f"--sequence-parallel does not work with {type(model).__name__}; leave it out")
+    if pad_to < 1 or (pad_to > 1 and pad_to % 2):
+        raise ConfigError(f"pad_to {pad_to}: give an even number, or 1 for no padding")
+    if pad_to > 1 and not plan.padded_heads:
+        raise ConfigError(f"the heads of {type(model).__name__} cannot be stored padded: leave pad_to out")
+    return plan
 
 
 def _refuse_divided(model: nn.Module) -> None:

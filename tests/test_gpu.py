@@ -19,7 +19,7 @@ from argonne.testing.launch import SHAPE, checkpoint, launch, metrics
 from argonne.testing.models import random_tokens, relative_error, small_model
 from argonne.training.build import build_model, fill_weights
 from tests.model.documents_alone import ids_of, random_spans
-from tp_shard import shard_tensor_parallel
+from tp_shard import gather_state_dict, shard_tensor_parallel
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -38,9 +38,10 @@ def benchmark(name: str) -> Any:
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_GPU)])
-def test_attention_at_head_dim_170_is_flash(device: str) -> None:
-    backend = benchmark("argonne.benchmarks.gpu_attention").backend_of(170, torch.device(device), 4096)
-    print(f"head_dim 170: {backend}")
+@pytest.mark.parametrize("head_dim", [170, 176])
+def test_attention_at_head_dim_170_is_flash_as_it_is_and_padded(head_dim: int, device: str) -> None:
+    backend = benchmark("argonne.benchmarks.gpu_attention").backend_of(head_dim, torch.device(device), 4096)
+    print(f"head_dim {head_dim}: {backend}")
     assert backend == "flash_attention"
 
 
@@ -56,6 +57,22 @@ def test_gradients_agree_with_the_cpu(changes: dict[str, Any], device: str) -> N
         gradients.append({n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None})
     for name, expected in gradients[0].items():
         assert relative_error(gradients[1][name], expected) < TABLE_ERROR, name
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_padded_heads_agree_with_the_cpus_as_they_are(dtype: torch.dtype, device: str) -> None:
+    changes = {"qk_norm": True, "v_norm": True, "attention_bias": True}
+    tokens = random_tokens()
+    gradients = []
+    for place, pad_to in (("cpu", 1), (device, 8)):
+        model = shard_tensor_parallel(small_model(dtype, **changes), pad_to=pad_to).to(place)
+        moved = tokens.to(place)
+        model(input_ids=moved[:, :-1], shift_labels=moved[:, 1:]).loss.backward()
+        gradients.append({n: g.cpu() for n, g in gather_state_dict(model, gradients=True).items()})
+    for name, expected in gradients[0].items():
+        limit = TABLE_ERROR if dtype is torch.float64 else 1e-4
+        assert relative_error(gradients[1][name], expected) < limit, name
 
 
 @on_devices_slowly

@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from argonne.benchmarks.common import Report, Row, interleaved, summary, timed_row
 from argonne.benchmarks.gpu_attention import attention_rows, backend_of
 from argonne.benchmarks.models import Shape, alone, our_step, training_options
+from argonne.config.derived import width_multiple
 from argonne.config.options import ParallelOptions
 from argonne.errors import DeviceError
 from argonne.ranks.world import Parallel, World, build_parallel
@@ -102,7 +103,9 @@ def expected_bytes(trained: TrainedModel, shape: Shape, options: Mapping[str, An
         batch_size=shape.batch,
         block_size=shape.seq_len,
     )
-    return rank_memory(ModelOutline.of(model), model, layout).total
+    on_gpu = trained.parallel.device.type == "cuda"
+    outline = ModelOutline.of(model, width_multiple(ParallelOptions(**options), on_gpu=on_gpu))
+    return rank_memory(outline, model, layout).total
 
 
 def measure_step(shape: Shape, parallel: Parallel, rounds: int, **options: Any) -> Measured:
@@ -151,10 +154,12 @@ def memory_row(name: str, measured: Measured) -> list[Row]:
 
 
 def share_rows(shape: Shape, device: torch.device, rounds: int) -> tuple[list[Row], dict[str, Any]]:
-    """One rank's share of tp 8: eager, compiled, with sequence parallelism."""
+    """One rank's share of tp 8: eager, compiled, without padded widths, with sequence parallelism."""
     variants: dict[str, dict[str, Any]] = {
         "eager": {},
+        "eager, widths as they are": {"pad_widths": "off"},
         "compiled": {"compile": True},
+        "compiled, widths as they are": {"compile": True, "pad_widths": "off"},
         "sequence parallel": {"sequence_parallel": True},
         "sequence parallel, compiled": {"sequence_parallel": True, "compile": True},
     }
@@ -186,6 +191,11 @@ def share_rows(shape: Shape, device: torch.device, rounds: int) -> tuple[list[Ro
         timed_row("gain of compilation, share of tp 8", measured["compiled"].seconds,
                   measured["eager"].seconds, inverse=True, at_least=True, target=1.10)
     )  # fmt: skip
+    for how in ("eager", "compiled"):
+        rows.append(
+            timed_row(f"gain of padded widths, share of tp 8, {how}", measured[how].seconds,
+                      measured[f"{how}, widths as they are"].seconds, inverse=True, at_least=True)
+        )  # fmt: skip
     return rows, data
 
 

@@ -137,8 +137,8 @@ class TrafficCounter(TorchDispatchMode):
         self.traffic.add(self.place(), op, moved)
 
     def place(self) -> str:
-        """The innermost module, numbers of layers left out."""
-        innermost = max(self._tracker.parents, key=lambda name: name.count("."))
+        """The innermost module, numbers of layers left out; of several by name, that counts be repeatable."""
+        innermost = max(self._tracker.parents, key=lambda name: (name.count("."), name))
         parts = [part for part in innermost.split(".") if not part.isdigit()]
         return ".".join(parts[1:]) or "head, loss and optimizer"
 
@@ -198,7 +198,9 @@ def count_step(case: Case, layers: int) -> tuple[Traffic, Traffic]:
             batch_size=case.batch_size, block_size=case.block_size, dtype="bf16", total_steps=10
         )
         choices = ParallelOptions(
-            sequence_parallel=case.sequence_parallel, activation_checkpointing=case.recomputation
+            sequence_parallel=case.sequence_parallel,
+            activation_checkpointing=case.recomputation,
+            pad_widths="on",  # as on a GPU
         )
         with FakeTensorMode(), cuda_code(counter.note):
             trained = build_model(case.settings(layers), choices, options, parallel)

@@ -3,8 +3,17 @@
 import dataclasses
 from fractions import Fraction
 
-from argonne.config.options import TrainingOptions
+from argonne.config.options import ParallelOptions, TrainingOptions
 from argonne.errors import ConfigError
+
+_ALIGNED = 8
+"""Elements: 16 bytes of a 16-bit row, which the tensor memory accelerator and vectorised loads want."""
+
+
+def width_multiple(options: ParallelOptions, *, on_gpu: bool) -> int:
+    """What local widths are padded to a multiple of; 1: nothing is padded for alignment."""
+    on = options.pad_widths == "on" or (options.pad_widths == "auto" and on_gpu)
+    return _ALIGNED if on else 1
 
 
 def derive_accumulation(options: TrainingOptions, dp_size: int) -> int:

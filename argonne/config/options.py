@@ -198,6 +198,11 @@ class ParallelOptions:
         "overlap products with their gathers and scatters piece by piece (torch's asynchronous tensor "
         "parallelism); with --compile and --sequence-parallel",
     )
+    pad_widths: str = flag(
+        "auto",
+        "store heads, and slices of MLP and vocabulary, with zeros up to a multiple of 8; auto: on GPUs",
+        choices=("auto", "on", "off"),
+    )
     verify_sharding: bool = flag(False, "before training, compare the sharded model with the unsharded one")
     replica_check_interval: int = flag(
         100, "optimizer steps between checks of replicated weights; 0: never", kind=int, at_least=0

@@ -47,8 +47,10 @@ ARGONNE_PLAN = TensorParallelPlan(
         ("num_heads", "query_heads"),
         ("num_kv_heads", "key_value_heads"),
         ("num_key_value_groups", "groups"),
+        ("head_dim", "head_dim"),
     ),
     embedding_splits_sequence=True,
+    padded_heads=True,
 )
 
 LLAMA_PLAN = TensorParallelPlan(

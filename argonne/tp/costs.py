@@ -81,8 +81,8 @@ class ModelOutline:
     """Norms of a block on what attention and MLP return (sandwich norms)."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> ModelOutline:
-        """From an unsharded model; meta tensors will do."""
+    def of(cls, model: nn.Module, pad_to: int = 1) -> ModelOutline:
+        """From an unsharded model; meta tensors will do. ``pad_to`` as the split is given it."""
         plan = plan_for(model)
         slice_map = build_slice_map(model, plan, 1)
         modules = dict(model.named_modules())
@@ -122,7 +122,7 @@ class ModelOutline:
             divided=tuple(_divided(modules, plan, slice_map)),
             plan=plan,
             slice_map=slice_map,
-            heads=HeadCounts.from_config(model.config),
+            heads=HeadCounts.from_config(model.config, pad_to),
             normed=tuple(p for p in projections if _is_normed(p, first, plan)),
             output_norms=max(0, _residual_norms(first, plan) - 2),
         )
@@ -283,7 +283,7 @@ def tensor_parallel(
         forward = backward = {"all_reduce": (2 * layers + 1, (2 * layers + 1) * plain)}
         name, source = "tensor parallel (here)", "Shoeybi et al. 2019, section 3"
         waits = "2 a layer each way"
-    slice_map = build_slice_map(model, outline.plan, ranks)
+    slice_map = build_slice_map(model, outline.plan, ranks, outline.heads.pad_to)
     summed = summed_parameters(model, outline.plan, sequence_parallel=sequence_parallel)
     completing = _completing_traffic(slice_map, summed, max(MASTER_BYTES, element_bytes))
     return SplitCost(

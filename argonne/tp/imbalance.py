@@ -29,11 +29,11 @@ def work_imbalance(outline: ModelOutline, model: nn.Module, tp_size: int, seq_le
     weight, and seq_len * head_dim a layer and query head (causal attention at half, two products).
     """
     heads = outline.heads
-    slice_map = build_slice_map(model, outline.plan, tp_size)
+    slice_map = build_slice_map(model, outline.plan, tp_size, heads.pad_to)
     embedding, head = f"{outline.plan.embedding}.weight", f"{outline.plan.head}.weight"
     looked_up = {embedding} if head in slice_map.names else set()
     matrices = [name for name in slice_map.names if len(slice_map.shape(name)) > 1 and name not in looked_up]
-    attention = outline.num_layers * seq_len * heads.head_dim
+    attention = outline.num_layers * seq_len * heads.stored_dim
     work = [
         sum(math.prod(slice_map.tp_local_shape(name, rank)) for name in matrices)
         + attention * len(head_range(heads.query_heads, tp_size, rank))

@@ -227,6 +227,7 @@ class VocabParallelEmbedding(nn.Module):
         group: the tensor-parallel group.
         sequence: with sequence parallelism enabled in it, the sum is reduce-scattered and the output is
             (batch, local_seq_len, embedding_dim).
+        local_num_embeddings: extent of the slices where they are padded further; the caller fills them.
 
     Raises:
         IndexError: an id outside the vocabulary, on the CPU (as torch does). Ids on a GPU are not
@@ -241,12 +242,13 @@ class VocabParallelEmbedding(nn.Module):
         group: TPGroup,
         padding_idx: int | None = None,
         sequence: SequenceState | None = None,
+        local_num_embeddings: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.local_num_embeddings = padded_slice_size(num_embeddings, group.size)
+        self.local_num_embeddings = local_num_embeddings or padded_slice_size(num_embeddings, group.size)
         self.vocab_start = group.rank * self.local_num_embeddings
         self.group, self.sequence = group, sequence
         self.weight = nn.Parameter(
@@ -257,16 +259,17 @@ class VocabParallelEmbedding(nn.Module):
             num_embeddings, embedding_dim, padding_idx, device="meta" if on_meta else device, dtype=dtype
         )
         self.padding_idx = whole.padding_idx  # counted from the start
-        if not on_meta:
+        if local_num_embeddings is None and not on_meta:
             _keep_slice(self.weight, whole.weight, group, 0)
 
     def forward(self, ids: Tensor) -> Tensor:
-        if self.group.size == 1:
-            return F.embedding(ids, self.weight, self.padding_idx)
-        if can_be_read(ids):
+        padded = self.local_num_embeddings * self.group.size > self.num_embeddings
+        if can_be_read(ids) and (padded or self.group.size > 1):
             wrong = (ids < 0) | (ids >= self.num_embeddings)
             if bool(wrong.any()):
                 raise IndexError(f"an id is outside the vocabulary of {self.num_embeddings}")
+        if self.group.size == 1:
+            return F.embedding(ids, self.weight, self.padding_idx)
         local = ids - self.vocab_start
         outside = (local < 0) | (local >= self.local_num_embeddings)
         padding = None if self.padding_idx is None else self.padding_idx - self.vocab_start

@@ -18,7 +18,7 @@ from torch import nn
 
 from argonne.errors import ConfigError
 from argonne.tp.head_cuts import head_cut, head_range
-from argonne.tp.slices import Cut, Shape, SliceMap, even_cut, fused_cut
+from argonne.tp.slices import Cut, Shape, SliceMap, even_cut, fused_cut, rounded_up
 
 
 class Style(Enum):
@@ -89,6 +89,9 @@ class TensorParallelPlan:
     is split at the first block's entrance, for models that derive positions from the embedding's length."""
     sequence_parallel: bool = True
     """Whether the model's own code allows the residual stream to be a slice of the sequence."""
+    padded_heads: bool = False
+    """Whether heads can be stored padded (``argonne.tp.padded_heads``): attention keeps ``head_dim`` apart
+    from its scaling, and the model keeps ``rotary_frequencies``."""
 
     def rule_for(self, module_name: str) -> Rule | None:
         """The first rule that matches, or None: the module's parameters are replicated."""
@@ -102,9 +105,11 @@ class HeadCounts:
     query_heads: int
     key_value_heads: int
     head_dim: int
+    pad_to: int = 1
+    """A head is stored as the next multiple of this."""
 
     @classmethod
-    def from_config(cls, config: Any) -> HeadCounts:
+    def from_config(cls, config: Any, pad_to: int = 1) -> HeadCounts:
         """By the names that Hugging Face configurations share; AttributeError where one has no heads.
 
         Without a number of key/value heads there are as many as query heads.
@@ -112,7 +117,12 @@ class HeadCounts:
         query_heads = config.num_attention_heads
         key_value_heads = getattr(config, "num_key_value_heads", None) or query_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-        return cls(query_heads=query_heads, key_value_heads=key_value_heads, head_dim=head_dim)
+        return cls(query_heads=query_heads, key_value_heads=key_value_heads, head_dim=head_dim, pad_to=pad_to)
+
+    @property
+    def stored_dim(self) -> int:
+        """Features of a head in local tensors, padding included."""
+        return rounded_up(self.head_dim, self.pad_to)
 
     def grouped(self, tp_size: int, tp_rank: int) -> tuple[int, ...]:
         """How many of one rank's query heads belong to each of its key/value heads, in order."""
@@ -124,7 +134,7 @@ class HeadCounts:
     def width(self, unit: Unit, tp_size: int, tp_rank: int) -> int:
         """Features of heads that a projection hands to attention on one rank, repeated ones included."""
         local = self.local(tp_size, tp_rank)
-        query, key_value = local["query_width"], local["key_value_heads"] * self.head_dim
+        query, key_value = local["query_width"], local["key_value_heads"] * self.stored_dim
         return {Unit.QUERY_HEADS: query, Unit.KEY_VALUE_HEADS: key_value}.get(unit, query + 2 * key_value)
 
     def local(self, tp_size: int, tp_rank: int) -> dict[str, int]:
@@ -139,7 +149,8 @@ class HeadCounts:
             "query_heads": sum(counts),
             "key_value_heads": sum(counts) // groups,
             "groups": groups,
-            "query_width": sum(counts) * self.head_dim,
+            "query_width": sum(counts) * self.stored_dim,
+            "head_dim": self.stored_dim,
         }
 
 
@@ -177,12 +188,18 @@ def degree_list(degrees: Sequence[int]) -> str:
 
 def _weight_cut(rule: Rule, shape: Shape, heads: HeadCounts, tp_size: int, dimension: int) -> Cut:
     if rule.unit is Unit.FEATURES:
-        return even_cut(shape[dimension], tp_size, dimension)
-    query = head_cut(heads.query_heads, heads.head_dim, tp_size, dimension)
+        return even_cut(shape[dimension], tp_size, dimension, heads.pad_to)
+    stored_dim = heads.stored_dim
+    query = head_cut(heads.query_heads, heads.head_dim, tp_size, dimension, stored_dim=stored_dim)
     if rule.unit is Unit.QUERY_HEADS:
         return query
     key_value = head_cut(
-        heads.key_value_heads, heads.head_dim, tp_size, dimension, query_heads=heads.query_heads
+        heads.key_value_heads,
+        heads.head_dim,
+        tp_size,
+        dimension,
+        query_heads=heads.query_heads,
+        stored_dim=stored_dim,
     )
     if rule.unit is Unit.KEY_VALUE_HEADS:
         return key_value
@@ -195,18 +212,20 @@ def parameter_cut(
 ) -> Cut | None:
     """How a module's parameter (``leaf``: "weight" or "bias") is cut; None: every rank holds it whole.
 
-    ``transposed`` marks weights stored as (in_features, out_features), as GPT-2's are.
+    ``transposed`` marks weights stored as (in_features, out_features), as GPT-2's are. Local extents are
+    padded to a multiple of ``heads.pad_to``.
     """
-    if rule is None or tp_size == 1:
+    if rule is None or tp_size == heads.pad_to == 1:
         return None
+    cut = None
     if rule.style is Style.VOCABULARY:
-        return even_cut(shape[0], tp_size, 0)
-    if rule.style is Style.COLUMN:
+        cut = even_cut(shape[0], tp_size, 0, heads.pad_to)
+    elif rule.style is Style.COLUMN:
         dimension = 1 if transposed and leaf == "weight" else 0
-        return _weight_cut(rule, shape, heads, tp_size, dimension)
-    if rule.style is Style.ROW and leaf == "weight":
-        return _weight_cut(rule, shape, heads, tp_size, 0 if transposed else 1)
-    return None
+        cut = _weight_cut(rule, shape, heads, tp_size, dimension)
+    elif rule.style is Style.ROW and leaf == "weight":
+        cut = _weight_cut(rule, shape, heads, tp_size, 0 if transposed else 1)
+    return cut if cut is not None and (tp_size > 1 or cut.is_padded) else None
 
 
 def stores_transposed(module: nn.Module) -> bool:
@@ -214,12 +233,13 @@ def stores_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def build_slice_map(model: nn.Module, plan: TensorParallelPlan, tp_size: int) -> SliceMap:
+def build_slice_map(model: nn.Module, plan: TensorParallelPlan, tp_size: int, pad_to: int = 1) -> SliceMap:
     """The slice map of an unsharded model (meta tensors will do), in the order of its parameters.
 
-    Raises ConfigError where the degree does not fit the heads.
+    Heads and the other local extents are padded to a multiple of ``pad_to``. Raises ConfigError where the
+    degree does not fit the heads.
     """
-    heads = HeadCounts.from_config(getattr(model, "config", None))
+    heads = HeadCounts.from_config(getattr(model, "config", None), pad_to)
     check_degree(heads.query_heads, tp_size)
     modules = dict(model.named_modules())
     cuts: dict[str, tuple[Shape, Cut | None]] = {}

@@ -82,7 +82,7 @@ class _Sizes:
 
     def __init__(self, outline: ModelOutline, model: nn.Module, layout: Layout) -> None:
         self.outline, self.layout = outline, layout
-        self.slice_map = build_slice_map(model, outline.plan, layout.tp_size)
+        self.slice_map = build_slice_map(model, outline.plan, layout.tp_size, outline.heads.pad_to)
         self.config: Any = model.config
         self.local = _local_numel(self.slice_map, self.slice_map.names)
         self.held = math.ceil(self.local / layout.dp_size) if layout.is_cut else self.local
@@ -107,9 +107,9 @@ class _Sizes:
         """Float32 numbers of one layer: a norm's one a row, the softmax's one a query head."""
         outline, tokens, size = self.outline, self.layout.tokens, self.layout.tp_size
         norms = tokens * (2 + outline.output_norms) / self.divided
-        head_dim = outline.heads.head_dim
+        stored_dim = outline.heads.stored_dim
         heads = max(
-            sum(outline.heads.width(p.unit, size, rank) for p in outline.normed) / head_dim
+            sum(outline.heads.width(p.unit, size, rank) for p in outline.normed) / stored_dim
             + len(head_range(outline.heads.query_heads, size, rank))
             for rank in range(size)
         )
@@ -190,7 +190,7 @@ def _standing_gradients(sizes: _Sizes) -> int:
 
 def _activations(sizes: _Sizes) -> int:
     """All that is kept when the loss is computed: layers, final norm and rotary tables."""
-    tables = 2 * _FLOAT32 * sizes.layout.block_size * sizes.config.head_dim
+    tables = 2 * _FLOAT32 * sizes.layout.block_size * sizes.outline.heads.stored_dim
     ends = 2 * sizes.stream + _FLOAT32 * sizes.layout.tokens // sizes.divided
     return sizes.outline.num_layers * sizes.kept_layer() + ends + tables
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -92,21 +92,26 @@ class Cut:
         return alike and sum(sizes) == sum(p.size for pieces in self.pieces for p in pieces if p.owned)
 
 
-def padded_slice_size(size: int, tp_size: int) -> int:
+def rounded_up(size: int, multiple: int) -> int:
+    """The least multiple that is not less than ``size``."""
+    return -(-size // multiple) * multiple
+
+
+def padded_slice_size(size: int, tp_size: int, pad_to: int = 1) -> int:
     """Local extent of ``size`` elements divided over ``tp_size`` ranks, padded where they do not divide.
 
-    Large slices are rounded up to a multiple of 8, which keeps matrix rows aligned for tensor cores at
-    less than one percent of padding.
+    All slices are rounded up to a multiple of ``pad_to``, and large ones that are padded anyway to one of 8,
+    which keeps matrix rows aligned for tensor cores at less than one percent of padding.
     """
     local = -(-size // tp_size)
     if size % tp_size and local >= 1024:
-        local = -(-local // 8) * 8
-    return local
+        local = rounded_up(local, 8)
+    return rounded_up(local, pad_to)
 
 
-def even_cut(size: int, tp_size: int, dimension: int) -> Cut:
-    """Contiguous slices of equal local extent; the last ones are padded where ``tp_size`` does not divide."""
-    local = padded_slice_size(size, tp_size)
+def even_cut(size: int, tp_size: int, dimension: int, pad_to: int = 1) -> Cut:
+    """Contiguous slices of equal local extent (``padded_slice_size``); the last ones may be padded."""
+    local = padded_slice_size(size, tp_size, pad_to)
     pieces: list[tuple[Piece, ...]] = []
     for tp_rank in range(tp_size):
         start = min(tp_rank * local, size)
@@ -163,6 +168,7 @@ class SliceMap:
         self.tp_size = tp_size
         self.dp_size = dp_size
         self.dp_sharded = dp_sharded and dp_size > 1
+        self._copies: dict[str, tuple[dict[int, Rectangle], ...]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -206,17 +212,20 @@ class SliceMap:
 
         Boxes are cut wherever one of them begins or ends, so that those of a part are the same elements.
         """
+        if name not in self._copies:
+            self._copies[name] = tuple(self._find_copies(name))
+        return self._copies[name]
+
+    def _find_copies(self, name: str) -> Iterator[dict[int, Rectangle]]:
         boxes = [(rank, box) for rank in range(self.world_size) for box in self.rectangles(name, rank)]
         bounds = [
             sorted({edge for _, box in boxes for edge in (box.start[d], box.start[d] + box.size[d])})
             for d in range(len(self.shape(name)))
         ]
-        parts = []
         for cell in itertools.product(*(itertools.pairwise(edges) for edges in bounds)):
             held = {rank: part for rank, box in boxes if (part := _within(box, cell)) is not None}
             if len(held) > 1:
-                parts.append(held)
-        return tuple(parts)
+                yield held
 
     def numel(self, names: Iterable[str] | None = None) -> int:
         """Number of unsharded elements, of all parameters or of those named."""

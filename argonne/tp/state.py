@@ -36,6 +36,8 @@ class TensorParallelState:
     """Tensor-parallel cuts alone (one replica); ``SliceMap.with_data_parallel`` lays replicas over them."""
     sequence: SequenceState
     plan: TensorParallelPlan
+    pad_to: int = 1
+    """What local widths are padded to a multiple of."""
     summed: tuple[str, ...]
     """Replicated parameters whose gradients are partial: summed over the whole group once a step."""
     sharers: TPGroup | None

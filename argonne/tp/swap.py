@@ -47,7 +47,7 @@ def swap_layers(
         layer: nn.Module
         if isinstance(module, nn.Embedding):
             entrance = sequence if plan.embedding_splits_sequence else None
-            layer = _parallel_embedding(module, group, entrance)
+            layer = _parallel_embedding(module, local_shape[0], group, entrance)
         elif rule.style is Style.ROW:
             layer = _row_layer(module, local_shape, group, sequence)
         else:
@@ -69,7 +69,7 @@ def _weight(module: nn.Module) -> nn.Parameter:
 
 
 def _parallel_embedding(
-    module: nn.Embedding, group: TPGroup, sequence: SequenceState | None
+    module: nn.Embedding, local_rows: int, group: TPGroup, sequence: SequenceState | None
 ) -> VocabParallelEmbedding:
     weight = module.weight
     return VocabParallelEmbedding(
@@ -77,6 +77,7 @@ def _parallel_embedding(
         group=group,
         padding_idx=module.padding_idx,
         sequence=sequence,
+        local_num_embeddings=local_rows,
         device="meta",
         dtype=weight.dtype,
     )
@@ -140,12 +141,14 @@ def _fill(
             setattr(layer, leaf, nn.Parameter(part, requires_grad=parameter.requires_grad))
 
 
-def rewrite_head_counts(model: nn.Module, plan: TensorParallelPlan, group: TPGroup) -> None:
+def rewrite_head_counts(
+    model: nn.Module, plan: TensorParallelPlan, group: TPGroup, heads: HeadCounts
+) -> None:
     """Set the head counts that the model's attention modules keep to those of this rank.
 
     Raises AttributeError where an attention module lacks an attribute that the plan names.
     """
-    local = HeadCounts.from_config(getattr(model, "config", None)).local(group.size, group.rank)
+    local = heads.local(group.size, group.rank)
     for attention in matching(model, plan.attention):
         for attribute, quantity in plan.head_attributes:
             if not hasattr(attention, attribute):

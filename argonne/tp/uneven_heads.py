@@ -56,13 +56,12 @@ class _RepeatedProducts:
         )
 
 
-def attach_head_copies(model: nn.Module, plan: TensorParallelPlan, group: TPGroup) -> None:
+def attach_head_copies(model: nn.Module, plan: TensorParallelPlan, group: TPGroup, heads: HeadCounts) -> None:
     """Repeat what key and value projections give where this rank's query heads are not in equal groups."""
-    heads = HeadCounts.from_config(getattr(model, "config", None))
     counts = heads.grouped(group.size, group.rank)
     if len(set(counts)) == 1:
         return
-    copies = HeadCopies(counts, heads.head_dim)
+    copies = HeadCopies(counts, heads.stored_dim)
     seams = {seam.pattern: seam for seam in plan.seams}
     for attention in matching(model, plan.attention):
         seam = seams.get(plan.attention)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from argonne.config.derived import width_multiple
 from argonne.config.options import ModelOptions, ParallelOptions, TrainingOptions
 from argonne.config.presets import MODEL_KEYS, PRESETS, REFERENCE
 from argonne.errors import ConfigError
@@ -135,6 +136,7 @@ def build_model(
         sequence_parallel=options.sequence_parallel,
         # Beside a teacher head and loss go together, all at once too.
         loss_chunk_tokens=sys.maxsize if taught and chunk == 0 else chunk,
+        pad_to=width_multiple(options, on_gpu=parallel.device.type == "cuda"),
     )
     recompute_blocks(model.blocks, options.activation_checkpointing)
     if options.compile:

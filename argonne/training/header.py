@@ -22,6 +22,7 @@ from argonne.training.schedule import Schedule
 from argonne.training.stages import Stages
 from checkpointing import SaveEstimate, estimate_save, later_checkpoints
 from data_stream import OpenedStream
+from tp_shard import HeadCounts, padding_text
 
 
 def open_metrics(
@@ -119,6 +120,7 @@ def run_facts(
             **({"Teacher": trained.teacher.text} if trained.teacher is not None else {}),
             **source_lines(config.data, opened),
             **switches(config.parallel, parallel.device.type),
+            **padding_line(trained),
             **faster_line(config, trained.model.config.to_dict(), parallel),
         },
     )
@@ -141,6 +143,13 @@ def switches(options: ParallelOptions, device_type: str = "cuda") -> dict[str, s
         "Asynchronous TP": fuses if options.async_tp else "",
     }
     return {label: text for label, text in texts.items() if text not in ("", "none")}
+
+
+def padding_line(trained: TrainedModel) -> dict[str, str]:
+    """Label -> text of widths that are padded for the sake of kernels."""
+    state = trained.tensor_parallel
+    text = padding_text(state.slice_map, HeadCounts.from_config(trained.model.config, state.pad_to))
+    return {"Padded widths": text} if text else {}
 
 
 def data_line(data_glob: str | Sequence[str], opened: OpenedStream | None) -> str:

@@ -82,14 +82,20 @@ class GradientTotals:
         self._slice_map = slice_map
         self._rank = rank
         self._group = group
+        self._places: dict[str, list[tuple[slice, ...]]] = {}
 
     def owned(self, gradients: Mapping[str, Tensor]) -> list[Tensor]:
-        """Views of the gradient elements this rank owns."""
-        return [
-            gradient[box.local_index]
-            for name, gradient in gradients.items()
-            for box in self._slice_map.owned(name, self._rank)
-        ]
+        """Views of the gradient elements this rank owns; padding among them has a gradient of zero."""
+        return [gradient[place] for name, gradient in gradients.items() for place in self._places_of(name)]
+
+    def _places_of(self, name: str) -> list[tuple[slice, ...]]:
+        """Where in the local tensor; all of it at once where many boxes leave only padding out."""
+        if name not in self._places:
+            boxes = self._slice_map.rectangles(name, self._rank)
+            owned = [box.local_index for box in boxes if box.owned]
+            whole = len(owned) == len(boxes) > 1
+            self._places[name] = [(slice(None),)] if whole else owned
+        return self._places[name]
 
     def reduce(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from argonne.config.derived import derive_accumulation, derive_steps
+from argonne.config.derived import derive_accumulation, derive_steps, width_multiple
 from argonne.config.devices import PEAK_FLOPS, device_bytes
 from argonne.config.options import RunConfig
 from argonne.config.presets import PRESETS, REFERENCE
@@ -100,8 +100,7 @@ class LayoutPlan:
 def subject_of(config: RunConfig, tokenizer_length: int | None = None) -> Subject:
     """What ``--plan`` is asked about."""
     settings = dict(config.model.settings or PRESETS[REFERENCE])
-    if settings.get("vocab_size") is None:
-        settings["vocab_size"] = tokenizer_length or PUBLISHED_VOCABULARY
+    settings["vocab_size"] = settings.get("vocab_size") or tokenizer_length or PUBLISHED_VOCABULARY
     return subject(
         config,
         settings,
@@ -122,8 +121,9 @@ def subject(
     """For a shape with its vocabulary, on so many ranks of so much memory each."""
     model = shape_only({**PRESETS[REFERENCE], **settings, "head_dim": settings.get("head_dim")})
     return Subject(
-        config=config, settings=settings, model=model, outline=ModelOutline.of(model), world_size=world_size,
-        device_memory=device_memory, node_size=node_size, on_cpu=on_cpu,
+        config=config, settings=settings, model=model, world_size=world_size, device_memory=device_memory,
+        outline=ModelOutline.of(model, width_multiple(config.parallel, on_gpu=not on_cpu)),
+        node_size=node_size, on_cpu=on_cpu,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from argonne.training.plan_stages import (
     targets_figures,
 )
 from checkpointing import estimate_checkpoint_bytes
-from tp_shard import OUTSIDE_BYTES, build_slice_map, head_imbalance, sent_share
+from tp_shard import OUTSIDE_BYTES, SliceMap, build_slice_map, head_imbalance, padding_text, sent_share
 
 MFU_SHOWN = (0.2, 0.3, 0.4)
 LAYOUTS_SHOWN = 6
@@ -69,6 +69,10 @@ def _gigabytes(count: float) -> str:
     return f"{count / 1e9:,.2f} GB"
 
 
+def _slice_map(what: Subject, chosen: LayoutPlan) -> SliceMap:
+    return build_slice_map(what.model, what.outline.plan, chosen.layout.tp_size, what.outline.heads.pad_to)
+
+
 def _in_stage(name: str) -> str:
     return f" in stage {name}, which needs the most memory" if name else ""
 
@@ -94,6 +98,8 @@ def _heading(what: Subject, chosen: LayoutPlan, stage: str) -> Iterator[str]:
             f"{head_imbalance(heads, layout.tp_size):.2f} x the mean; in all the slowest rank multiplies "
             f"{chosen.imbalance:.2f} x"
         )
+    if padding := padding_text(_slice_map(what, chosen), what.outline.heads):
+        yield f"Widths: padded {padding} (--pad-widths)"
     if teacher := chosen.teacher.parameters:
         yield (
             f"Teacher: {teacher:,} parameters, {what.config.distillation.teacher_device_map}; "
@@ -118,7 +124,7 @@ def _stages(plans: Sequence[StagePlan]) -> Iterator[str]:
 
 def _layers(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
     outline, tp_size = what.outline, chosen.layout.tp_size
-    slice_map = build_slice_map(what.model, outline.plan, tp_size)
+    slice_map = _slice_map(what, chosen)
     prefix = outline.plan.first_block.rpartition(".")[0]
     yield f"{'parameter':44}{'shape':>18}{'on a rank':>18}{'elements a rank':>18}"
     for name in slice_map.names:

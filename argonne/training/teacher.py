@@ -170,7 +170,7 @@ def _open(
         head = head_rows(folder, rows, dtype, parallel.device)
     elif placed == "tensor-parallel":
         state: Any = student.tensor_parallel
-        body = split_model(folder, dtype, device, state.group)
+        body = split_model(folder, dtype, device, state.group, state.pad_to)
         head = head_rows(folder, rows, dtype, parallel.device)
     else:
         device_map = "auto" if placed == "auto" else None

@@ -38,8 +38,13 @@ def whole_model(
     return model if device_map is not None else model.to(device)
 
 
-def split_model(folder: Path, dtype: torch.dtype, device: torch.device, group: TPGroup) -> nn.Module:
-    """The teacher split over ``group``: this rank reads its own slices only."""
+def split_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, group: TPGroup, pad_to: int = 1
+) -> nn.Module:
+    """The teacher split over ``group``: this rank reads its own slices only.
+
+    An Argonne teacher's widths are padded to a multiple of ``pad_to``, as the student's.
+    """
     model_type = _model_type(folder)
     if not has_plan(model_type):
         raise ConfigError(
@@ -49,7 +54,8 @@ def split_model(folder: Path, dtype: torch.dtype, device: torch.device, group: T
     with torch.device("meta"):
         model = _described(folder)
     try:
-        shard_tensor_parallel(model, group)
+        argonne = model_type == ArgonneConfig.model_type
+        shard_tensor_parallel(model, group, pad_to=pad_to if argonne else 1)
     except ConfigError as error:
         raise ConfigError(f"{FLAG} {folder} cannot be split: {error}") from error
     model.to(dtype)

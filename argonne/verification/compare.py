@@ -25,6 +25,7 @@ from model import (
     ArgonneRMSNorm,
     causal_lm_loss,
     document_starts,
+    rotary_frequencies,
     rotary_tables,
 )
 from tp_shard import TensorParallelState, gather_unsharded
@@ -237,7 +238,7 @@ def _walk_unsharded(
     with torch.no_grad():
         hidden = F.embedding(ids, tally.weight("embed_tokens.weight"))
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    rotary = rotary_tables(model.rotary_frequencies, positions, hidden.dtype)
+    rotary = rotary_tables(rotary_frequencies(model.config), positions, hidden.dtype)
     documents = None if document_ids is None else document_starts(document_ids)
     entered = []
     for index in range(len(model.blocks)):

@@ -109,7 +109,7 @@ def _of_copies(sharers: TPGroup | None) -> Traffic:
 
 
 def measure_simulated(
-    model: nn.Module, ids: Tensor, size: int, *, sequence_parallel: bool
+    model: nn.Module, ids: Tensor, size: int, *, sequence_parallel: bool, pad_to: int = 1
 ) -> tuple[list[Measured], SliceMap]:
     """Split copies of ``model`` over ``size`` simulated ranks and measure each; also their slice map.
 
@@ -117,7 +117,7 @@ def measure_simulated(
     """
     groups = SimulatedTPGroup.create(size)
     sharded = [
-        shard_tensor_parallel(copy.deepcopy(model), group, sequence_parallel=sequence_parallel)
+        shard_tensor_parallel(copy.deepcopy(model), group, sequence_parallel=sequence_parallel, pad_to=pad_to)
         for group in groups
     ]
     state: TensorParallelState = sharded[0].tensor_parallel  # type: ignore[assignment]

@@ -187,11 +187,18 @@ def test_split_and_gather_through_any_layouts_is_exact() -> None:
 
 
 def random_cut(generator: random.Random, tp_size: int, dimension: int) -> tuple[int, Cut]:
-    kind = generator.choice(["even", "heads", "shared", "fused"])
+    kind = generator.choice(["even", "heads", "shared", "fused", "padded"])
     head_dim = generator.randint(1, 5)
     if kind == "even":
         size = generator.randint(1, 60)
         return size, even_cut(size, tp_size, dimension)
+    if kind == "padded":
+        group, head_dim = generator.randint(1, 4), 2 * generator.randint(1, 4)
+        heads = -(-tp_size // group) + generator.randint(0, 2)
+        stored_dim = head_dim + 2 * generator.randint(0, 3)
+        return heads * head_dim, head_cut(
+            heads, head_dim, tp_size, dimension, query_heads=heads * group, stored_dim=stored_dim
+        )
     if kind == "heads":
         heads = tp_size * generator.randint(1, 3)
         return heads * head_dim, head_cut(heads, head_dim, tp_size, dimension)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from argonne.config.derived import width_multiple
 from argonne.config.options import ParallelOptions, TrainingOptions
 from argonne.config.presets import PRESETS
 from argonne.ranks.world import World, build_parallel
@@ -64,7 +65,8 @@ def measured(world_size: int, rank: int, case: dict[str, Any]) -> tuple[int, int
         loss_chunk_tokens=training.get("loss_chunk_tokens"),
     )
     model = shape_only(settings)
-    return peak.peak, rank_memory(ModelOutline.of(model), model, layout).total
+    pad_to = width_multiple(ParallelOptions(**options), on_gpu=False)
+    return peak.peak, rank_memory(ModelOutline.of(model, pad_to), model, layout).total
 
 
 def case(
@@ -105,6 +107,8 @@ CASES = {
     "window": case(switches={"interleaved_local_attention": True, "local_attention_window": 64}),
     "all switches": case(switches=ALL_SWITCHES),
     "all switches at once": case(switches=ALL_SWITCHES, loss_chunk_tokens=0),
+    "padded": case(switches={"head_dim": 18, "vocab_size": 4001}, pad_widths="on"),
+    "padded tp 2": case(2, 2, switches={**ALL_SWITCHES, "head_dim": 18}, pad_widths="on"),
     "all switches tp 2 sequence": case(2, 2, switches=ALL_SWITCHES, sequence_parallel=True),
 }
 

@@ -110,6 +110,7 @@ PLACEMENTS = [
     (2, ["--tensor-parallel-size", "1", "--batch-size", "1", "--activation-checkpointing", "full"]),
     (4, ["--teacher-device-map", "tensor-parallel", *REPLICAS]),
     (2, ["--teacher-device-map", "tensor-parallel", "--compile"]),
+    (2, ["--teacher-device-map", "tensor-parallel", "--pad-widths", "on"]),
 ]
 
 

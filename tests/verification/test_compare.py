@@ -136,6 +136,18 @@ def test_one_process_can_be_verified_too() -> None:
     assert "largest relative error" in report.summary()
 
 
+def test_padded_widths_are_verified_and_their_faults_seen() -> None:
+    for changes in ({"attention_bias": True, "mlp_bias": True}, ALL_SWITCHES):
+        model: Any = small_model(torch.float32, **changes)
+        shard_tensor_parallel(model, pad_to=8)
+        arguments = (model, model, single_process(), random_tokens(length=12))
+        report = compare_with_unsharded(*arguments, dtype=torch.float32)
+        assert report.agrees and report.worst.relative < 2e-6
+        model.blocks[0].attn.scaling = 8**-0.5  # of the padded head
+        with pytest.raises(SplitMismatchError):
+            compare_with_unsharded(*arguments, dtype=torch.float32)
+
+
 def test_documents_and_every_switch_are_verified() -> None:
     """Soft-capped logits, z-loss, windows and documents in the walk over the unsharded blocks."""
     model = small_model(torch.float32, **SWITCHES)
