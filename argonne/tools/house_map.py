@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 DOORS = ("resume_pretrain_tensor", "model", "tp_shard", "data_stream", "checkpointing")
@@ -30,6 +30,7 @@ OUTSIDE = {
     "tests": "mirror the rooms: tests/tp/test_slices.py tests argonne/tp/slices.py",
 }
 _COLUMN = 34
+_SECOND_COLUMN, _SECOND_NAME, _WIDTH = 72, 18, 120
 _SHORTEST, _LONGEST = 18, 72
 
 
@@ -42,6 +43,20 @@ def phrase(file: Path) -> str:
     return next(
         (sentence[: at.start()] for at in re.finditer("[:;,]", sentence) if at.start() >= _SHORTEST), sentence
     )
+
+
+def in_columns(files: Sequence[tuple[str, str]], line: Callable[[int, str, str], str]) -> Iterator[str]:
+    """A line for each file; two neighbours share one where their phrases are short, so that the map fits."""
+    at = 0
+    while at < len(files):
+        first = line(2, *files[at])
+        pair = ""
+        if at + 1 < len(files) and len(first) < _SECOND_COLUMN:
+            name, words = files[at + 1]
+            pair = f"{first:{_SECOND_COLUMN}}{name:{_SECOND_NAME}} {words}"
+        both = bool(pair) and len(pair) <= _WIDTH
+        yield pair if both else first
+        at += 2 if both else 1
 
 
 def tree(root: Path) -> str:
@@ -59,8 +74,8 @@ def tree(root: Path) -> str:
         for room, words in ROOMS.items():
             name = room.removeprefix("argonne.")
             yield line(1, f"{name}/", words)
-            for file in sorted((root / "argonne" / name).glob("[!_]*.py")):
-                yield line(2, file.name, phrase(file))
+            files = sorted((root / "argonne" / name).glob("[!_]*.py"))
+            yield from in_columns([(file.name, phrase(file)) for file in files], line)
         for room, words in WORKSHOPS.items():
             yield line(1, f"{room.removeprefix('argonne.')}/", words)
         for name, words in OUTSIDE.items():
