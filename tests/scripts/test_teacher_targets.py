@@ -119,11 +119,17 @@ STREAMS: dict[str, list[Any]] = {
     "mixed": ["--data-mix", "web=0.7:{data}", "other=0.3:{other}"],
     "held": ["--holdout", 4],
     "tokens": ["--data-glob", "{bin}"],
-    "documents": ["--shuffle", "--data-mix", "web=2:{data}", "other=1:{other}"],
+    "mixed and shuffled": ["--shuffle", "--data-mix", "web=2:{data}", "other=1:{other}"],
 }
 
 
-@pytest.mark.parametrize("name", STREAMS)
+ALSO = ("packed", "shuffled", "mixed")
+"""Parts of what the others do together."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ALSO else ()) for name in STREAMS]
+)
 def test_whatever_the_stream_the_samples_are_the_runs(corpus: Corpus, name: str) -> None:
     """More than an epoch of most; made in two goes, the second from the place that the first one kept."""
     places = {part: str(corpus.folder / part) for part in ("data", "other", "bin")}
