@@ -215,7 +215,7 @@ def test_mistakes_are_one_line(corpus: Corpus, capsys: pytest.CaptureFixture[str
     flags = corpus.run_flags()
     own = ["--targets", corpus.folder / "new"]
     teacher = corpus.asking()
-    assert "--targets" in fails(2, *teacher, *flags)
+    assert "--targets is required" in fails(2, *teacher, *flags)
     assert "--top-k 0: must be at least 1" in fails(2, *own, *teacher, *flags, "--top-k", 0)
     assert "--teacher-path is required" in fails(2, *own, *flags)
     assert "is no folder" in fails(2, *own, "--teacher-path", corpus.folder / "none", *flags)
