@@ -184,6 +184,13 @@ def test_it_goes_on_to_the_same_bytes(corpus: Corpus, monkeypatch: pytest.Monkey
     assert corpus.make("cut", "--top-k", 5, "--samples", 24) == 0  # nothing is left to do
 
 
+def test_the_steps_of_all_replicas_are_counted_by_the_global_batch(corpus: Corpus) -> None:
+    """16 sequences a step are 2 micro-batches of 2 on 4 replicas."""
+    split = ["--global-batch-size", 16, "--gradient-accumulation-steps", 2, "--total-steps", 3]
+    assert corpus.make("global", "--top-k", 1, *split) == 0
+    assert corpus.reader("global").header.samples == 3 * 16
+
+
 @pytest.mark.parametrize("k", [4, 12])
 @pytest.mark.parametrize("size", [2, 4])
 def test_vocabulary_slices_find_the_same_tokens(size: int, k: int) -> None:
