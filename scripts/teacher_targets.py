@@ -17,15 +17,18 @@ twice as much. What more ids could still teach is weighed by the mean mass of th
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from argonne.config.command_line import parse_recipe
+from argonne.config.command_line import SILENT_SECONDS, parse_recipe
 from argonne.config.distillation import TOP_K
-from argonne.errors import ConfigError
+from argonne.config.recipe import Recipe
+from argonne.errors import EXIT_USAGE
 from argonne.tools.script import OneLineParser, run_script
 
 DTYPES = {"fp16": "float16", "fp32": "float32"}
@@ -34,7 +37,7 @@ DTYPES = {"fp16": "float16", "fp32": "float32"}
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--targets", type=Path, required=True, metavar="FOLDER", help="where they are stored")
+    parser.add_argument("--targets", type=Path, metavar="FOLDER", help="where they are stored (required)")
     parser.add_argument("--top-k", type=int, default=TOP_K, help=f"ids stored of each token ({TOP_K})")
     parser.add_argument(
         "--samples", type=int, help="samples in all (what the run's steps take, of one replica)"
@@ -45,19 +48,35 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def own_problems(own: argparse.Namespace, recipe: Recipe) -> list[str]:
+    """What is wrong beside the run's own flags."""
+    problems = [
+        f"{name} {value}: must be at least 1"
+        for name, value in (("--top-k", own.top_k), ("--samples", own.samples))
+        if value is not None and value < 1
+    ]
+    if own.targets is None:
+        problems.append("--targets is required: give the folder where they are stored")
+    if recipe.config.distillation.teacher_path is None:
+        problems.append("--teacher-path is required: give the folder of the teacher to ask")
+    if len(recipe.stages) > 1:
+        problems.append(
+            "--config: targets are of one stream, and the recipe has several stages: make one run"
+        )
+    return problems
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    own, flags = parser.parse_known_args(argv)
-    for name, value in (("--top-k", own.top_k), ("--samples", own.samples)):
-        if value is not None and value < 1:
-            parser.error(f"{name} {value}: must be at least 1")
+    own, flags = build_parser().parse_known_args(argv)
     recipe = parse_recipe(flags)
+    if problems := own_problems(own, recipe):
+        if os.environ.get("RANK", "0") == "0":
+            print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
+        else:
+            time.sleep(SILENT_SECONDS)  # the first rank to end makes torchrun kill the others
+        return EXIT_USAGE
 
     def work() -> None:
-        if recipe.config.distillation.teacher_path is None:
-            raise ConfigError("--teacher-path is required: give the folder of the teacher to ask")
-        if len(recipe.stages) > 1:
-            raise ConfigError("--config: targets are of one stream, and the recipe has several stages")
         from argonne.ranks.launch import Environment
         from argonne.tools.target_making import Asked, make_targets
 

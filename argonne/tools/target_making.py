@@ -70,6 +70,16 @@ def teacher_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def as_one_replica(recipe: Recipe) -> PlannedStage:
+    """The run's steps, as one replica would take them: how they are split matters to no sample."""
+    stage = recipe.stages[0]
+    training = stage.config.training
+    if training.global_batch_size is not None:
+        training = replace(training, gradient_accumulation_steps=None)
+    one = replace(stage, config=replace(stage.config, training=training))
+    return plan_stages(Recipe(stages=(one,)), 1)[0]
+
+
 def header_and_samples(
     folder: TargetsFolder, asked: Asked, stage: PlannedStage, start: Start
 ) -> tuple[TargetsHeader, int]:
@@ -117,7 +127,7 @@ class TargetMaking:
     def __init__(self, recipe: Recipe, asked: Asked, world: World, start: Start, report: RunReport) -> None:
         self.asked, self.start, self.report = asked, start, report
         self.folder = TargetsFolder(asked.folder)
-        self.stage: PlannedStage = plan_stages(recipe, 1)[0]
+        self.stage = as_one_replica(recipe)
         self.config = config = self.stage.config
         if world.local_world_size != world.world_size:
             raise ConfigError(

@@ -119,11 +119,17 @@ STREAMS: dict[str, list[Any]] = {
     "mixed": ["--data-mix", "web=0.7:{data}", "other=0.3:{other}"],
     "held": ["--holdout", 4],
     "tokens": ["--data-glob", "{bin}"],
-    "documents": ["--shuffle", "--data-mix", "web=2:{data}", "other=1:{other}"],
+    "mixed and shuffled": ["--shuffle", "--data-mix", "web=2:{data}", "other=1:{other}"],
 }
 
 
-@pytest.mark.parametrize("name", STREAMS)
+ALSO = ("packed", "shuffled", "mixed")
+"""Parts of what the others do together."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ALSO else ()) for name in STREAMS]
+)
 def test_whatever_the_stream_the_samples_are_the_runs(corpus: Corpus, name: str) -> None:
     """More than an epoch of most; made in two goes, the second from the place that the first one kept."""
     places = {part: str(corpus.folder / part) for part in ("data", "other", "bin")}
@@ -178,6 +184,13 @@ def test_it_goes_on_to_the_same_bytes(corpus: Corpus, monkeypatch: pytest.Monkey
     assert corpus.make("cut", "--top-k", 5, "--samples", 24) == 0  # nothing is left to do
 
 
+def test_the_steps_of_all_replicas_are_counted_by_the_global_batch(corpus: Corpus) -> None:
+    """16 sequences a step are 2 micro-batches of 2 on 4 replicas."""
+    split = ["--global-batch-size", 16, "--gradient-accumulation-steps", 2, "--total-steps", 3]
+    assert corpus.make("global", "--top-k", 1, *split) == 0
+    assert corpus.reader("global").header.samples == 3 * 16
+
+
 @pytest.mark.parametrize("k", [4, 12])
 @pytest.mark.parametrize("size", [2, 4])
 def test_vocabulary_slices_find_the_same_tokens(size: int, k: int) -> None:
@@ -209,7 +222,7 @@ def test_mistakes_are_one_line(corpus: Corpus, capsys: pytest.CaptureFixture[str
     flags = corpus.run_flags()
     own = ["--targets", corpus.folder / "new"]
     teacher = corpus.asking()
-    assert "--targets" in fails(2, *teacher, *flags)
+    assert "--targets is required" in fails(2, *teacher, *flags)
     assert "--top-k 0: must be at least 1" in fails(2, *own, *teacher, *flags, "--top-k", 0)
     assert "--teacher-path is required" in fails(2, *own, *flags)
     assert "is no folder" in fails(2, *own, "--teacher-path", corpus.folder / "none", *flags)

@@ -113,8 +113,14 @@ def test_loss_and_every_gradient_are_those_of_the_formula(
             assert calls["all_reduce"] == 2 * 2 + 1 + 2  # two for the loss, as beside the teacher
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("size", "sequence_parallel", "chunk"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("size", "sequence_parallel", "chunk", "rule"),
+    [
+        pytest.param(*layout, rule, marks=() if i % len(LAYOUTS) == j else pytest.mark.slow)
+        for i, rule in enumerate(RULES)
+        for j, layout in enumerate(LAYOUTS)
+    ],
+)
 def test_with_the_whole_vocabulary_it_is_the_teachers_loss(
     size: int, sequence_parallel: bool, chunk: int | None, rule: DistillationRule
 ) -> None:

@@ -17,6 +17,7 @@ from argonne.errors import ConfigError, DataError
 from argonne.testing.corpus import small_corpus
 from argonne.testing.distributed import make_parallel
 from argonne.testing.launch import SCHEDULE, SHAPE, checkpoint, launch, metrics
+from argonne.tools.rehearsal_targets import scaled_distillation
 from argonne.training.stored_teacher import open_stored
 from argonne.training.teacher_plan import teacher_cost
 from data_stream import StepBatch, TargetsFolder, load_tokenizer
@@ -172,6 +173,19 @@ def test_the_plan_counts_the_targets(prepared: Prepared, few: Path) -> None:
     assert planned.total > cost.total > 0
 
 
+def test_a_rehearsal_has_targets_of_its_own(prepared: Prepared, few: Path, tmp_path: Path) -> None:
+    options, notes = prepared.config(few).distillation, []  # type: ignore[var-annotated]
+    small = scaled_distillation(options, tmp_path, notes)
+    assert small == dataclasses.replace(options, teacher_targets=str(tmp_path / "targets"))
+    assert notes.pop() == f"targets are made anew for the small samples, by {prepared.teacher}"
+    shutil.copytree(few, tmp_path / "few")
+    folder = TargetsFolder(tmp_path / "few")
+    folder.write_header(dataclasses.replace(folder.read_header(), teacher_path=str(tmp_path / "gone")))
+    moved = dataclasses.replace(options, teacher_targets=str(folder.root))
+    assert not scaled_distillation(moved, tmp_path, notes).is_on
+    assert notes == [f"teacher {tmp_path / 'gone'} is not here: stored targets are left out"]
+
+
 # ------------------------------------------------------------------ slow: whole runs
 
 
@@ -291,6 +305,24 @@ def test_a_shard_that_was_rewritten_is_named_where_it_begins_to_differ(
     done = metrics(tmp_path / "run")
     number = int(error.partition("sample ")[2].split()[0])
     assert number > 0 and len(done) == number // 2
+
+
+@pytest.mark.slow
+def test_targets_of_a_run_that_has_begun_go_on_from_its_checkpoint(
+    tmp_path: Path, prepared: Prepared
+) -> None:
+    """Three steps without a teacher, then three from targets of the samples that follow."""
+    short = [*prepared.flags, "--total-steps", 3, "--warmup-steps", 2]
+    assert launch(1, *short, "--output-dir", tmp_path / "run").code == 0
+    targets = prepared.make("later", "--top-k", 8, "--output-dir", tmp_path / "run")
+    header = TargetsFolder(targets).read_header()
+    assert (header.first_sample, header.samples) == (6, 6)
+    lines = trained(1, tmp_path / "run", prepared, "--teacher-targets", targets)
+    assert ["kd_loss" in line for line in lines] == [False] * 3 + [True] * 3
+    fresh = launch(
+        1, *prepared.flags, *LOSS, "--teacher-targets", targets, "--output-dir", tmp_path / "fresh"
+    )
+    assert "has the samples 6 to 11, enough for none of the 6 steps to go" in fresh.errors()[0]
 
 
 @pytest.mark.slow
