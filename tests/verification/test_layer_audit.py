@@ -98,7 +98,10 @@ def test_every_layout_holds(
 
 def verdict_on(name: str, culprit: int, *, world_size: int = 2, tp_size: int = 2, **options: Any) -> Verdict:
     """Of a fault on one rank; all ranks have the same."""
-    ranks = run_ranks(faulty_rank, world_size, tp_size, name, culprit, options)
+    if world_size == 1:
+        ranks = [faulty_rank(0, 1, 1, name, culprit, options)]
+    else:
+        ranks = run_ranks(faulty_rank, world_size, tp_size, name, culprit, options)
     verdict = ranks[0].verdict
     assert verdict is not None and verdict.fault
     assert all(other.verdict == verdict for other in ranks)
@@ -113,13 +116,11 @@ def verdict_on(name: str, culprit: int, *, world_size: int = 2, tp_size: int = 2
         ("attention", 1, {"oracle": 1}),
         ("product", 1, {"oracle": 1}),
         ("activation", 1, {}),
-        ("compiled", 1, {"compiled": True}),
+        ("compiled", 0, {"world_size": 1, "tp_size": 1, "compiled": True}),
+        pytest.param("compiled", 1, {"compiled": True}, marks=pytest.mark.slow),
         pytest.param("attention", 0, {"training": {"dtype": "bf16"}}, marks=pytest.mark.slow),
         pytest.param("product", 2, {"world_size": 4, "tp_size": 2}, marks=pytest.mark.slow),
         pytest.param("attention", 3, {"world_size": 4, "tp_size": 4, "oracle": 2}, marks=pytest.mark.slow),
-        pytest.param(
-            "compiled", 0, {"world_size": 1, "tp_size": 1, "compiled": True}, marks=pytest.mark.slow
-        ),
     ],
 )
 def test_a_wrong_kernel_block_or_number_is_named_with_its_rank(
