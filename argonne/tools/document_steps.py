@@ -80,10 +80,9 @@ class Ledger:
         """The steps that trained on any of ``wanted``, ascending.
 
         A step sees a document when one of its tokens is an input or the target of an input. Raises DataError
-        where the records have a gap, ConfigError where no source has such a shard or row.
+        where the records have a gap.
         """
         last: dict[tuple[str, str], Mapping[str, Any]] = {}
-        checked: set[str] = set()
         before_step = 0
         for record in self._run.records():
             step, stage = int(record["step"]), str(record.get("stage") or "")
@@ -94,9 +93,6 @@ class Ledger:
                 )
             before_step = step
             sources = self._of_stage(stage, record)
-            if stage not in checked:
-                checked.add(stage)
-                _require_known(sources, wanted, self._run)
             config = self._stages[stage]
             key = "" if config.data.data_mix else data_source(config)["key"]
             jump = self._back.place_of(record) or {}
@@ -144,7 +140,8 @@ class Ledger:
 
 
 def sights(run: KeptRun, recipe: Recipe, wanted: Sequence[Wanted]) -> Iterator[Sight]:
-    """As `Ledger.sights`, of a run."""
+    """As `Ledger.sights`, of a run; ConfigError for a shard or row that none of its stages reads."""
+    require_known(run, recipe, wanted)
     return Ledger(run, recipe).sights(wanted)
 
 
@@ -153,15 +150,17 @@ def _same(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
     return all(before[key] == after[key] for key in keys)
 
 
-def _require_known(sources: Mapping[str, Sights], wanted: Sequence[Wanted], run: KeptRun) -> None:
+def require_known(run: KeptRun, recipe: Recipe, wanted: Sequence[Wanted]) -> None:
+    """ConfigError for a shard, or a row, that no stage's data has."""
+    parts = [part for stage in recipe.stages for part in open_parts(stage.config).items()]
     for shard, row, source in wanted:
         held = [
-            one.shards[number]
-            for name, one in sources.items()
-            if source in (None, name) and (number := number_of(one.shards, shard)) is not None
+            shards[number]
+            for name, (_, shards) in parts
+            if source in (None, name) and (number := number_of(shards, shard)) is not None
         ]
         if not held:
-            names = sorted({known.name for one in sources.values() for known in one.shards})[:3]
+            names = sorted({known.name for _, (_, shards) in parts for known in shards})[:3]
             raise ConfigError(f"{shard} is no shard of {run.folder}: it reads {', '.join(names)}, ...")
         if row is not None and all(row >= one.rows for one in held):
             raise ConfigError(f"{shard} has {held[0].rows} rows (from 0), and no row {row}")
