@@ -178,7 +178,7 @@ def prepare_gpus(config: RunConfig, environment: Environment) -> None:
 
     options = config.parallel
     heads = {**PRESETS[REFERENCE], **(config.model.settings or {})}["num_attention_heads"]
-    fsdp = options.data_parallel == "fsdp"
+    fsdp = options.data_parallel != "ddp"
     one_queue = one_queue_helps(environment, options.tensor_parallel_size, heads, fsdp=fsdp)
     set_gpu_environment(os.environ, one_queue=one_queue)
 
@@ -215,9 +215,9 @@ def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl)
 
 def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunReport, world: World) -> Run:
     """The data at its place, the split model with its weights, and what else the loop works with."""
-    from argonne.ranks.world import build_parallel
     from argonne.training import setup
-    from argonne.training.build import choose_tp_size
+    from argonne.training.auto_layout import batch_change, resolve_layout
+    from argonne.training.build import make_parallel
     from argonne.training.fit import require_memory
     from argonne.training.header import introduce
     from argonne.training.keeper import CheckpointKeeper
@@ -229,10 +229,15 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     from argonne.training.step import TrainingStep
 
     view, metadata, step = start.view, start.metadata, start.step
-    asked = recipe.config.parallel.tensor_parallel_size
-    parallel = build_parallel(world, choose_tp_size(start.settings, asked, world))
-    stages = choose_stage(recipe, metadata, step, parallel, report)
+    choice = resolve_layout(recipe, start.settings, world)
+    parallel = make_parallel(start.settings, choice.recipe.config.parallel, world)
+    stages = choose_stage(choice.recipe, metadata, step, parallel, report)
     stage, config = stages.current, stages.current.config
+    if choice.text:
+        report.info(choice.text)
+        setup.keep_configuration(recipe, report, world, chosen=choice.flags)
+    if change := batch_change(recipe, metadata, stage.samples_per_step):
+        report.info(change)
     require_memory(config, start.settings, parallel)
     place = (config, start.tokenizer, metadata, step, stage.samples_per_step, report, world)
     data, feed = setup.open_feed(*place, start.settings["vocab_size"], new_stage=step == stages.first_step)

@@ -23,6 +23,7 @@ from argonne.tp.chunked_loss import attach_head_loss
 from argonne.tp.copied_gradients import CopiedGradients
 from argonne.tp.costs import ModelOutline, SplitCost, sent_share
 from argonne.tp.costs import tensor_parallel as tensor_parallel_cost
+from argonne.tp.device_rates import DeviceRates, device_rates
 from argonne.tp.distillation_loss import DistillationRule, TeacherLogits, vocabulary_slice
 from argonne.tp.dropout import attach_dropout
 from argonne.tp.entrances import attach_entrances
@@ -39,6 +40,7 @@ from argonne.tp.plan import (
     summed_parameters,
 )
 from argonne.tp.plan_memory import OUTSIDE_BYTES, Layout, RankMemory, rank_memory
+from argonne.tp.plan_time import StepPrediction, StepTime
 from argonne.tp.precision import DTYPES
 from argonne.tp.regions import (
     SequenceState,
@@ -67,6 +69,7 @@ __all__ = [
     "DTYPES",
     "OUTSIDE_BYTES",
     "ColumnParallelLinear",
+    "DeviceRates",
     "DistillationRule",
     "Layout",
     "ModelOutline",
@@ -76,6 +79,8 @@ __all__ = [
     "SimulatedTPGroup",
     "SliceMap",
     "SplitCost",
+    "StepPrediction",
+    "StepTime",
     "TPGroup",
     "TeacherLogits",
     "TensorParallelModel",
@@ -85,6 +90,7 @@ __all__ = [
     "build_slice_map",
     "check_degree",
     "copy_to_region",
+    "device_rates",
     "fitting_degrees",
     "gather_from_region",
     "gather_sequence",

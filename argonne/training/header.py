@@ -23,6 +23,17 @@ from argonne.training.stages import Stages
 from checkpointing import SaveEstimate, estimate_save, later_checkpoints
 from data_stream import OpenedStream
 
+_REPLICAS_TEXT = {
+    "fsdp": "share weights and state (fsdp)",
+    "hsdp": "share weights and state within a node, each node has a copy (hsdp)",
+    "ddp": "hold all weights and state each (ddp)",
+}
+_GATHERED_TEXT = {
+    "auto": "freed after the forward pass, gathered again (--reshard-after-forward auto)",
+    "on": "freed after the forward pass, gathered again",
+    "off": "kept until the backward pass (reshard after forward off)",
+}
+
 
 def open_metrics(
     report: RunReport, config: RunConfig, trained: TrainedModel, first_step: int, last_step: int
@@ -118,8 +129,8 @@ def run_facts(
             "Schedule": str(Schedule.of(training)),
             **({"Teacher": trained.teacher.text} if trained.teacher is not None else {}),
             **source_lines(config.data, opened),
-            **switches(config.parallel),
-            **faster_line(config, trained.model.config.to_dict(), parallel),
+            **switches(config.parallel, replicas=parallel.dp_size),
+            **faster_line(config, trained.model.config.to_dict(), parallel, device_name(parallel.device)),
         },
     )
 
@@ -131,9 +142,12 @@ def device_name(device: torch.device) -> str:
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads a process)"
 
 
-def switches(options: ParallelOptions) -> dict[str, str]:
+def switches(options: ParallelOptions, *, replicas: int = 1) -> dict[str, str]:
     """Label -> text of what is on."""
+    shared = replicas > 1 and options.data_parallel != "ddp"
     texts = {
+        "Replicas": _REPLICAS_TEXT[options.data_parallel] if replicas > 1 else "",
+        "Gathered weights": _GATHERED_TEXT[options.reshard_after_forward] if shared else "",
         "Sequence parallel": "on" if options.sequence_parallel else "",
         "Recomputation": options.activation_checkpointing,
         "Compiled": "each block" if options.compile else "",
