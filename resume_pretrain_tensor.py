@@ -216,7 +216,7 @@ def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl)
 def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunReport, world: World) -> Run:
     """The data at its place, the split model with its weights, and what else the loop works with."""
     from argonne.training import setup
-    from argonne.training.auto_layout import batch_change, resolve_layout
+    from argonne.training.auto_layout import choose_layout
     from argonne.training.build import make_parallel
     from argonne.training.fit import require_memory
     from argonne.training.header import introduce
@@ -229,15 +229,10 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     from argonne.training.step import TrainingStep
 
     view, metadata, step = start.view, start.metadata, start.step
-    choice = resolve_layout(recipe, start.settings, world)
-    parallel = make_parallel(start.settings, choice.recipe.config.parallel, world)
-    stages = choose_stage(choice.recipe, metadata, step, parallel, report)
+    laid_out = choose_layout(recipe, start, report, world)
+    parallel = make_parallel(start.settings, laid_out.config.parallel, world)
+    stages = choose_stage(laid_out, metadata, step, parallel, report)
     stage, config = stages.current, stages.current.config
-    if choice.text:
-        report.info(choice.text)
-        setup.keep_configuration(recipe, report, world, chosen=choice.flags)
-    if change := batch_change(recipe, metadata, stage.samples_per_step):
-        report.info(change)
     require_memory(config, start.settings, parallel)
     place = (config, start.tokenizer, metadata, step, stage.samples_per_step, report, world)
     data, feed = setup.open_feed(*place, start.settings["vocab_size"], new_stage=step == stages.first_step)

@@ -39,7 +39,7 @@ from argonne.tp.plan import (
     fitting_degrees,
     summed_parameters,
 )
-from argonne.tp.plan_memory import OUTSIDE_BYTES, Layout, RankMemory, rank_memory
+from argonne.tp.plan_memory import OUTSIDE_BYTES, Layout, LayoutSizes, RankMemory, rank_memory
 from argonne.tp.plan_time import StepPrediction, StepTime
 from argonne.tp.precision import DTYPES
 from argonne.tp.regions import (
@@ -72,6 +72,7 @@ __all__ = [
     "DeviceRates",
     "DistillationRule",
     "Layout",
+    "LayoutSizes",
     "ModelOutline",
     "ProcessTPGroup",
     "RankMemory",

@@ -18,8 +18,8 @@ from argonne.tp.chunked_loss import chunk_tokens
 from argonne.tp.costs import ModelOutline, activation_bytes
 from argonne.tp.head_cuts import head_range
 from argonne.tp.imbalance import local_features
-from argonne.tp.plan import Style, build_slice_map
-from argonne.tp.slices import SliceMap
+from argonne.tp.plan import Style
+from argonne.tp.shape_only import most_elements, planned_slice_map
 
 _FLOAT32 = 4
 _LOSS_ELEMENTS = 1 << 24
@@ -96,12 +96,12 @@ class LayoutSizes:
 
     def __init__(self, outline: ModelOutline, model: nn.Module, layout: Layout) -> None:
         self.outline, self.layout = outline, layout
-        self.slice_map = build_slice_map(model, outline.plan, layout.tp_size)
+        self.slice_map = planned_slice_map(model, outline.plan, layout.tp_size)
         self.config: Any = model.config
-        self.local = _local_numel(self.slice_map, self.slice_map.names)
+        self.local = most_elements(self.slice_map, self.slice_map.names)
         self.held = math.ceil(self.local / layout.shards)
         first = [name for name in self.slice_map.names if name.startswith(f"{outline.plan.first_block}.")]
-        self.block = _local_numel(self.slice_map, first)
+        self.block = most_elements(self.slice_map, tuple(first))
         self.vocabulary = self.slice_map.tp_local_shape(f"{outline.plan.embedding}.weight", 0)[0]
         self.head = self.vocabulary * outline.hidden_size
         self.tied = f"{outline.plan.head}.weight" not in self.slice_map.names
@@ -152,13 +152,6 @@ class LayoutSizes:
         # The two exits; with sequence parallelism their products stay whole, and both gathers are kept.
         exits = 2 * self.stream if self.divided == 1 else 2 * self.stream + 4 * self.whole_stream
         return self.stream + products + exits
-
-
-def _local_numel(slice_map: SliceMap, names: tuple[str, ...] | list[str]) -> int:
-    return max(
-        sum(math.prod(slice_map.tp_local_shape(name, rank)) for name in names)
-        for rank in range(slice_map.tp_size)
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,9 +148,9 @@ class StepPrediction:
         outline, length = self.outline, self.layout.block_size
         head_dim = outline.heads.head_dim
         padded = next((width for width in _HEAD_DIMS if width >= head_dim), head_dim)
-        window = getattr(self.sizes.config, "local_attention_window", None)
-        local = getattr(self.sizes.config, "interleaved_local_attention", False) and window
-        share = (1 + min(1.0, 2 * window / length)) / 2 if local else 1.0
+        share, window = 1.0, getattr(self.sizes.config, "local_attention_window", None)
+        if window and getattr(self.sizes.config, "interleaved_local_attention", False):
+            share = (1 + min(1.0, 2 * window / length)) / 2  # in every other layer
         flops = 6 * outline.num_layers * length * outline.heads.query_heads * padded * share
         flops *= self.layout.tokens / self.layout.tp_size * self.imbalance
         again = 4 / 3 if self.layout.recomputation != "none" else 1

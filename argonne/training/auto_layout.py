@@ -17,6 +17,7 @@ from argonne.config.recipe import Recipe
 from argonne.errors import DeviceError, RunError
 from argonne.ranks.agree import on_rank_0
 from argonne.ranks.world import World
+from argonne.run.report import RunReport
 from argonne.training.fit import smallest_memory
 from argonne.training.layouts import (
     fastest_of_kinds,
@@ -27,6 +28,7 @@ from argonne.training.layouts import (
     settled,
 )
 from argonne.training.plan import LayoutPlan, Subject, chosen_layout, subject
+from argonne.training.setup import Start, keep_configuration
 
 _UNKNOWN_MEMORY = 1 << 62
 """Where a system does not say what is free, everything fits."""
@@ -69,6 +71,18 @@ def resolve_layout(recipe: Recipe, settings: Mapping[str, Any], world: World) ->
         return _settled_recipe(recipe, subjects)
 
     return on_rank_0(choose, world)
+
+
+def choose_layout(recipe: Recipe, start: Start, report: RunReport, world: World) -> Recipe:
+    """As `resolve_layout`; says what was chosen, keeps it beside what was asked for, and says where steps of
+    the checkpoint's run had another size."""
+    choice = resolve_layout(recipe, start.settings, world)
+    if choice.text:
+        report.info(choice.text)
+        keep_configuration(recipe, report, world, chosen=choice.flags)
+    if change := batch_change(recipe.config, start.metadata, world.world_size):
+        report.info(change)
+    return choice.recipe
 
 
 def chosen_by_plan(recipe: Recipe, subjects: Sequence[Subject]) -> Choice:
@@ -175,10 +189,10 @@ def _settled_recipe(recipe: Recipe, subjects: Sequence[Subject]) -> Choice:
     return Choice(recipe=replace(recipe, stages=stages))
 
 
-def batch_change(recipe: Recipe, metadata: Mapping[str, Any], samples: int) -> str | None:
+def batch_change(config: RunConfig, metadata: Mapping[str, Any], world_size: int) -> str | None:
     """A line where auto on these ranks takes other steps than the checkpoint's run did."""
     saved = (metadata.get("data_state") or {}).get("samples_per_step")
-    config = recipe.config
+    samples = samples_of(config.training, world_size)
     automatic = config.parallel.tensor_parallel_size == AUTO and config.training.global_batch_size is None
     if not automatic or not isinstance(saved, int) or saved == samples:
         return None

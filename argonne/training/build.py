@@ -151,8 +151,7 @@ def build_model(
     if fsdp:
         reshard = options.reshard_after_forward != "off"
         apply_fsdp(model, model.blocks, parallel, dtype, reshard_after_forward=reshard)
-    model.to_empty(device=parallel.device)
-    model.train()
+    model.to_empty(device=parallel.device).train()
     wrapped: nn.Module = model
     if parallel.dp_size > 1 and not fsdp:
         _zero_parameters(model)  # DDP compares and broadcasts what the replicas hold when it is made

@@ -24,6 +24,7 @@ from tp_shard import (
     OUTSIDE_BYTES,
     DeviceRates,
     Layout,
+    LayoutSizes,
     ModelOutline,
     RankMemory,
     SplitCost,
@@ -251,11 +252,7 @@ def _replica_traffic(what: Subject, layout: Layout, local: int) -> Traffic:
     layers, element = what.outline.num_layers, layout.element_bytes
     if not layout.is_cut:
         return {f"all_reduce{REPLICAS}": (1, 4 * local)}
-    first = build_slice_map(what.model, what.outline.plan, layout.tp_size)
-    block = max(
-        sum(math.prod(first.tp_local_shape(name, rank)) for name in _block_names(what))
-        for rank in range(layout.tp_size)
-    )
+    block = LayoutSizes(what.outline, what.model, layout).block
     again = 0 if layout.keeps_gathered else layers
     gathered = local + again * block
     kind = f"{REPLICAS} of a node" if layout.copies > 1 else REPLICAS
@@ -268,12 +265,6 @@ def _replica_traffic(what: Subject, layout: Layout, local: int) -> Traffic:
     if layout.copies > 1:
         traffic[f"all_reduce{REPLICAS}"] = (layers + 1, 4 * math.ceil(local / layout.shards))
     return traffic
-
-
-def _block_names(what: Subject) -> list[str]:
-    return [
-        name for name in what.outline.slice_map.names if name.startswith(f"{what.outline.plan.first_block}.")
-    ]
 
 
 def sending_ranks(kind: str, layout: Layout) -> int:
