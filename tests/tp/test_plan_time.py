@@ -67,8 +67,7 @@ def test_replicas() -> None:
     assert step().replicas == 0
     sharded = step(2, 4)
     assert 0 < step(2, 4, keeps_gathered=True).replicas <= sharded.replicas
-    nodes = {"dp_size": 8, "tp_size": 2}
-    across, within = step(**nodes), step(**nodes, shard_size=4)
+    across, within = step(2, 8), step(2, 8, shard_size=4)
     assert within.replicas < across.replicas  # gathers stay within a node
     assert within.optimizer > across.optimizer  # which then holds a quarter, not an eighth
     assert step(2, 8, fsdp=False).optimizer > within.optimizer
