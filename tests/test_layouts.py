@@ -101,10 +101,9 @@ def test_hsdp_trains_like_one_process_and_goes_on_elsewhere(
     agree(tmp_path / "fsdp", alone, first=3)
 
 
-def test_fsdp_goes_on_as_hsdp_and_a_checkpoint_is_written_whole(
+def test_one_process_goes_on_as_hsdp_with_kept_weights_and_background_saves(
     tmp_path: Path, data: list[str], alone: Path
 ) -> None:
-    """A resume at its last step writes what it has read: every byte of weights and moments."""
     (tmp_path / "pretrained").mkdir()
     shutil.copy(checkpoint(alone, 3), tmp_path / "pretrained")
     hsdp_run(tmp_path, data, 4, 1, "--reshard-after-forward", "off", "--async-checkpoint", "on")
