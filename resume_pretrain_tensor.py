@@ -179,7 +179,7 @@ def prepare_gpus(config: RunConfig, environment: Environment) -> None:
 
     options = config.parallel
     heads = {**PRESETS[REFERENCE], **(config.model.settings or {})}["num_attention_heads"]
-    fsdp = options.data_parallel == "fsdp"
+    fsdp = options.data_parallel != "ddp"
     one_queue = one_queue_helps(environment, options.tensor_parallel_size, heads, fsdp=fsdp)
     set_gpu_environment(os.environ, one_queue=one_queue)
 
@@ -218,9 +218,9 @@ def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl)
 
 def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunReport, world: World) -> Run:
     """The data at its place, the split model with its weights, and what else the loop works with."""
-    from argonne.ranks.world import build_parallel
     from argonne.training import setup
-    from argonne.training.build import choose_tp_size
+    from argonne.training.auto_layout import choose_layout
+    from argonne.training.build import make_parallel
     from argonne.training.fit import require_memory
     from argonne.training.header import introduce
     from argonne.training.keeper import CheckpointKeeper
@@ -232,9 +232,9 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     from argonne.training.step import TrainingStep
 
     view, metadata, step = start.view, start.metadata, start.step
-    asked = recipe.config.parallel.tensor_parallel_size
-    parallel = build_parallel(world, choose_tp_size(start.settings, asked, world))
-    stages = choose_stage(recipe, metadata, step, parallel, report)
+    laid_out = choose_layout(recipe, start, report, world)
+    parallel = make_parallel(start.settings, laid_out.config.parallel, world)
+    stages = choose_stage(laid_out, metadata, step, parallel, report)
     stage, config = stages.current, stages.current.config
     for ahead in stages.planned[stages.index :]:  # what would not fit weeks from now is said today
         require_memory(ahead.config, start.settings, parallel, ahead.name)

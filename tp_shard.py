@@ -23,6 +23,7 @@ from argonne.tp.chunked_loss import attach_head_loss
 from argonne.tp.copied_gradients import CopiedGradients
 from argonne.tp.costs import ModelOutline, SplitCost, sent_share
 from argonne.tp.costs import tensor_parallel as tensor_parallel_cost
+from argonne.tp.device_rates import DeviceRates, device_rates
 from argonne.tp.distillation_loss import DistillationRule, TeacherLogits, vocabulary_slice
 from argonne.tp.dropout import attach_dropout
 from argonne.tp.entrances import attach_entrances
@@ -40,7 +41,8 @@ from argonne.tp.plan import (
     fitting_degrees,
     summed_parameters,
 )
-from argonne.tp.plan_memory import OUTSIDE_BYTES, Layout, RankMemory, rank_memory
+from argonne.tp.plan_memory import OUTSIDE_BYTES, Layout, LayoutSizes, RankMemory, rank_memory
+from argonne.tp.plan_time import StepPrediction, StepTime
 from argonne.tp.precision import DTYPES
 from argonne.tp.regions import (
     SequenceState,
@@ -70,9 +72,11 @@ __all__ = [
     "DTYPES",
     "OUTSIDE_BYTES",
     "ColumnParallelLinear",
+    "DeviceRates",
     "DistillationRule",
     "HeadCounts",
     "Layout",
+    "LayoutSizes",
     "ModelOutline",
     "ProcessTPGroup",
     "RankMemory",
@@ -80,6 +84,8 @@ __all__ = [
     "SimulatedTPGroup",
     "SliceMap",
     "SplitCost",
+    "StepPrediction",
+    "StepTime",
     "StoredTargets",
     "TPGroup",
     "TeacherLogits",
@@ -90,6 +96,7 @@ __all__ = [
     "build_slice_map",
     "check_degree",
     "copy_to_region",
+    "device_rates",
     "fitting_degrees",
     "gather_from_region",
     "gather_sequence",

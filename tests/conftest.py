@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not config.getoption(f"--{marker}"):
             skip = pytest.mark.skip(reason=f"needs --{marker}")
             for item in items:
-                if marker in item.keywords:
+                if item.get_closest_marker(marker) is not None:  # a folder of that name is a keyword, too
                     item.add_marker(skip)
 
 

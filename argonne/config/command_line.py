@@ -18,7 +18,7 @@ from argonne.config.distillation import distillation_problems
 from argonne.config.families import read_folder_config
 from argonne.config.flags import FlagParser, fill, parse_given
 from argonne.config.mixture import mixture_problems
-from argonne.config.options import ModelOptions, ParallelOptions, RunConfig, TrainingOptions
+from argonne.config.options import AUTO, ModelOptions, ParallelOptions, RunConfig, TrainingOptions
 from argonne.config.presets import load_model_settings
 from argonne.config.recipe import Recipe, Stage, groups, overlay
 from argonne.config.recipe_file import Layer, read_layers
@@ -84,7 +84,13 @@ def _combination_problems(config: RunConfig, given: Mapping[str, Any]) -> list[s
             f"{training.learning_rate:g}: lower it, or raise --learning-rate"
         )
     problems += _schedule_problems(training, given)
-    if training.global_batch_size is not None:
+    automatic = config.parallel.tensor_parallel_size == AUTO
+    if automatic and training.global_batch_size and training.gradient_accumulation_steps:
+        problems.append(
+            "--gradient-accumulation-steps contradicts --global-batch-size under "
+            "--tensor-parallel-size auto, which derives it: leave it out"
+        )
+    if training.global_batch_size is not None and not automatic:
         micro = training.batch_size * (training.gradient_accumulation_steps or 1)
         if training.global_batch_size % micro:
             problems.append(

@@ -149,6 +149,8 @@ def _wanted(rules: Flag) -> str:
         return f"give {MIX_FORM}, the name of letters and digits, the weight a decimal number"
     if rules.kind is int:
         return "give a whole number"
+    if rules.metavar == "N|auto":
+        return "give a whole number, or auto"
     return "give seconds, or a time such as 23h30m" if rules.kind is duration else "give a number"
 
 

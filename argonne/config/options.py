@@ -21,6 +21,13 @@ from argonne.config.run_options import (
 )
 
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
+AUTO = "auto"
+"""What the plan decides."""
+
+
+def degree(text: str) -> int | str:
+    """A number of ranks, or ``auto``; raises ValueError."""
+    return AUTO if text.strip().lower() == AUTO else int(text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,15 +187,27 @@ class TrainingOptions:
 class ParallelOptions:
     """How the model and the batch are distributed over the ranks."""
 
-    tensor_parallel_size: int | None = flag(
+    tensor_parallel_size: int | str | None = flag(
         None,
-        "ranks that share one model replica",
-        kind=int,
+        "ranks that share one model replica; auto: those of the layout that the plan takes to be the fastest "
+        "that fits, --batch-size then counting per GPU",
+        kind=degree,
+        metavar="N|auto",
         at_least=1,
         default_text="the largest that divides the ranks of a node and the query heads",
     )
     sequence_parallel: bool = flag(False, "shard norms and the residual stream along the sequence")
-    data_parallel: str = flag("fsdp", "data parallelism over the replicas", choices=("fsdp", "ddp"))
+    data_parallel: str = flag(
+        "fsdp",
+        "data parallelism over the replicas; hsdp: share within a node, replicate across nodes",
+        choices=("fsdp", "hsdp", "ddp"),
+    )
+    reshard_after_forward: str = flag(
+        AUTO,
+        "free gathered weights (fsdp, hsdp) until the backward pass gathers them again; auto: where the plan "
+        "finds no room for them on a GPU, and always on a CPU",
+        choices=(AUTO, "on", "off"),
+    )
     activation_checkpointing: str = flag(
         "none", "what the backward pass recomputes", choices=("none", "full", "selective")
     )

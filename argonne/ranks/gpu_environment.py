@@ -31,11 +31,15 @@ def set_gpu_environment(environ: MutableMapping[str, str], *, one_queue: bool) -
         environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
-def one_queue_helps(environment: Environment, tp_size: int | None, query_heads: int, *, fsdp: bool) -> bool:
+def one_queue_helps(
+    environment: Environment, tp_size: int | str | None, query_heads: int, *, fsdp: bool
+) -> bool:
     """Whether tensor parallelism runs without FSDP2, whose gathers one queue keeps from overlapping.
 
-    ``tp_size`` None: the largest that divides the ranks of a node and the heads.
+    ``tp_size`` None: the largest that divides the ranks of a node and the heads. ``auto`` may leave replicas.
     """
+    if isinstance(tp_size, str):
+        return not fsdp
     if tp_size is None:
         ranks = environment.local_world_size or environment.world_size
         tp_size = max(size for size in range(1, ranks + 1) if ranks % size == 0 and query_heads % size == 0)

@@ -49,7 +49,9 @@ def sample_shapes(tied: bool = True) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def sample_map(tp_size: int, *, dp_size: int = 1, tied: bool = True) -> SliceMap:
+def sample_map(
+    tp_size: int, *, dp_size: int = 1, tied: bool = True, shard_size: int | None = None
+) -> SliceMap:
     """Padded vocabulary and intermediate slices, shared key/value heads at 4 ranks, FSDP chunks over dp."""
 
     def cut(name: str, shape: tuple[int, ...]) -> Cut | None:
@@ -63,7 +65,9 @@ def sample_map(tp_size: int, *, dp_size: int = 1, tied: bool = True) -> SliceMap
         return even_cut(shape[dimension], tp_size, dimension)
 
     parameters = {name: (shape, cut(name, shape)) for name, shape in sample_shapes(tied).items()}
-    return SliceMap(parameters, tp_size=tp_size, dp_size=dp_size, dp_sharded=dp_size > 1)
+    return SliceMap(
+        parameters, tp_size=tp_size, dp_size=dp_size, dp_sharded=dp_size > 1, shard_size=shard_size
+    )
 
 
 def unsharded(name: str, key: str) -> Tensor:
@@ -120,12 +124,13 @@ def save_sample(
     spoil: tuple[str, str, float] | None = None,
     spare_bytes: int = 0,
     from_copies: bool = False,
+    shard_size: int | None = None,
 ) -> tuple[Path, SaveReport | None]:
     """Save the sample at ``step``; ``spoil`` (name, key, value) puts one value into a tensor first.
 
     ``from_copies``: from copies in host memory, as a save in the background does.
     """
-    slice_map = sample_map(tp_size, dp_size=dp_size, tied=tied)
+    slice_map = sample_map(tp_size, dp_size=dp_size, tied=tied, shard_size=shard_size)
     parameters, adam = filled_slices(slice_map, rank, step)
     if spoil is not None:
         name, key, value = spoil

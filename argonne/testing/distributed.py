@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from argonne.ranks.world import Parallel, World, build_parallel
+from argonne.ranks.world import Parallel, World, build_parallel, replicas_of_a_node
 
 
 def _rank_main(rank: int, world_size: int, folder: str, tasks: Connection) -> None:
@@ -118,10 +118,18 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             _drop(world_size)
 
 
-def make_parallel(rank: int, world_size: int, tp_size: int) -> Parallel:
-    """The degrees of a test's ranks, without the groups that only the training loop needs. Collective."""
+def make_parallel(
+    rank: int, world_size: int, tp_size: int, *, local_world_size: int | None = None
+) -> Parallel:
+    """The degrees of a test's ranks, without the groups that only the training loop needs. Collective.
+
+    ``local_world_size``: so many are taken to be a node, within which replicas share their state (hsdp).
+    """
     world = World(
-        rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size,
+        rank=rank, world_size=world_size, local_rank=rank, local_world_size=local_world_size or world_size,
         device=torch.device("cpu"), control_group=None, feed_group=None,
     )  # fmt: skip
-    return build_parallel(world, tp_size)
+    shard_size = None
+    if local_world_size is not None:
+        shard_size = replicas_of_a_node(tp_size, world_size=world_size, node_size=local_world_size)
+    return build_parallel(world, tp_size, shard_size=shard_size)

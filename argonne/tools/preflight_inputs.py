@@ -18,7 +18,8 @@ from argonne.files import OutputFolder
 from argonne.ranks.agree import on_rank_0
 from argonne.ranks.world import World
 from argonne.training.fit import memory_of_a_rank
-from argonne.training.plan import Subject, chosen_layout, misfit, plan_layout, subject
+from argonne.training.layouts import misfit
+from argonne.training.plan import Subject, chosen_layout, plan_layout, subject
 from argonne.training.setup import Start, choose_start, source_options, tokenizer_on_rank_0, validation_sets
 from argonne.training.stage_change import choose_stage
 from argonne.training.stages import Stages

@@ -137,7 +137,7 @@ def collectives(flight: Preflight) -> str:
     if parallel.dp_size > 1:
         group = parallel.mesh.get_group("dp")
         block = _block_numel(start.settings) // parallel.tp_size
-        if config.parallel.data_parallel == "fsdp":
+        if config.parallel.data_parallel != "ddp":
             parts.append(_measure("all_gather", block, dtype, group, parallel.device))
             parts.append(_measure("reduce_scatter", block, torch.float32, group, parallel.device))
         else:

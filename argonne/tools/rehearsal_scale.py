@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from argonne.config.mixture import MixedSource
-from argonne.config.options import RunConfig, TrainingOptions
+from argonne.config.options import AUTO, RunConfig, TrainingOptions
 from argonne.config.presets import PRESETS, REFERENCE
 from argonne.config.recipe import Recipe, Stage
 from argonne.tools.library_corpus import build
@@ -157,7 +157,8 @@ def scale(recipe: Recipe, folder: Path, *, processes: int, on_gpus: bool) -> Sca
     settings = scaled_model(config.model.settings, blocks)
     shape = folder / "config.json"
     shape.write_text(json.dumps({"model_type": "argonne2", **settings}, indent=2))
-    wanted = config.parallel.tensor_parallel_size or processes
+    asked = config.parallel.tensor_parallel_size
+    wanted = asked if isinstance(asked, int) else processes
     degree = max(d for d in (1, 2) if processes % d == 0 and d <= wanted)
     replicas = max(1, 8 // wanted)
     tokenizer = config.data.tokenizer_path
@@ -175,7 +176,7 @@ def scale(recipe: Recipe, folder: Path, *, processes: int, on_gpus: bool) -> Sca
             training=scaled_training(old.training, blocks, replicas),
             parallel=dataclasses.replace(
                 old.parallel,
-                tensor_parallel_size=degree,
+                tensor_parallel_size=degree if asked != AUTO else AUTO,
                 compile=old.parallel.compile and on_gpus,
                 async_tp=old.parallel.async_tp and on_gpus,
                 local_rank=None,
@@ -197,7 +198,7 @@ def scale(recipe: Recipe, folder: Path, *, processes: int, on_gpus: bool) -> Sca
         scaled.notes.append(
             f"Python's library stands in for {', '.join(data.used)}, which this machine lacks"
         )
-    if degree != wanted:
+    if degree != wanted and asked != AUTO:
         scaled.notes.append(f"tensor parallel {degree} in place of {wanted}")
     scaled.recipe = Recipe(stages=tuple(stages))
     return scaled

@@ -32,7 +32,8 @@ def make_small_targets(real: Recipe, small: Recipe, processes: int) -> str:
     there = TargetsFolder(Path(real.config.distillation.teacher_targets).expanduser()).read_header()
     asks = dataclasses.replace(distillation, teacher_path=there.teacher_path, teacher_targets=None)
     stage = dataclasses.replace(small.stages[0], config=dataclasses.replace(small.config, distillation=asks))
-    replicas = processes // (small.config.parallel.tensor_parallel_size or 1)
+    degree = small.config.parallel.tensor_parallel_size
+    replicas = processes // (degree if isinstance(degree, int) else 1)
     of_step = training.batch_size * (training.gradient_accumulation_steps or 1) * replicas
     asked = Asked(
         folder=Path(distillation.teacher_targets),

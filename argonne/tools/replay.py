@@ -13,7 +13,7 @@ import torch
 from argonne.config.recipe import Recipe
 from argonne.errors import CheckpointError, ConfigError, DataError
 from argonne.ranks.agree import barrier, broadcast_object, on_rank_0
-from argonne.ranks.world import Parallel, World, build_parallel
+from argonne.ranks.world import Parallel, World
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport
 from argonne.tools.kept_run import KeptRun
@@ -21,7 +21,8 @@ from argonne.tools.replay_measure import measure
 from argonne.tools.replay_past import Past, find_past, replay_recipe
 from argonne.tools.replay_result import Figure, Replay
 from argonne.tools.step_documents import StepDocument, step_documents
-from argonne.training.build import DTYPES, TrainedModel, choose_tp_size
+from argonne.training.auto_layout import resolve_layout
+from argonne.training.build import DTYPES, TrainedModel, make_parallel
 from argonne.training.optimizer import StepTotals, reset_adam
 from argonne.training.setup import Start, build, choose_start, fill, open_feed, source_options
 from argonne.training.spikes import Spike
@@ -45,9 +46,8 @@ class StepReplay:
         start = choose_start(recipe.config, control, report, world)
         if past.first and start.step != past.first:
             raise CheckpointError(f"{past.checkpoint} is of step {start.step}, its name says {past.first}")
-        parallel = build_parallel(
-            world, choose_tp_size(start.settings, recipe.config.parallel.tensor_parallel_size, world)
-        )
+        recipe = resolve_layout(recipe, start.settings, world).recipe
+        parallel = make_parallel(start.settings, recipe.config.parallel, world)
         stages, _ = resume_stages(plan_stages(recipe, parallel.dp_size), start.metadata, start.step)
         if past.step > stages.last_step:
             raise ConfigError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from argonne.config.options import DataOptions, RunConfig
+from argonne.config.options import AUTO, DataOptions, RunConfig
 from argonne.config.recipe import Recipe
 from argonne.config.run_options import NO_CHECKPOINT
 from argonne.errors import CheckpointError, ConfigError, DataError
@@ -95,9 +95,11 @@ def replay_recipe(recipe: Recipe, past: Past, run: KeptRun, folder: Path, world:
         training, parallel = config.training, config.parallel
         if training.global_batch_size is None:
             samples = training.batch_size * (training.gradient_accumulation_steps or 1)
+            if parallel.tensor_parallel_size == AUTO:  # which counts them per GPU
+                samples *= past.tp_size or 1
             training = replace(training, global_batch_size=samples * (past.dp_size or 1))
         training = replace(training, gradient_accumulation_steps=None)
-        if not kept_layout:
+        if not kept_layout and parallel.tensor_parallel_size != AUTO:
             parallel = replace(parallel, tensor_parallel_size=None)
         config = replace(
             config,

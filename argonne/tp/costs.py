@@ -27,6 +27,7 @@ from argonne.tp.plan import (
     stores_transposed,
     summed_parameters,
 )
+from argonne.tp.shape_only import most_elements, planned_slice_map
 from argonne.tp.slices import SliceMap
 
 STATE_BYTES = 16
@@ -283,13 +284,13 @@ def tensor_parallel(
         forward = backward = {"all_reduce": (2 * layers + 1, (2 * layers + 1) * plain)}
         name, source = "tensor parallel (here)", "Shoeybi et al. 2019, section 3"
         waits = "2 a layer each way"
-    slice_map = build_slice_map(model, outline.plan, ranks, outline.heads.pad_to)
+    slice_map = planned_slice_map(model, outline.plan, ranks, outline.heads.pad_to)
     summed = summed_parameters(model, outline.plan, sequence_parallel=sequence_parallel)
     completing = _completing_traffic(slice_map, summed, max(MASTER_BYTES, element_bytes))
     return SplitCost(
         name=name,
         ranks=ranks,
-        parameters_per_rank=max(_local_numel(slice_map, slice_map.names, rank) for rank in range(ranks)),
+        parameters_per_rank=most_elements(slice_map, slice_map.names),
         activation_bytes=activation_bytes(
             outline, batch * seq_len, ranks, sequence_parallel=sequence_parallel
         ),
@@ -302,11 +303,6 @@ def tensor_parallel(
     )
 
 
-def _local_numel(slice_map: SliceMap, names: Iterable[str], tp_rank: int) -> int:
-    """Elements of the named parameters that one rank holds, padding included."""
-    return sum(math.prod(slice_map.tp_local_shape(name, tp_rank)) for name in names)
-
-
 def _completing_traffic(slice_map: SliceMap, summed: Iterable[str], gradient_bytes: int) -> Traffic:
     """Once a step: the sums of partial gradients, and of those of copied key/value heads."""
     traffic: Traffic = {}
@@ -315,7 +311,7 @@ def _completing_traffic(slice_map: SliceMap, summed: Iterable[str], gradient_byt
     if not slice_map.shares_evenly:
         traffic["all_to_all"] = (1, exchanged_elements(slice_map) * gradient_bytes)
     elif slice_map.copied:
-        traffic[SHARED] = (1, _local_numel(slice_map, slice_map.copied, 0) * gradient_bytes)
+        traffic[SHARED] = (1, most_elements(slice_map, slice_map.copied) * gradient_bytes)
     return traffic
 
 

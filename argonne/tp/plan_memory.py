@@ -18,8 +18,8 @@ from argonne.tp.chunked_loss import chunk_tokens
 from argonne.tp.costs import ModelOutline, activation_bytes
 from argonne.tp.head_cuts import head_range
 from argonne.tp.imbalance import local_features
-from argonne.tp.plan import Style, build_slice_map
-from argonne.tp.slices import SliceMap
+from argonne.tp.plan import Style
+from argonne.tp.shape_only import most_elements, planned_slice_map
 
 _FLOAT32 = 4
 _LOSS_ELEMENTS = 1 << 24
@@ -36,6 +36,10 @@ class Layout:
     dp_size: int = 1
     fsdp: bool = True
     """Replicas share weights and state (FSDP2); otherwise each holds all of them (DDP)."""
+    shard_size: int | None = None
+    """Neighbouring replicas that share them among themselves (hsdp: those of a node); None: all do."""
+    keeps_gathered: bool = False
+    """FSDP2 keeps gathered blocks from the forward to the backward pass (no reshard after forward)."""
     sequence_parallel: bool = False
     recomputation: str = "none"
     batch_size: int
@@ -54,7 +58,17 @@ class Layout:
     @property
     def is_cut(self) -> bool:
         """Whether replicas share weights."""
-        return self.fsdp and self.dp_size > 1
+        return self.shards > 1
+
+    @property
+    def shards(self) -> int:
+        """Replicas among which weights and state are divided."""
+        return (self.shard_size or self.dp_size) if self.fsdp else 1
+
+    @property
+    def copies(self) -> int:
+        """Copies of each shard, on other replicas."""
+        return self.dp_size // self.shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +91,17 @@ class RankMemory:
     """At the fullest moment of a step."""
 
 
-class _Sizes:
-    """Bytes that the moments share."""
+class LayoutSizes:
+    """Sizes of a model on its fullest rank, in elements and bytes; formulas of memory and time share them."""
 
     def __init__(self, outline: ModelOutline, model: nn.Module, layout: Layout) -> None:
         self.outline, self.layout = outline, layout
-        self.slice_map = build_slice_map(model, outline.plan, layout.tp_size, outline.heads.pad_to)
+        self.slice_map = planned_slice_map(model, outline.plan, layout.tp_size, outline.heads.pad_to)
         self.config: Any = model.config
-        self.local = _local_numel(self.slice_map, self.slice_map.names)
-        self.held = math.ceil(self.local / layout.dp_size) if layout.is_cut else self.local
+        self.local = most_elements(self.slice_map, self.slice_map.names)
+        self.held = math.ceil(self.local / layout.shards)
         first = [name for name in self.slice_map.names if name.startswith(f"{outline.plan.first_block}.")]
-        self.block = _local_numel(self.slice_map, first)
+        self.block = most_elements(self.slice_map, tuple(first))
         self.vocabulary = self.slice_map.tp_local_shape(f"{outline.plan.embedding}.weight", 0)[0]
         self.head = self.vocabulary * outline.hidden_size
         self.tied = f"{outline.plan.head}.weight" not in self.slice_map.names
@@ -140,13 +154,6 @@ class _Sizes:
         return self.stream + products + exits
 
 
-def _local_numel(slice_map: SliceMap, names: tuple[str, ...] | list[str]) -> int:
-    return max(
-        sum(math.prod(slice_map.tp_local_shape(name, rank)) for name in names)
-        for rank in range(slice_map.tp_size)
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Moment:
     gradients: int = 0
@@ -161,7 +168,7 @@ class _Moment:
 
 def rank_memory(outline: ModelOutline, model: nn.Module, layout: Layout) -> RankMemory:
     """Memory of the fullest rank of ``model`` (unsharded, meta tensors will do) under ``layout``."""
-    sizes = _Sizes(outline, model, layout)
+    sizes = LayoutSizes(outline, model, layout)
     moments = (
         _loss(sizes),
         _after_loss(sizes),
@@ -181,33 +188,41 @@ def rank_memory(outline: ModelOutline, model: nn.Module, layout: Layout) -> Rank
     )
 
 
-def _standing_gradients(sizes: _Sizes) -> int:
+def _standing_gradients(sizes: LayoutSizes) -> int:
     """Gradients that are there when a backward pass begins: of the micro-batch before, or DDP's buckets."""
     layout = sizes.layout
+    if layout.is_cut:  # they are reduced after the last micro-batch, and whole until then
+        return _FLOAT32 * sizes.local if layout.accumulation > 1 else 0
     replicas = layout.dp_size > 1 and not layout.fsdp
     return _FLOAT32 * sizes.held if layout.accumulation > 1 or replicas else 0
 
 
-def _activations(sizes: _Sizes) -> int:
+def _activations(sizes: LayoutSizes) -> int:
     """All that is kept when the loss is computed: layers, final norm and rotary tables."""
     tables = 2 * _FLOAT32 * sizes.layout.block_size * sizes.outline.heads.stored_dim
     ends = 2 * sizes.stream + _FLOAT32 * sizes.layout.tokens // sizes.divided
     return sizes.outline.num_layers * sizes.kept_layer() + ends + tables
 
 
-def _copies(sizes: _Sizes) -> int:
+def _copies(sizes: LayoutSizes) -> int:
     """Weights beside the float32 ones while the forward pass ends: autocast's copies, or what is gathered."""
     blocks = sizes.block * sizes.outline.num_layers
-    if sizes.layout.is_cut:  # the root's parameters stay gathered, and a block or two
-        return sizes.layout.element_bytes * (sizes.local - blocks + 2 * sizes.block)
+    if sizes.layout.is_cut:
+        return sizes.layout.element_bytes * _gathered(sizes, sizes.outline.num_layers)
     return sizes.cast_bytes * blocks * (sizes.layout.recomputation == "none")
 
 
-def _loss_in_chunks(sizes: _Sizes) -> bool:
+def _gathered(sizes: LayoutSizes, layers: int) -> int:
+    """Elements that FSDP2 has gathered: the root's, and a block or two, or all ``layers`` where they stay."""
+    blocks = layers if sizes.layout.keeps_gathered else 2
+    return sizes.local - sizes.block * sizes.outline.num_layers + max(2, blocks) * sizes.block
+
+
+def _loss_in_chunks(sizes: LayoutSizes) -> bool:
     return sizes.layout.loss_chunk_tokens != 0
 
 
-def _loss(sizes: _Sizes) -> _Moment:
+def _loss(sizes: LayoutSizes) -> _Moment:
     """The gradient of the logits is being made."""
     layout = sizes.layout
     element, head = layout.element_bytes, sizes.head
@@ -231,7 +246,7 @@ def _loss(sizes: _Sizes) -> _Moment:
     )
 
 
-def _loss_work(sizes: _Sizes, tokens: int, *, sums: bool = False) -> int:
+def _loss_work(sizes: LayoutSizes, tokens: int, *, sums: bool = False) -> int:
     """Float32 copies that the loss makes of some rows at a time: the wider logits and, with a soft cap, the
     capped ones and their slope; ``sums``: the copy that is exponentiated and summed counts as well."""
     wide = min(tokens * sizes.vocabulary, _LOSS_ELEMENTS) * _FLOAT32
@@ -241,7 +256,7 @@ def _loss_work(sizes: _Sizes, tokens: int, *, sums: bool = False) -> int:
     return max(capped, wide * sums)
 
 
-def _after_loss(sizes: _Sizes) -> _Moment:
+def _after_loss(sizes: LayoutSizes) -> _Moment:
     """The head's weight has its gradient: in the compute dtype, then in float32."""
     layout, head = sizes.layout, sizes.head
     if _loss_in_chunks(sizes):
@@ -259,22 +274,21 @@ def _after_loss(sizes: _Sizes) -> _Moment:
     )
 
 
-def _block_backward(sizes: _Sizes, *, last: bool) -> _Moment:
+def _block_backward(sizes: LayoutSizes, *, last: bool) -> _Moment:
     """In the backward pass of the first block that it reaches, or of the last."""
     layout, element = sizes.layout, sizes.layout.element_bytes
     layers = 1 if last else sizes.outline.num_layers
     remade = 0 if layout.recomputation == "none" else sizes.layer() + sizes.cast_bytes * sizes.block
     held = (
-        _FLOAT32 * sizes.held
+        max(_standing_gradients(sizes), _FLOAT32 * sizes.held)
         if last
-        else max(_standing_gradients(sizes), _FLOAT32 * sizes.head // _cut(sizes))
+        else max(_standing_gradients(sizes), _FLOAT32 * sizes.head // layout.shards)
     )
     columns = max(p.out_features for p in sizes.outline.projections if p.style is Style.COLUMN)
     inner = layout.tokens * columns * element // layout.tp_size
     work = 3 * inner + 2 * sizes.whole_stream
     copies = (
-        element * (sizes.local - sizes.block * sizes.outline.num_layers + 2 * sizes.block)
-        + (element + _FLOAT32) * sizes.block
+        element * _gathered(sizes, layers) + (element + _FLOAT32) * sizes.block
         if layout.is_cut
         else sizes.cast_bytes * sizes.block * layers * (layout.recomputation == "none")
     )
@@ -285,11 +299,7 @@ def _block_backward(sizes: _Sizes, *, last: bool) -> _Moment:
     )
 
 
-def _cut(sizes: _Sizes) -> int:
-    return sizes.layout.dp_size if sizes.layout.is_cut else 1
-
-
-def _embedding_backward(sizes: _Sizes) -> _Moment:
+def _embedding_backward(sizes: LayoutSizes) -> _Moment:
     """The last gradient: rows of the embedding, in float32, beside those that are there."""
     layout, outline = sizes.layout, sizes.outline
     rows = layout.tokens * outline.hidden_size * _FLOAT32
@@ -299,6 +309,6 @@ def _embedding_backward(sizes: _Sizes) -> _Moment:
         blocks = sizes.block * outline.num_layers
         copies = (layout.element_bytes + _FLOAT32) * (sizes.local - blocks)
     return _Moment(
-        gradients=_FLOAT32 * sizes.held,
+        gradients=max(_standing_gradients(sizes), _FLOAT32 * sizes.held),
         buffers=2 * rows + again * _FLOAT32 * sizes.head + copies,
     )

@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+
+from argonne.tp.plan import TensorParallelPlan, build_slice_map
+from argonne.tp.slices import SliceMap
 
 
 class _Norm(nn.Module):
@@ -31,13 +36,31 @@ def shape_only(settings: Mapping[str, Any]) -> nn.Module:
     model = nn.Module()
     model.config = config  # type: ignore[assignment]
     with torch.device("meta"):
-        model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn: on meta tensors that alone imports modules for a second.
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        embedding = nn.Embedding.from_pretrained(weight, freeze=False)
+        model.embed_tokens = embedding
         model.blocks = nn.ModuleList(_block(config) for _ in range(config.num_hidden_layers))
         model.norm = _Norm(config.hidden_size)
         model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+        model.lm_head.weight = embedding.weight
     return model
+
+
+@lru_cache(maxsize=64)
+def planned_slice_map(model: nn.Module, plan: TensorParallelPlan, tp_size: int, pad_to: int = 1) -> SliceMap:
+    """``build_slice_map`` of a model that nothing splits (meta tensors), made once for each degree."""
+    return build_slice_map(model, plan, tp_size, pad_to)
+
+
+@lru_cache(maxsize=256)
+def most_elements(slice_map: SliceMap, names: tuple[str, ...]) -> int:
+    """Elements of the named parameters on the tensor-parallel rank that holds the most, padding included."""
+    return max(
+        sum(math.prod(slice_map.tp_local_shape(name, rank)) for name in names)
+        for rank in range(slice_map.tp_size)
+    )
 
 
 def _block(config: Any) -> nn.Module:

@@ -20,7 +20,7 @@ from argonne.config.presets import MODEL_KEYS, PRESETS, REFERENCE
 from argonne.errors import ConfigError
 from argonne.ranks.recompute import compile_blocks, enable_async_tp, recompute_blocks
 from argonne.ranks.replicas import apply_ddp, apply_fsdp, local_parameters, local_tensor
-from argonne.ranks.world import Parallel, World, resolve_tp_size
+from argonne.ranks.world import Parallel, World, build_parallel, replicas_of_a_node, resolve_tp_size
 from argonne.training.model_config import resolve_model_config
 from argonne.training.optimizer import build_adamw
 from argonne.training.stored_teacher import StoredTeacher
@@ -101,7 +101,7 @@ def model_settings(
     return {key: value for key, value in settings.items() if key in MODEL_KEYS and value is not None}
 
 
-def choose_tp_size(settings: Mapping[str, Any], requested: int | None, world: World) -> int:
+def choose_tp_size(settings: Mapping[str, Any], requested: int | str | None, world: World) -> int:
     """The tensor-parallel degree, checked against heads and processes."""
     return resolve_tp_size(
         requested,
@@ -109,6 +109,17 @@ def choose_tp_size(settings: Mapping[str, Any], requested: int | None, world: Wo
         local_world_size=world.local_world_size,
         query_heads=settings["num_attention_heads"],
     )
+
+
+def make_parallel(settings: Mapping[str, Any], options: ParallelOptions, world: World) -> Parallel:
+    """The degrees and groups that the flags ask for; collective. Raises ConfigError where they do not fit."""
+    tp_size = choose_tp_size(settings, options.tensor_parallel_size, world)
+    shard_size = None
+    if options.data_parallel == "hsdp":
+        shard_size = replicas_of_a_node(
+            tp_size, world_size=world.world_size, node_size=world.local_world_size
+        )
+    return build_parallel(world, tp_size, shard_size=shard_size)
 
 
 def choose_dtype(requested: str | None, device: torch.device) -> torch.dtype:
@@ -141,11 +152,11 @@ def build_model(
     recompute_blocks(model.blocks, options.activation_checkpointing)
     if options.compile:
         compile_blocks(model.blocks, async_tp=options.async_tp and parallel.tp_size > 1)
-    fsdp = parallel.dp_size > 1 and options.data_parallel == "fsdp"
+    fsdp = parallel.dp_size > 1 and options.data_parallel != "ddp"
     if fsdp:
-        apply_fsdp(model, model.blocks, parallel, dtype)
-    model.to_empty(device=parallel.device)
-    model.train()
+        reshard = options.reshard_after_forward != "off"
+        apply_fsdp(model, model.blocks, parallel, dtype, reshard_after_forward=reshard)
+    model.to_empty(device=parallel.device).train()
     wrapped: nn.Module = model
     if parallel.dp_size > 1 and not fsdp:
         _zero_parameters(model)  # DDP compares and broadcasts what the replicas hold when it is made
@@ -161,7 +172,9 @@ def build_model(
     return TrainedModel(
         model=model,
         wrapped=wrapped,
-        slice_map=state.slice_map.with_data_parallel(parallel.dp_size, sharded=fsdp),
+        slice_map=state.slice_map.with_data_parallel(
+            parallel.dp_size, sharded=fsdp, shard_size=parallel.shard_size
+        ),
         optimizer=optimizer,
         parallel=parallel,
         dtype=dtype,

@@ -8,7 +8,8 @@ from typing import Any
 from argonne.config.options import RunConfig
 from argonne.ranks.world import Parallel
 from argonne.training.fit import memory_of_a_rank
-from argonne.training.plan import Subject, best_layouts, chosen_layout, flags_of, plan_layout, subject
+from argonne.training.layouts import best_layouts, flags_of, settled
+from argonne.training.plan import Subject, chosen_layout, subject
 
 _WORTH_SAYING = 1.05
 """Times faster; below it lies the error of the estimate."""
@@ -20,20 +21,24 @@ def faster_layout(what: Subject) -> str | None:
     An estimate at assumed rates (``argonne.training.plan``): nothing is measured. Recomputation and sequence
     parallelism may differ, the sequences of a step do not.
     """
-    layout = chosen_layout(what)
-    best = next(iter(best_layouts(what, layout)), None)
-    if best is None or best.layout == layout:
+    chosen = settled(what, chosen_layout(what))
+    best = next(iter(best_layouts(what, chosen.layout)), None)
+    if best is None or best.layout == chosen.layout:
         return None
-    factor = plan_layout(what, layout).seconds / best.seconds
+    factor = chosen.seconds / best.seconds
     if factor < _WORTH_SAYING:
         return None
-    return f"{flags_of(best.layout)}: {factor:.2f} times as fast by the plan's estimate (--plan), same tokens"
+    return (
+        f"{flags_of(best.layout)}: {factor:.2f} times as fast by the plan's prediction (--plan), same tokens"
+    )
 
 
-def faster_line(config: RunConfig, settings: Mapping[str, Any], parallel: Parallel) -> dict[str, str]:
+def faster_line(
+    config: RunConfig, settings: Mapping[str, Any], parallel: Parallel, device: str = ""
+) -> dict[str, str]:
     """Label -> text, for rank 0's header; on GPUs only, whose rates the estimate assumes.
 
-    ``settings``: the model's, as its configuration tells them.
+    ``settings``: the model's, as its configuration tells them; ``device``: the name of this one.
     """
     if parallel.device.type != "cuda" or parallel.rank or parallel.world_size == 1:
         return {}
@@ -43,7 +48,7 @@ def faster_line(config: RunConfig, settings: Mapping[str, Any], parallel: Parall
     shape = {name: value for name, value in settings.items() if name != "model_type"}
     what = subject(
         config, shape, world_size=parallel.world_size, device_memory=memory,
-        node_size=parallel.local_world_size,
+        node_size=parallel.local_world_size, device=device,
     )  # fmt: skip
     text = faster_layout(what)
     return {"Faster layout": text} if text else {}

@@ -10,18 +10,17 @@ import torch
 
 from argonne.config.options import RunConfig
 from argonne.errors import DeviceError
-from argonne.ranks.agree import on_rank_0
-from argonne.ranks.world import Parallel
-from argonne.training.plan import chosen_layout, misfit, subject
-
-_RUNTIME_BYTES = 400_000_000
-"""Of a process on a CPU beside its tensors: Python, torch, transformers."""
+from argonne.ranks.agree import gather_objects, on_rank_0
+from argonne.ranks.world import Parallel, World
+from argonne.training.layouts import misfit
+from argonne.training.plan import PROCESS_BYTES, chosen_layout, subject
 
 
 def require_memory(
     config: RunConfig, settings: Mapping[str, Any], parallel: Parallel, stage: str = ""
 ) -> None:
-    """DeviceError on all ranks where the run's plan is larger than rank 0's device, or its share of the host.
+    """DeviceError on all ranks where the run's plan is larger than the smallest device, or a rank's share
+    of its host.
 
     ``stage``: of a recipe, named in the error. ``--ignore-plan`` leaves the check out, and so does a system
     that does not say what is free.
@@ -29,8 +28,9 @@ def require_memory(
     if config.planning.ignore_plan:
         return
 
+    memory = smallest_memory(parallel)
+
     def check() -> None:
-        memory = memory_of_a_rank(parallel)
         if memory is None:
             return
         on_cpu = parallel.device.type == "cpu"
@@ -44,14 +44,20 @@ def require_memory(
     on_rank_0(check, parallel)
 
 
-def memory_of_a_rank(parallel: Parallel) -> int | None:
+def smallest_memory(world: World) -> int | None:
+    """Bytes that every rank may take, the same on all of them; None where none can tell. Collective."""
+    told = [memory for memory in gather_objects(memory_of_a_rank(world), world) if memory is not None]
+    return min(told, default=None)
+
+
+def memory_of_a_rank(parallel: World) -> int | None:
     """Bytes that a rank may take: its GPU's, or an even share of what this host has free."""
     if parallel.device.type == "cuda":
         return int(torch.cuda.get_device_properties(parallel.device).total_memory)
     free = available_bytes()
     if free is None:
         return None
-    return max(0, free // parallel.local_world_size - _RUNTIME_BYTES)
+    return max(0, free // parallel.local_world_size - PROCESS_BYTES)
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:

@@ -24,6 +24,17 @@ from checkpointing import SaveEstimate, estimate_save, later_checkpoints
 from data_stream import OpenedStream
 from tp_shard import HeadCounts, padding_text
 
+_REPLICAS_TEXT = {
+    "fsdp": "share weights and state (fsdp)",
+    "hsdp": "share weights and state within a node, each node has a copy (hsdp)",
+    "ddp": "hold all weights and state each (ddp)",
+}
+_GATHERED_TEXT = {
+    "auto": "freed after the forward pass, gathered again (--reshard-after-forward auto)",
+    "on": "freed after the forward pass, gathered again",
+    "off": "kept until the backward pass (reshard after forward off)",
+}
+
 
 def open_metrics(
     report: RunReport, config: RunConfig, trained: TrainedModel, first_step: int, last_step: int
@@ -119,9 +130,9 @@ def run_facts(
             "Schedule": str(Schedule.of(training)),
             **({"Teacher": trained.teacher.text} if trained.teacher is not None else {}),
             **source_lines(config.data, opened),
-            **switches(config.parallel, parallel.device.type),
+            **switches(config.parallel, parallel.device.type, replicas=parallel.dp_size),
             **padding_line(trained),
-            **faster_line(config, trained.model.config.to_dict(), parallel),
+            **faster_line(config, trained.model.config.to_dict(), parallel, device_name(parallel.device)),
         },
     )
 
@@ -133,10 +144,13 @@ def device_name(device: torch.device) -> str:
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads a process)"
 
 
-def switches(options: ParallelOptions, device_type: str = "cuda") -> dict[str, str]:
+def switches(options: ParallelOptions, device_type: str = "cuda", *, replicas: int = 1) -> dict[str, str]:
     """Label -> text of what is on, on such a device."""
     fuses = "on" if device_type == "cuda" else "changes nothing on a CPU"
+    shared = replicas > 1 and options.data_parallel != "ddp"
     texts = {
+        "Replicas": _REPLICAS_TEXT[options.data_parallel] if replicas > 1 else "",
+        "Gathered weights": _GATHERED_TEXT[options.reshard_after_forward] if shared else "",
         "Sequence parallel": "on" if options.sequence_parallel else "",
         "Recomputation": options.activation_checkpointing,
         "Compiled": "each block" if options.compile else "",

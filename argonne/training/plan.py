@@ -14,21 +14,25 @@ from typing import Any
 from torch import nn
 
 from argonne.config.derived import derive_accumulation, derive_steps, width_multiple
-from argonne.config.devices import PEAK_FLOPS, device_bytes
+from argonne.config.devices import device_bytes
 from argonne.config.options import RunConfig
 from argonne.config.presets import PRESETS, REFERENCE
-from argonne.ranks.world import resolve_tp_size
+from argonne.ranks.world import replicas_of_a_node, resolve_tp_size
 from argonne.training.teacher_plan import TeacherCost, teacher_cost
-from checkpointing import estimate_checkpoint_bytes
+from checkpointing import estimate_checkpoint_bytes, host_copy_bytes
 from tp_shard import (
     OUTSIDE_BYTES,
+    DeviceRates,
     Layout,
+    LayoutSizes,
     ModelOutline,
     RankMemory,
     SplitCost,
-    fitting_degrees,
+    StepPrediction,
+    StepTime,
+    build_slice_map,
+    device_rates,
     rank_memory,
-    sent_share,
     shape_only,
     tensor_parallel_cost,
     work_imbalance,
@@ -37,14 +41,10 @@ from tp_shard import (
 PUBLISHED_VOCABULARY = 151_665
 """Tokens of Argonne 2.0's tokenizer, where no tokenizer is given."""
 RANKS_OF_A_NODE = 8
-NVLINK = 370e9
-"""Bytes a second that a GPU sends within a node; assumed (8 H100s)."""
-NETWORK = 50e9
-"""Bytes a second that a GPU sends between nodes (400 Gbit/s each); assumed."""
-_PRODUCT_SHARE = 0.55
-"""Of the peak that products reach; assumed for all layouts."""
-_EXTRA_WORK = {"none": 1.0, "selective": 1.08, "full": 4 / 3}
-"""Work of a step against that without recomputation: full repeats the forward pass, a third of it."""
+PROCESS_BYTES = 400_000_000
+"""Of a process on a host beside its tensors: Python, torch, transformers; rounded up from those seen."""
+REPLICAS = " over replicas"
+"""Ends the kinds of collectives that are data parallelism's."""
 
 Traffic = dict[str, tuple[int, int]]
 
@@ -63,6 +63,13 @@ class Subject:
     """Ranks of a node."""
     on_cpu: bool = False
     """Ranks are processes of this host: compute is float32 by default and nothing lies outside."""
+    device: str = ""
+    """Name of the device, for its rates; "": --plan-device."""
+
+    @property
+    def rates(self) -> DeviceRates:
+        """How fast the device is taken to be."""
+        return device_rates(self.device or self.config.planning.plan_device)
 
     @property
     def local_world_size(self) -> int:
@@ -87,14 +94,19 @@ class LayoutPlan:
     needed: int
     """Bytes on a device, what lies outside torch's allocator included."""
     fits: bool
-    seconds: float
-    """Estimate of a step at the assumed rates; for comparing layouts."""
+    time: StepTime
+    """A prediction of a step at assumed rates; for comparing layouts."""
     traffic: Traffic
     """Kind of collective -> calls and payload bytes of one optimizer step."""
     imbalance: float
     """Multiplications of the slowest rank of a replica over the mean."""
     teacher: TeacherCost
-    """Its bytes are among the buffers, its work in ``seconds``."""
+    """Its bytes are among the buffers, its work in ``time``."""
+
+    @property
+    def seconds(self) -> float:
+        """Predicted of a step."""
+        return self.time.total
 
 
 def subject_of(config: RunConfig, tokenizer_length: int | None = None) -> Subject:
@@ -117,13 +129,14 @@ def subject(
     device_memory: int,
     node_size: int = RANKS_OF_A_NODE,
     on_cpu: bool = False,
+    device: str = "",
 ) -> Subject:
     """For a shape with its vocabulary, on so many ranks of so much memory each."""
     model = shape_only({**PRESETS[REFERENCE], **settings, "head_dim": settings.get("head_dim")})
     return Subject(
         config=config, settings=settings, model=model, world_size=world_size, device_memory=device_memory,
         outline=ModelOutline.of(model, width_multiple(config.parallel, on_gpu=not on_cpu)),
-        node_size=node_size, on_cpu=on_cpu,
+        node_size=node_size, on_cpu=on_cpu, device=device,
     )  # fmt: skip
 
 
@@ -137,15 +150,43 @@ def chosen_layout(what: Subject) -> Layout:
         query_heads=what.settings["num_attention_heads"],
     )
     dp_size = what.world_size // tp_size
-    return Layout(
-        tp_size=tp_size, dp_size=dp_size,
-        fsdp=config.parallel.data_parallel == "fsdp",
-        sequence_parallel=config.parallel.sequence_parallel and tp_size > 1,
+    samples = config.training.batch_size * derive_accumulation(config.training, dp_size) * dp_size
+    return layout_of(
+        what, tp_size, config.training.batch_size, samples,
+        sequence_parallel=config.parallel.sequence_parallel,
         recomputation=config.parallel.activation_checkpointing,
-        batch_size=config.training.batch_size,
-        block_size=config.training.block_size,
-        accumulation=derive_accumulation(config.training, dp_size),
-        element_bytes=what.element_bytes, loss_chunk_tokens=config.training.loss_chunk_tokens,
+    )  # fmt: skip
+
+
+def layout_of(
+    what: Subject,
+    tp_size: int,
+    batch_size: int,
+    samples: int,
+    *,
+    sequence_parallel: bool,
+    recomputation: str,
+) -> Layout:
+    """A layout by its degree, its micro-batch and the sequences of a step; the flags say the rest.
+
+    Gathered weights stay only where --reshard-after-forward is off. Raises ConfigError where hsdp has
+    nothing to share within a node.
+    """
+    options, training = what.config.parallel, what.config.training
+    dp_size = what.world_size // tp_size
+    fsdp = options.data_parallel != "ddp"
+    shard_size = None
+    if options.data_parallel == "hsdp":
+        shard_size = replicas_of_a_node(tp_size, world_size=what.world_size, node_size=what.local_world_size)
+    return Layout(
+        tp_size=tp_size, dp_size=dp_size, fsdp=fsdp, shard_size=shard_size,
+        keeps_gathered=fsdp and dp_size > 1 and options.reshard_after_forward == "off",
+        sequence_parallel=sequence_parallel and tp_size > 1,
+        recomputation=recomputation,
+        batch_size=batch_size,
+        block_size=training.block_size,
+        accumulation=samples // (batch_size * dp_size),
+        element_bytes=what.element_bytes, loss_chunk_tokens=training.loss_chunk_tokens,
     )  # fmt: skip
 
 
@@ -175,23 +216,16 @@ def plan_layout(what: Subject, layout: Layout) -> LayoutPlan:
         sequence_parallel=layout.sequence_parallel,
         loss_in_chunks=layout.loss_chunk_tokens != 0,
     )
-    traffic = _traffic(what, layout, cost)
-    needed = memory.total + (0 if what.on_cpu else OUTSIDE_BYTES)
-    work = flops_per_token(what) * _EXTRA_WORK[layout.recomputation] / what.world_size
     imbalance = work_imbalance(what.outline, what.model, layout.tp_size, layout.block_size)
-    flops = work * imbalance * tokens_per_step(layout) + teacher.flops * layout.accumulation
-    peak = PEAK_FLOPS.get(what.config.planning.plan_device.upper(), PEAK_FLOPS["H100"])
-    computing = flops / (_PRODUCT_SHARE * peak)
-    across = NVLINK if what.world_size <= RANKS_OF_A_NODE else NETWORK
-    exposed = max(0.0, _sent(traffic, layout, replicas=True) / across - computing / 2)
-    return LayoutPlan(
-        layout=layout, memory=memory, cost=cost, traffic=traffic, imbalance=imbalance, teacher=teacher,
-        needed=needed, fits=needed <= what.device_memory,
-        seconds=computing + _sent(traffic, layout, replicas=False) / NVLINK + exposed,
+    needed = memory.total + (0 if what.on_cpu else OUTSIDE_BYTES)
+    prediction = StepPrediction(
+        what.outline, what.model, layout, what.rates, node_size=what.node_size, imbalance=imbalance,
+        teacher_flops=teacher.flops,
     )  # fmt: skip
-
-
-_REPLICAS = " over replicas"
+    return LayoutPlan(
+        layout=layout, memory=memory, cost=cost, traffic=_traffic(what, layout, cost), imbalance=imbalance,
+        teacher=teacher, needed=needed, fits=needed <= what.device_memory, time=prediction.time(),
+    )  # fmt: skip
 
 
 def _traffic(what: Subject, layout: Layout, cost: SplitCost) -> Traffic:
@@ -209,15 +243,37 @@ def _traffic(what: Subject, layout: Layout, cost: SplitCost) -> Traffic:
             total[kind] = (before[0] + count, before[1] + size)
     if layout.dp_size == 1:
         return total
-    local, units = cost.parameters_per_rank, what.outline.num_layers + 1
-    if not layout.fsdp:
-        total[f"all_reduce{_REPLICAS}"] = (1, 4 * local)
-        return total
-    gathers = layout.accumulation * (2 * units - 1)
-    gathered = layout.accumulation * 2 * layout.element_bytes * local
-    total[f"all_gather{_REPLICAS}"] = (gathers, gathered)
-    total[f"reduce_scatter{_REPLICAS}"] = (units, 4 * local)
+    total |= _replica_traffic(what, layout, cost.parameters_per_rank)
     return total
+
+
+def _replica_traffic(what: Subject, layout: Layout, local: int) -> Traffic:
+    """DDP reduces all gradients once; FSDP2 gathers weights for each micro-batch and reduces once."""
+    layers, element = what.outline.num_layers, layout.element_bytes
+    if not layout.is_cut:
+        return {f"all_reduce{REPLICAS}": (1, 4 * local)}
+    block = LayoutSizes(what.outline, what.model, layout).block
+    again = 0 if layout.keeps_gathered else layers
+    gathered = local + again * block
+    kind = f"{REPLICAS} of a node" if layout.copies > 1 else REPLICAS
+    traffic = {
+        f"all_gather{kind}": (
+            layout.accumulation * (layers + 1 + again), layout.accumulation * element * gathered,
+        ),
+        f"reduce_scatter{kind}": (layers + 1, 4 * local),
+    }  # fmt: skip
+    if layout.copies > 1:
+        traffic[f"all_reduce{REPLICAS}"] = (layers + 1, 4 * math.ceil(local / layout.shards))
+    return traffic
+
+
+def sending_ranks(kind: str, layout: Layout) -> int:
+    """Ranks among which a kind of `Traffic` goes round."""
+    if kind.endswith(f"{REPLICAS} of a node"):
+        return layout.shards
+    if kind.endswith(REPLICAS):
+        return layout.copies if layout.is_cut and layout.copies > 1 else layout.dp_size
+    return layout.tp_size
 
 
 def _recomputed(what: Subject, layout: Layout) -> Iterator[tuple[str, int, int]]:
@@ -233,67 +289,6 @@ def _recomputed(what: Subject, layout: Layout) -> Iterator[tuple[str, int, int]]
         yield "all_reduce", layers, layers * size
 
 
-def _sent(traffic: Traffic, layout: Layout, *, replicas: bool) -> float:
-    """Bytes that a rank sends, by ring algorithms."""
-    ranks = layout.dp_size if replicas else layout.tp_size
-    total = 0.0
-    for kind, (_, size) in traffic.items():
-        if kind.endswith(_REPLICAS) == replicas:
-            total += size * sent_share(kind, ranks)
-    return total
-
-
-def other_layouts(what: Subject, layout: Layout) -> Iterator[Layout]:
-    """Layouts of the same global batch on the same ranks, those nearest to ``layout`` first.
-
-    More sequences of a step go into accumulation where a replica takes fewer at a time.
-    """
-    samples = layout.batch_size * layout.accumulation * layout.dp_size
-    heads = what.settings["num_attention_heads"]
-    degrees = [d for d in fitting_degrees(heads) if what.world_size % d == 0 and d <= what.node_size]
-    for batch in range(layout.batch_size, 0, -1):
-        for tp_size in sorted(degrees, key=lambda degree: (degree != layout.tp_size, -degree)):
-            dp_size = what.world_size // tp_size
-            if samples % (batch * dp_size):
-                continue
-            for recomputation in ("none", "selective", "full"):
-                for sequence in (False, True) if tp_size > 1 else (False,):
-                    yield replace(
-                        layout, batch_size=batch, tp_size=tp_size, dp_size=dp_size,
-                        accumulation=samples // (batch * dp_size), recomputation=recomputation,
-                        sequence_parallel=sequence,
-                    )  # fmt: skip
-
-
-def flags_of(layout: Layout) -> str:
-    """The flags that ask for a layout."""
-    parts = [f"--tensor-parallel-size {layout.tp_size}", f"--batch-size {layout.batch_size}"]
-    if layout.accumulation > 1:
-        parts.append(f"--gradient-accumulation-steps {layout.accumulation}")
-    if layout.sequence_parallel:
-        parts.append("--sequence-parallel")
-    if layout.recomputation != "none":
-        parts.append(f"--activation-checkpointing {layout.recomputation}")
-    return " ".join(parts)
-
-
-def nearest_that_fits(what: Subject, layout: Layout) -> LayoutPlan | None:
-    """The first of `other_layouts` that fits; None: there is none."""
-    plans = (plan_layout(what, other) for other in other_layouts(what, layout))
-    return next((plan for plan in plans if plan.fits), None)
-
-
-def best_layouts(what: Subject, layout: Layout) -> list[LayoutPlan]:
-    """Those that fit, at the same batch per micro-batch or less, fastest first by the estimate."""
-    plans = [plan_layout(what, other) for other in other_layouts(what, layout)]
-    by_kind: dict[tuple[int, bool, str], LayoutPlan] = {}
-    for plan in plans:  # the largest micro-batch of each kind comes first
-        kind = (plan.layout.tp_size, plan.layout.sequence_parallel, plan.layout.recomputation)
-        if plan.fits:
-            by_kind.setdefault(kind, plan)
-    return sorted(by_kind.values(), key=lambda plan: plan.seconds)
-
-
 def tokens_per_step(layout: Layout) -> int:
     """Tokens of one optimizer step over all replicas."""
     return layout.tokens * layout.dp_size * layout.accumulation
@@ -303,6 +298,30 @@ def steps_of(what: Subject, layout: Layout) -> int:
     """Optimizer steps of the run: --total-steps, or those that --total-tokens makes."""
     samples = layout.batch_size * layout.dp_size * layout.accumulation
     return derive_steps(what.config.training, samples).total_steps
+
+
+def host_bytes(what: Subject, layout: Layout) -> dict[str, int]:
+    """Memory of the fullest node's host beside what a process takes for itself.
+
+    ``checkpoint_copies``: of saves in the background, pinned, where --async-checkpoint allows them; ``data``:
+    the processes that tokenize, on rank 0's node, as many as asked for.
+    """
+    config = what.config
+    copies = 0
+    if config.checkpoint.async_checkpoint == "on" or (
+        config.checkpoint.async_checkpoint == "auto" and not what.on_cpu
+    ):
+        whole = build_slice_map(what.model, what.outline.plan, layout.tp_size, what.outline.heads.pad_to)
+        slice_map = whole.with_data_parallel(
+            layout.dp_size, sharded=layout.fsdp, shard_size=layout.shard_size
+        )
+        ranks = range(what.world_size)
+        copies = max(
+            sum(host_copy_bytes(slice_map, rank) for rank in ranks[first : first + what.local_world_size])
+            for first in ranks[:: what.local_world_size]
+        )
+    data = config.data.num_proc * PROCESS_BYTES
+    return {"checkpoint_copies": copies, "data": data, "total": copies + data}
 
 
 def document(what: Subject, chosen: LayoutPlan) -> dict[str, Any]:
@@ -324,27 +343,6 @@ def document(what: Subject, chosen: LayoutPlan) -> dict[str, Any]:
         "checkpoint_bytes": estimate_checkpoint_bytes(what.outline.slice_map),
         "device_memory": what.device_memory,
         "fits": chosen.fits,
+        "host_bytes_per_node": host_bytes(what, layout),
+        "predicted_step_seconds": {**chosen.time.parts(), "total": chosen.seconds},
     } | ({} if chosen.imbalance == 1.0 else {"imbalance": chosen.imbalance})
-
-
-def misfit(what: Subject, layout: Layout) -> str | None:
-    """One line where a layout does not fit, with the nearest that does; None where it fits."""
-    plan = plan_layout(what, layout)
-    if plan.fits:
-        return None
-    where = "this host has" if what.on_cpu else "the device has"
-    need = f"a rank needs about {plan.needed / 1e9:.1f} GB and {where} {what.device_memory / 1e9:.1f} GB"
-    if what.on_cpu:
-        need += " free for each"
-    nearest = nearest_that_fits(what, layout)
-    if nearest is None:
-        remedy = "no layout of this batch on these ranks fits; use more ranks, or a smaller --block-size"
-    else:
-        remedy = f"{flags_of(nearest.layout)} needs {nearest.needed / 1e9:.1f} GB"
-    return f"{need} ({flags_of(layout)}): {remedy}; --ignore-plan goes on"
-
-
-def run_plan(config: RunConfig, tokenizer_length: int | None = None) -> tuple[Subject, LayoutPlan]:
-    """The plan that ``--plan`` prints. Raises ConfigError where the flags ask for no possible layout."""
-    what = subject_of(config, tokenizer_length)
-    return what, plan_layout(what, chosen_layout(what))

@@ -8,14 +8,12 @@ from typing import Any
 
 from argonne.config.recipe import Recipe
 from argonne.errors import ConfigError
+from argonne.training.layouts import best_layouts, flags_of, run_plan
 from argonne.training.plan import (
     LayoutPlan,
     Subject,
-    best_layouts,
     document,
-    flags_of,
     flops_per_token,
-    run_plan,
     steps_of,
     tokens_per_step,
 )

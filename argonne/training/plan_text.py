@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from argonne.config.devices import PEAK_FLOPS
-from argonne.config.options import RunConfig
+from argonne.config.options import AUTO, RunConfig
 from argonne.config.recipe import Recipe
+from argonne.training.layouts import fastest_of_kinds, flags_of, misfit
 from argonne.training.plan import (
-    NETWORK,
-    NVLINK,
     LayoutPlan,
     Subject,
-    flags_of,
+    document,
     flops_per_token,
-    misfit,
+    sending_ranks,
+    tokens_per_step,
 )
 from argonne.training.plan_data import TEXT_BYTES_PER_TOKEN, readings
 from argonne.training.plan_stages import (
@@ -48,7 +48,9 @@ def plan_text(recipe: Recipe) -> str:
         _stages(plans),
         _layers(what, chosen),
         _memory(what, chosen, most.name),
+        _host(document(what, chosen)["host_bytes_per_node"]),
         _collectives(what, chosen, most.name),
+        _step_time(what, chosen, most.name),
         _time(plans),
         _data(plans),
         _disk(plans),
@@ -90,6 +92,13 @@ def _heading(what: Subject, chosen: LayoutPlan, stage: str) -> Iterator[str]:
         f"A step: {samples} sequences of {layout.block_size:,} = {samples * layout.block_size:,} tokens; "
         f"{layout.accumulation} x {layout.batch_size} a replica{_in_stage(stage)}"
     )
+    if what.config.parallel.tensor_parallel_size == AUTO:
+        count = len(fastest_of_kinds(what))
+        per_gpu = "" if what.config.training.global_batch_size else " (--batch-size counts per GPU)"
+        yield (
+            f"Chosen by --tensor-parallel-size auto{per_gpu}: {flags_of(layout)}, the fastest by "
+            f"prediction of {count} kinds that fit"
+        )
     heads = what.settings["num_attention_heads"]
     fewest = heads // layout.tp_size
     if heads % layout.tp_size:
@@ -165,20 +174,51 @@ def _memory(what: Subject, chosen: LayoutPlan, stage: str) -> Iterator[str]:
 
 
 def _collectives(what: Subject, chosen: LayoutPlan, stage: str) -> Iterator[str]:
-    layout = chosen.layout
+    layout, rates = chosen.layout, what.rates
     of_stage = f" of stage {stage}" if stage else ""
     yield f"Collectives of a step{of_stage}, each rank (seconds if nothing overlaps)"
     if not chosen.traffic:
         yield "  none"
     for kind, (count, size) in chosen.traffic.items():
-        ranks = layout.dp_size if kind.endswith("replicas") else layout.tp_size
-        sent = size * sent_share(kind, ranks)
+        sent = size * sent_share(kind, sending_ranks(kind, layout))
         shares = "  ".join(
             f"{name} {sent / rate:7.3f} s ({sent / rate / (chosen.seconds + sent / rate):4.0%})"
-            for name, rate in (("NVLink", NVLINK), ("network", NETWORK))
+            for name, rate in (("NVLink", rates.link), ("network", rates.network))
         )
         yield f"  {kind:32}{count:>7,} calls{_gigabytes(size):>13}  {shares}"
-    yield f"  at {NVLINK / 1e9:.0f} GB/s and {NETWORK / 1e9:.0f} GB/s, beside the rest of the step"
+    speeds = f"{rates.link / 1e9:.0f} GB/s and {rates.network / 1e9:.0f} GB/s"
+    yield f"  at {speeds} (assumed), beside the rest of the step"
+
+
+def _host(figures: Mapping[str, int]) -> Iterator[str]:
+    yield "Memory of a host, beside its ranks' own"
+    copies, data = figures["checkpoint_copies"], figures["data"]
+    yield f"  {'copies':12}{_gigabytes(copies):>12}  for saves in the background, pinned"
+    yield f"  {'data':12}{_gigabytes(data):>12}  tokenizing processes, on rank 0's node only"
+
+
+_PARTS = {
+    "products": "matrix products",
+    "misaligned": "slower ones, of local widths that are no multiple of 8",
+    "attention": "fused attention",
+    "elementwise": "elementwise ops, copies and reductions, by their bytes",
+    "tensor_parallel": "tensor-parallel collectives that nothing hides",
+    "replicas": "collectives over replicas that nothing hides",
+    "optimizer": "norm, clipping and AdamW",
+    "teacher": "the teacher's forward pass",
+    "waiting": "waiting for the host",
+}
+
+
+def _step_time(what: Subject, chosen: LayoutPlan, stage: str) -> Iterator[str]:
+    total = chosen.seconds
+    tokens = tokens_per_step(chosen.layout)
+    of_stage = f" of stage {stage}" if stage else ""
+    yield f"Time of a step{of_stage}: a prediction at assumed rates (docs/planning.md); nothing was timed"
+    for part, seconds in chosen.time.parts().items():
+        if seconds:
+            yield f"  {part:16}{1e3 * seconds:>10,.1f} ms  {seconds / total:4.0%}  {_PARTS[part]}"
+    yield f"  {'total':16}{1e3 * total:>10,.1f} ms  {tokens / total:,.0f} tokens a second"
 
 
 def _time(plans: Sequence[StagePlan]) -> Iterator[str]:
@@ -241,7 +281,7 @@ def _disk(plans: Sequence[StagePlan]) -> Iterator[str]:
 
 def _layouts(plans: Sequence[StagePlan]) -> Iterator[str]:
     in_all = " in every stage" if len(plans) > 1 else ""
-    yield f"Layouts of the same global batch that fit{in_all}, fastest first (estimated; nothing was timed)"
+    yield f"Layouts of the same global batch that fit{in_all}, fastest first (predicted; nothing was timed)"
     best = common_layouts(plans)
     if not best:
         yield "  none"

@@ -287,9 +287,14 @@ def check_data_ahead(stages: Stages, world: World) -> None:
     on_rank_0(check, world)
 
 
-def keep_configuration(recipe: Recipe, report: RunReport, world: World) -> None:
-    """Write the resolved configuration to ``stats/run_config.toml``; print it with --debug."""
+def keep_configuration(recipe: Recipe, report: RunReport, world: World, *, chosen: str = "") -> None:
+    """Write the resolved configuration to ``stats/run_config.toml``; print it with --debug.
+
+    ``chosen``: the flags that ask for what --tensor-parallel-size auto chose, as a comment.
+    """
     text = recipe_toml(recipe)
+    if chosen:
+        text += f"\n# tensor-parallel-size auto chose: {chosen}\n"
     path = OutputFolder(Path(recipe.config.output.output_dir)).run_config
     if world.rank == 0:
         try:

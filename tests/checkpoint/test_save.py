@@ -44,8 +44,12 @@ def _save_and_load(rank: int, world_size: int, folder: str) -> bytes:
         mixed, _ = save_sample(Path(folder) / "mixed", rank=rank, tp_size=2, dp_size=2)
         assert_loaded(open_view(str(mixed), rank), rank, 2, 2)
         assert_loaded(open_view(str(path), rank), rank, 2, 2)
+        hybrid: dict[str, Any] = {"tp_size": 1, "dp_size": 4, "shard_size": 2}  # two nodes with a copy each
+        nodes, _ = save_sample(Path(folder) / "hsdp", rank=rank, **hybrid)
+        copied, _ = save_sample(Path(folder) / "background", rank=rank, **hybrid, from_copies=True)
         if rank == 0:
             assert mixed.read_bytes() == path.read_bytes()
+            assert nodes.read_bytes() == copied.read_bytes() == path.read_bytes()
     return path.read_bytes() if rank == 0 else b""
 
 

@@ -19,7 +19,7 @@ from argonne.ranks.replicas import (
 from argonne.testing.distributed import make_parallel, run_ranks
 from argonne.testing.models import loss_of, random_tokens, relative_error, small_model
 from argonne.training.optimizer import GradientTotals
-from tp_shard import shard_tensor_parallel
+from tp_shard import TensorParallelState, shard_tensor_parallel
 
 STEPS, BATCH = 2, 4
 
@@ -64,17 +64,21 @@ def layout_rank(
     dtype: torch.dtype,
 ) -> tuple[list[float], float, dict[str, list[tuple[Any, Tensor]]]]:
     """Mean loss over replicas, true gradient norm of the last step, and the owned weights of this rank."""
-    layout = make_parallel(rank, world_size, tp_size)
+    nodes = {"local_world_size": world_size // 2} if kind == "hsdp" else {}
+    layout = make_parallel(rank, world_size, tp_size, **nodes)
     model = small_model(torch.float32, attention_bias=True)
     shard_tensor_parallel(model, layout.mesh, sequence_parallel=sequence_parallel)
     recompute_blocks(model.blocks, mode)
     wrapped: Any = model
-    if kind == "fsdp":
-        apply_fsdp(model, model.blocks, layout, dtype)
+    if kind in ("fsdp", "hsdp", "kept"):
+        apply_fsdp(model, model.blocks, layout, dtype, reshard_after_forward=kind != "kept")
     elif kind == "ddp":
         wrapped = apply_ddp(model, layout)
-    sharded = kind == "fsdp"
-    slice_map = model.tensor_parallel.slice_map.with_data_parallel(layout.dp_size, sharded=sharded)  # type: ignore[union-attr, operator]
+    sharded = kind in ("fsdp", "hsdp", "kept")
+    state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
+    slice_map = state.slice_map.with_data_parallel(
+        layout.dp_size, sharded=sharded, shard_size=layout.shard_size
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     context = forward_context(layout, dtype, sharded=sharded)
     losses = train(model, wrapped, step_tokens(), context, optimizer, (layout.dp_rank, layout.dp_size))
@@ -117,6 +121,9 @@ LAYOUTS = [
     (4, 2, "ddp", True, "full"),
     (2, 1, "fsdp", False, "full"),
     (4, 4, "none", False, "selective"),
+    (4, 1, "hsdp", False, "none"),
+    (4, 2, "kept", True, "none"),
+    pytest.param(8, 2, "hsdp", True, "full", marks=pytest.mark.slow),
 ]
 
 

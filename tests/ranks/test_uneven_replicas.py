@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
         (6, 3, "fsdp", False, "none"),
         (6, 3, "fsdp", True, "selective"),
         (6, 3, "ddp", True, "full"),
+        (12, 3, "hsdp", False, "none"),
         (5, 5, "none", True, "selective"),
     ],
 )

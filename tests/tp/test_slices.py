@@ -48,6 +48,11 @@ def check_cut(shape: Shape, cut: Cut | None, tp_size: int) -> None:
     for dp_size, sharded in ((1, False), (2, True), (3, True), (2, False)):
         slice_map = SliceMap({"p": (shape, cut)}, tp_size=tp_size, dp_size=dp_size, dp_sharded=sharded)
         check_map(slice_map, "p")
+    for shard_size in (2, 3):  # two nodes of so many replicas
+        whole = SliceMap({"p": (shape, cut)}, tp_size=tp_size)
+        hybrid = whole.with_data_parallel(2 * shard_size, sharded=True, shard_size=shard_size)
+        assert hybrid.replicated
+        check_map(hybrid, "p")
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 5, 8])
@@ -223,7 +228,11 @@ def check_random_cuts(seed: int, rounds: int) -> None:
         shape[dimension] = size
         dp_size = generator.randint(1, 5)
         sharded = generator.random() < 0.7
-        slice_map = SliceMap({"p": (tuple(shape), cut)}, tp_size=tp_size, dp_size=dp_size, dp_sharded=sharded)
+        shard_size = generator.choice([None, *(n for n in range(1, dp_size + 1) if dp_size % n == 0)])
+        slice_map = SliceMap(
+            {"p": (tuple(shape), cut)}, tp_size=tp_size, dp_size=dp_size, dp_sharded=sharded,
+            shard_size=shard_size,
+        )  # fmt: skip
         check_map(slice_map, "p")
 
 

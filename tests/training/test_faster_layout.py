@@ -13,7 +13,8 @@ from argonne.config.presets import PRESETS
 from argonne.ranks.world import Parallel
 from argonne.training import faster_layout as module
 from argonne.training.faster_layout import faster_layout, faster_line
-from argonne.training.plan import Subject, chosen_layout, plan_layout, subject
+from argonne.training.layouts import settled
+from argonne.training.plan import Subject, chosen_layout, subject
 from model import ArgonneConfig
 from tests.training.small_run import run_config
 
@@ -42,7 +43,7 @@ def test_the_default_is_told_of_a_faster_layout_that_fits(tmp_path: Path) -> Non
         chosen_layout(what), tp_size=degree, dp_size=8 // degree, batch_size=values["batch-size"],
         accumulation=accumulation, sequence_parallel="--sequence-parallel" in text,
     )  # fmt: skip
-    faster, chosen = plan_layout(what, layout), plan_layout(what, chosen_layout(what))
+    faster, chosen = settled(what, layout), settled(what, chosen_layout(what))
     assert faster.fits and factor == pytest.approx(chosen.seconds / faster.seconds, abs=0.006)
 
 

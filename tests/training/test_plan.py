@@ -15,20 +15,14 @@ from argonne.errors import DeviceError
 from argonne.testing.launch import ROOT, environment
 from argonne.training import fit
 from argonne.training.build import flops_per_token
-from argonne.training.plan import (
-    chosen_layout,
-    flags_of,
-    misfit,
-    nearest_that_fits,
-    plan_layout,
-    run_plan,
-    subject_of,
-)
+from argonne.training.layouts import flags_of, misfit, nearest_that_fits, run_plan
+from argonne.training.plan import chosen_layout, plan_layout, subject_of
 from tests.verification.layouts import single_process
 
 KEYS = [
     "parameters", "tensor_parallel_size", "data_parallel_size", "parameters_per_rank", "bytes_per_rank",
     "collectives", "flops_per_token", "steps", "tokens", "checkpoint_bytes", "device_memory", "fits",
+    "host_bytes_per_node", "predicted_step_seconds",
 ]  # fmt: skip
 PARTS = ["weights", "gradients", "optimizer", "activations", "logits", "buffers", "total"]
 COUNTS = {
