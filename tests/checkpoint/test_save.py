@@ -44,9 +44,13 @@ def _save_and_load(rank: int, world_size: int, folder: str) -> bytes:
         mixed, _ = save_sample(Path(folder) / "mixed", rank=rank, tp_size=2, dp_size=2)
         assert_loaded(open_view(str(mixed), rank), rank, 2, 2)
         assert_loaded(open_view(str(path), rank), rank, 2, 2)
-        hybrid = {"tp_size": 1, "dp_size": 4, "shard_size": 2}  # two nodes with a copy each
-        nodes, _ = save_sample(Path(folder) / "hsdp", rank=rank, **hybrid)
-        copied, _ = save_sample(Path(folder) / "background", rank=rank, **hybrid, from_copies=True)
+        # Two nodes of two replicas, each node with a copy.
+        nodes, copied = (
+            save_sample(
+                Path(folder) / name, rank=rank, dp_size=4, shard_size=2, from_copies=name == "background"
+            )[0]
+            for name in ("hsdp", "background")
+        )
         if rank == 0:
             assert mixed.read_bytes() == path.read_bytes()
             assert nodes.read_bytes() == copied.read_bytes() == path.read_bytes()
