@@ -43,7 +43,7 @@ def _layer(sizes: LayoutSizes) -> float:
     if sizes.cast_bytes:  # weights, and their gradients back
         total += (2 + again) * (_FLOAT32 + sizes.cast_bytes) * sizes.block
     if sizes.divided > 1 and layout.batch_size > 1:  # the gathered sequence is put in order, and taken apart
-        total += (20 + 6 * again) * (sizes.whole_stream + sizes.stream)
+        total += (20 + 6 * again) * sizes.whole_stream
     return total
 
 
@@ -90,7 +90,7 @@ def _ends(sizes: LayoutSizes) -> float:
     logits = layout.tokens * sizes.vocabulary
     capped = _CAPPED_LOGIT if getattr(sizes.config, "logit_softcap", 0.0) else 0
     head = (10 * math.ceil(layout.tokens / chunk) + 26) * sizes.head
-    stream = 16 * sizes.stream + 28 * sizes.whole_stream if sizes.divided > 1 else 27 * sizes.stream
+    stream = 10 * sizes.stream + 28 * sizes.whole_stream if sizes.divided > 1 else 27 * sizes.stream
     return (_LOGIT + capped) * logits + head + stream
 
 

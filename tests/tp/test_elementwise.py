@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from argonne.benchmarks.traffic import Case, counted
+from argonne.config.derived import width_multiple
+from argonne.config.options import ParallelOptions
 from argonne.tp.costs import ModelOutline
 from argonne.tp.elementwise import UPDATE_BYTES, elementwise_bytes
 from argonne.tp.plan_memory import Layout, LayoutSizes
@@ -21,7 +23,8 @@ def sizes_of(case: Case, **more: Any) -> LayoutSizes:
         tp_size=case.tp_size, batch_size=case.batch_size, block_size=case.block_size,
         sequence_parallel=case.sequence_parallel, recomputation=case.recomputation, **more,
     )  # fmt: skip
-    return LayoutSizes(ModelOutline.of(model), model, layout)
+    pad_to = width_multiple(ParallelOptions(), on_gpu=True)  # as the counter's runs
+    return LayoutSizes(ModelOutline.of(model, pad_to), model, layout)
 
 
 @pytest.mark.parametrize("name", COUNTED)

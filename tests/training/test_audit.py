@@ -15,6 +15,7 @@ from argonne.config.run_options import ControlOptions
 from argonne.errors import AuditError
 from argonne.files import OutputFolder
 from argonne.ranks.recompute import compile_blocks
+from argonne.run.ending import is_final
 from argonne.run.report import RunReport
 from argonne.testing.corpus import small_corpus
 from argonne.testing.launch import SCHEDULE, SHAPE, checkpoint, launch, metrics
@@ -136,6 +137,7 @@ def test_a_fault_stops_the_run_and_names_the_way_back(tmp_path: Path) -> None:
     hook = halve_a_row(run)
     with pytest.raises(AuditError, match="the last audit that held was at step 1: no checkpoint is as old"):
         run.take(2)
+    assert is_final(AuditError("it"))  # a launcher's restart does not go on by itself
     assert run.waited == ["waited"]  # for the checkpoint that is being written
     hook.remove()
     run.take(1)

@@ -49,10 +49,11 @@ def test_layouts_fit_in_every_stage() -> None:
     chosen = "--tensor-parallel-size 2 --sequence-parallel --activation-checkpointing full"
     (same,) = [layout for layout in layouts if layout.flags.startswith(chosen)]
     assert same.factor == pytest.approx(1.0) and same.needed == own
-    device = ["--plan-device", str(own - 1)]
-    small = stage_plans(parse_recipe(["--plan", *device, "--config", RECIPE]))
-    assert [stage.plan.fits for stage in small] == [True, True, True, False]
-    assert stages_document(small)["fits"] is False
+    # 12.5 GB without the gathered weights that FSDP2 keeps where there is room.
+    for device, fits in ((13_000_000_000, True), (12_000_000_000, False)):
+        small = stage_plans(parse_recipe(["--plan", "--plan-device", str(device), "--config", RECIPE]))
+        assert [stage.plan.fits for stage in small] == [True, True, True, fits]
+        assert stages_document(small)["fits"] is fits
 
 
 def test_a_stage_that_would_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
