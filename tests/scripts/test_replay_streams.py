@@ -35,6 +35,8 @@ from tests.scripts.past_runs import (
 
 pytestmark = pytest.mark.slow
 SEED = 42
+CONSTANT = ["--lr-schedule", "constant"]
+"""A longer run has the rates of a shorter one."""
 
 
 @pytest.fixture(scope="module")
@@ -125,30 +127,29 @@ def test_across_a_skipped_step(corpus: Path, documents: list[list[Token]], tmp_p
 
 @pytest.mark.parametrize("kind", ["text", "no-packing", "no-streaming"])
 def test_across_a_changed_list(kind: str, corpus: Path, documents: list[list[Token]], tmp_path: Path) -> None:
-    """Documents are left out from step 4 on; the checkpoint of that time is gone."""
-    output, flags = tmp_path / "run", flags_of(kind, corpus, documents, tmp_path)
+    """Documents are left out from step 5 on; the checkpoint of that time is gone, and so is their list."""
+    output, flags = tmp_path / "run", [*flags_of(kind, corpus, documents, tmp_path), *CONSTANT]
     samples = samples_of(kind, corpus, documents)
-    behind = {token.place for sample in samples[: 3 * G] for token in sample}
-    ahead = [token.place for sample in samples[3 * G : 5 * G] for token in sample]
+    behind = {token.place for sample in samples[: 4 * G] for token in sample}
+    ahead = [token.place for sample in samples[4 * G : 6 * G] for token in sample]
     listed = [place for place in dict.fromkeys(ahead) if place not in behind][:2]
     assert listed
-    train(corpus, output, *flags, steps=3)
+    train(corpus, output, *flags, steps=4)
     exclude = write_list(tmp_path / "list", listed)
     train(corpus, output, *flags, "--exclude-documents", exclude, "--checkpoint-path", output, steps=6)
     exclude.unlink()
     if kind == "text":
         stream = [token for sample in samples for token in sample[:-1]]
-        rest = [token for token in stream[3 * G * SIZE :] if token.place not in listed]
-        after = [rest[at : at + SIZE + 1] for at in range(0, 3 * G * SIZE, SIZE)]
+        rest = [token for token in stream[4 * G * SIZE :] if token.place not in listed]
+        after = [rest[at : at + SIZE + 1] for at in range(0, 2 * G * SIZE, SIZE)]
     else:
-        after = [one for one in samples[3 * G :] if not {token.place for token in one} & set(listed)]
-    samples = [*samples[: 3 * G], *after]
+        after = [one for one in samples[4 * G :] if not {token.place for token in one} & set(listed)]
+    samples = [*samples[: 4 * G], *after]
     places = [document[0].place for document in documents]
     assert said_by_ledger(output, places) == expected_of_ledger(of_steps(samples, range(6)), places)
-    drop_checkpoint(output, 6)
-    assert "bit for bit" in replayed(output, 5, tmp_path / "page.html")
-    train(corpus, output, *flags, "--total-steps", 6, "--checkpoint-path", output, steps=6)
-    drop_checkpoint(output, 3)
+    drop_checkpoint(output, 4)
+    said = replayed(output, 6, tmp_path / "page.html")
+    assert "step_3.pth" in said and "bit for bit" in said
 
 
 @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
