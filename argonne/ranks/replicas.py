@@ -66,6 +66,16 @@ def apply_ddp(model: nn.Module, parallel: Parallel) -> nn.Module:
     )
 
 
+def let_go_of_gathered(model: nn.Module) -> None:
+    """Free what FSDP2 keeps of weights after forward passes without backward pass: the root's, or all.
+
+    They would also be old ones where weights are loaded or changed before the next pass.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """The plain local part of a parameter or gradient that FSDP may hold as a DTensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
