@@ -178,7 +178,7 @@ def prepare_gpus(config: RunConfig, environment: Environment) -> None:
 
     options = config.parallel
     heads = {**PRESETS[REFERENCE], **(config.model.settings or {})}["num_attention_heads"]
-    fsdp = options.data_parallel == "fsdp"
+    fsdp = options.data_parallel != "ddp"
     one_queue = one_queue_helps(environment, options.tensor_parallel_size, heads, fsdp=fsdp)
     set_gpu_environment(os.environ, one_queue=one_queue)
 
@@ -190,6 +190,7 @@ def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl)
     from argonne.ranks.world import AGREEMENT_TIMEOUT, COLLECTIVE_TIMEOUT, choose_device, connect
     from argonne.run.stalls import collective_limit
     from argonne.training.build import choose_tp_size
+    from argonne.training.replica_plan import shard_size
     from checkpointing import require_safe_torch
 
     config = recipe.config
@@ -206,7 +207,8 @@ def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl)
     world = connect(environment, device, store, timeout=timedelta(seconds=limit))
     check_same(recipe_values(recipe), world)
     if config.model.settings is not None:  # a degree that cannot work is refused before anything is read
-        choose_tp_size(config.model.settings, config.parallel.tensor_parallel_size, world)
+        tp_size = choose_tp_size(config.model.settings, config.parallel.tensor_parallel_size, world)
+        shard_size(config.parallel, tp_size, world.world_size, world.local_world_size)
     return world
 
 
@@ -215,9 +217,8 @@ def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl)
 
 def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunReport, world: World) -> Run:
     """The data at its place, the split model with its weights, and what else the loop works with."""
-    from argonne.ranks.world import build_parallel
     from argonne.training import setup
-    from argonne.training.build import choose_tp_size
+    from argonne.training.build import lay_out
     from argonne.training.fit import require_memory
     from argonne.training.header import introduce
     from argonne.training.keeper import CheckpointKeeper
@@ -229,8 +230,7 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     from argonne.training.step import TrainingStep
 
     view, metadata, step = start.view, start.metadata, start.step
-    asked = recipe.config.parallel.tensor_parallel_size
-    parallel = build_parallel(world, choose_tp_size(start.settings, asked, world))
+    parallel = lay_out(start.settings, recipe.config.parallel, world)
     stages = choose_stage(recipe, metadata, step, parallel, report)
     stage, config = stages.current, stages.current.config
     require_memory(config, start.settings, parallel)

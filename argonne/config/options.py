@@ -180,7 +180,17 @@ class ParallelOptions:
         default_text="the largest that divides the ranks of a node and the query heads",
     )
     sequence_parallel: bool = flag(False, "shard norms and the residual stream along the sequence")
-    data_parallel: str = flag("fsdp", "data parallelism over the replicas", choices=("fsdp", "ddp"))
+    data_parallel: str = flag(
+        "fsdp",
+        "replicas share weights and state (fsdp), within a node only (hsdp), or not at all (ddp)",
+        choices=("fsdp", "ddp", "hsdp"),
+    )
+    reshard_after_forward: str = flag(
+        "auto",
+        "let gathered weights go after a block's forward pass; off keeps them for its backward pass",
+        choices=("auto", "on", "off"),
+        default_text="off on GPUs where the plan finds room, else on",
+    )
     activation_checkpointing: str = flag(
         "none", "what the backward pass recomputes", choices=("none", "full", "selective")
     )

@@ -25,9 +25,21 @@ from argonne.tp.group import ProcessTPGroup
 from argonne.tp.state import TensorParallelState
 
 
-def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], parallel: Parallel, dtype: torch.dtype) -> None:
-    """Shard each block, and the rest in the root, over the data-parallel dimension of the mesh."""
+def apply_fsdp(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    parallel: Parallel,
+    dtype: torch.dtype,
+    *,
+    reshard_after_forward: bool = True,
+) -> None:
+    """Shard each block, and the rest in the root, over the replicas, or within a node (``parallel.hybrid``).
+
+    ``reshard_after_forward`` False: a block's gathered weights stay until its backward pass.
+    """
     assert parallel.mesh is not None
+    hybrid = parallel.hybrid
+    mesh = parallel.mesh["dp"] if hybrid is None else hybrid.mesh
     policy = MixedPrecisionPolicy()
     if dtype is not torch.float32:
         # What enters a block is in the compute dtype already, but for the rotary tables, which stay float32.
@@ -35,15 +47,15 @@ def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], parallel: Parallel
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     for block in blocks:
-        fully_shard(block, mesh=parallel.mesh["dp"], mp_policy=policy)
-    fully_shard(model, mesh=parallel.mesh["dp"], mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
     if state.copies is not None:  # two ranks' chunks of one head need not be on one replica
-        assert dist.group.WORLD is not None
-        world = ProcessTPGroup(dist.group.WORLD)
-        state.copies = CopiedGradients(
-            state.slice_map.with_data_parallel(parallel.dp_size, sharded=True), world
-        )
+        # Of copies on other nodes FSDP2 has made the sum.
+        group = dist.group.WORLD if hybrid is None else hybrid.node_group
+        assert group is not None
+        sharing = state.slice_map.with_data_parallel(parallel.shard_size, sharded=True)
+        state.copies = CopiedGradients(sharing, ProcessTPGroup(group))
 
 
 def apply_ddp(model: nn.Module, parallel: Parallel) -> nn.Module:
@@ -52,6 +64,16 @@ def apply_ddp(model: nn.Module, parallel: Parallel) -> nn.Module:
     return nn.parallel.DistributedDataParallel(
         model, process_group=parallel.mesh.get_group("dp"), gradient_as_bucket_view=True
     )
+
+
+def let_go_of_gathered(model: nn.Module) -> None:
+    """Free what FSDP2 keeps of weights after forward passes without backward pass: the root's, or all.
+
+    They would also be old ones where weights are loaded or changed before the next pass.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

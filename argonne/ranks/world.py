@@ -70,6 +70,16 @@ class World:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Hybrid:
+    """The groups of sharding within a node and replication across nodes."""
+
+    mesh: DeviceMesh
+    """("dp_replicate", "dp_shard"): the ranks that have this one's tensor-parallel rank, a node a row."""
+    node_group: dist.ProcessGroup
+    """The ranks of this node: all that hold its copy of the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parallel(World):
     """Degrees, coordinates and groups of this process. world_size = dp_size * tp_size."""
 
@@ -79,6 +89,13 @@ class Parallel(World):
     dp_size: int
     mesh: DeviceMesh | None
     """("dp", "tp"); None in a single process."""
+    hybrid: Hybrid | None = None
+    """Where replicas share their state within a node only (--data-parallel hsdp)."""
+
+    @property
+    def shard_size(self) -> int:
+        """Replicas that share weights and state under FSDP2: neighbours."""
+        return self.dp_size if self.hybrid is None else self.hybrid.mesh.size(1)
 
     @property
     def tp_group(self) -> dist.ProcessGroup | None:
@@ -177,6 +194,24 @@ def default_tp_size(local_world_size: int, query_heads: int) -> int:
     return even if even > 1 else max(d for d in degrees if degree_fits(query_heads, d))
 
 
+def replicas_of_a_node(tp_size: int, *, world_size: int, node_size: int) -> int | None:
+    """Replicas that share their state within a node under hsdp; None where one node has them all.
+
+    Raises ConfigError where a node has one replica, or a part of one: nothing is left to share.
+    """
+    if world_size <= max(node_size, tp_size):
+        return None
+    shards = node_size // tp_size
+    if shards < 2 or node_size % tp_size:
+        raise ConfigError(
+            f"--data-parallel hsdp shares weights and state among the replicas of a node, and with tensor "
+            f"parallel {tp_size} a node of {node_size} ranks has not several: use a --tensor-parallel-size "
+            f"that divides {node_size} at least twice, or --data-parallel fsdp (shares across nodes) or ddp "
+            "(shares nothing)"
+        )
+    return shards
+
+
 def resolve_tp_size(
     requested: int | None, *, world_size: int, local_world_size: int, query_heads: int
 ) -> int:
@@ -194,8 +229,12 @@ def resolve_tp_size(
     return requested
 
 
-def build_parallel(world: World, tp_size: int) -> Parallel:
-    """Give each replica ``tp_size`` neighbouring ranks and make the mesh; collective."""
+def build_parallel(world: World, tp_size: int, *, shard_size: int | None = None) -> Parallel:
+    """Give each replica ``tp_size`` neighbouring ranks and make the mesh; collective.
+
+    ``shard_size``: so many neighbouring replicas share weights and state, and the others hold copies
+    (`replicas_of_a_node`); None: all share.
+    """
     dp_size = world.world_size // tp_size
     mesh = _make_mesh(world, dp_size, tp_size) if world.world_size > 1 else None
     return Parallel(
@@ -205,7 +244,31 @@ def build_parallel(world: World, tp_size: int) -> Parallel:
         dp_rank=world.rank // tp_size,
         dp_size=dp_size,
         mesh=mesh,
+        hybrid=None if shard_size is None else _make_hybrid(world, tp_size, shard_size),
     )
+
+
+def _make_hybrid(world: World, tp_size: int, shard_size: int) -> Hybrid:
+    """A row of `Hybrid.mesh` for each node; every rank makes the groups of all."""
+    ranks = torch.arange(world.world_size).view(-1, shard_size, tp_size)
+    replicating = _subgroup(world, "dp_replicate", ranks.permute(1, 2, 0).reshape(-1, len(ranks)))
+    sharding = _subgroup(world, "dp_shard", ranks.permute(0, 2, 1).reshape(-1, shard_size))
+    node = _subgroup(world, "node", ranks.flatten(1))
+    own = ranks[:, :, world.rank % tp_size]
+    mesh = DeviceMesh.from_group(
+        [replicating, sharding], world.device.type, mesh=own, mesh_dim_names=("dp_replicate", "dp_shard")
+    )
+    return Hybrid(mesh=mesh, node_group=node)
+
+
+def _subgroup(world: World, name: str, rows: torch.Tensor) -> dist.ProcessGroup:
+    """This rank's group among ``rows`` of ranks, on the device's own backend, with the run's time limit."""
+    # "cpu:gloo,cuda:nccl" -> nccl on a GPU
+    backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+    own, _ = dist.new_subgroups_by_enumeration(
+        rows.tolist(), timeout=world.timeout, backend=backends[world.device.type], group_desc=f"mesh_{name}"
+    )
+    return own
 
 
 def _make_mesh(world: World, dp_size: int, tp_size: int) -> DeviceMesh:
@@ -214,16 +277,11 @@ def _make_mesh(world: World, dp_size: int, tp_size: int) -> DeviceMesh:
     ``init_device_mesh`` would take the limit from the backend's default, and hand NCCL's options to gloo.
     """
     ranks = torch.arange(world.world_size).view(dp_size, tp_size)
-    # "cpu:gloo,cuda:nccl" -> nccl on a GPU
-    backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
     groups: list[dist.ProcessGroup] = []
-    for name, rows in (("dp", ranks.T.tolist()), ("tp", ranks.tolist())):
+    for name, rows in (("dp", ranks.T), ("tp", ranks)):
         if len(rows) == 1:
             assert dist.group.WORLD is not None
             groups.append(dist.group.WORLD)
-            continue
-        group, _ = dist.new_subgroups_by_enumeration(
-            rows, timeout=world.timeout, backend=backends[world.device.type], group_desc=f"mesh_{name}"
-        )
-        groups.append(group)
+        else:
+            groups.append(_subgroup(world, name, rows))
     return DeviceMesh.from_group(groups, world.device.type, mesh=ranks, mesh_dim_names=("dp", "tp"))

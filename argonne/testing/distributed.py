@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from argonne.ranks.world import Parallel, World, build_parallel
+from argonne.ranks.world import Parallel, World, build_parallel, replicas_of_a_node
 
 
 def _rank_main(rank: int, world_size: int, folder: str, tasks: Connection) -> None:
@@ -118,10 +118,16 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             _drop(world_size)
 
 
-def make_parallel(rank: int, world_size: int, tp_size: int) -> Parallel:
-    """The degrees of a test's ranks, without the groups that only the training loop needs. Collective."""
+def make_parallel(rank: int, world_size: int, tp_size: int, *, node_size: int | None = None) -> Parallel:
+    """The degrees of a test's ranks, without the groups that only the training loop needs. Collective.
+
+    ``node_size``: ranks of a node, within which replicas share weights (hsdp).
+    """
     world = World(
-        rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size,
+        rank=rank, world_size=world_size, local_rank=rank, local_world_size=node_size or world_size,
         device=torch.device("cpu"), control_group=None, feed_group=None,
     )  # fmt: skip
-    return build_parallel(world, tp_size)
+    shards = None
+    if node_size is not None:
+        shards = replicas_of_a_node(tp_size, world_size=world_size, node_size=node_size)
+    return build_parallel(world, tp_size, shard_size=shards)

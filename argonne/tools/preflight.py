@@ -18,11 +18,11 @@ from argonne.ranks.agree import barrier, check_same, gather_objects
 from argonne.ranks.faults import run_error_of
 from argonne.ranks.launch import Environment
 from argonne.ranks.meeting import await_ranks, open_store
-from argonne.ranks.world import Parallel, World, build_parallel, choose_device, connect, disconnect
+from argonne.ranks.world import Parallel, World, choose_device, connect, disconnect
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport
 from argonne.tools import preflight_inputs, preflight_machine, preflight_steps
-from argonne.training.build import choose_tp_size
+from argonne.training.build import lay_out
 from argonne.training.setup import Start
 from argonne.training.stages import Stages
 from checkpointing import require_safe_torch
@@ -189,8 +189,7 @@ def _model(flight: Preflight) -> str:
 
 def _layout(flight: Preflight) -> str:
     assert flight.start is not None
-    size = choose_tp_size(flight.start.settings, flight.config.parallel.tensor_parallel_size, flight.world)
-    flight.parallel = build_parallel(flight.world, size)
+    flight.parallel = lay_out(flight.start.settings, flight.config.parallel, flight.world)
     flight.stages, said = preflight_inputs.layout(flight)
     return said
 

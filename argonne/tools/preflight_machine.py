@@ -135,11 +135,16 @@ def collectives(flight: Preflight) -> str:
         group = parallel.mesh.get_group("tp")
         parts += [_measure(kind, numel, dtype, group, parallel.device) for kind in kinds]
     if parallel.dp_size > 1:
-        group = parallel.mesh.get_group("dp")
+        group, hybrid = parallel.mesh.get_group("dp"), parallel.hybrid
         block = _block_numel(start.settings) // parallel.tp_size
-        if config.parallel.data_parallel == "fsdp":
-            parts.append(_measure("all_gather", block, dtype, group, parallel.device))
-            parts.append(_measure("reduce_scatter", block, torch.float32, group, parallel.device))
+        if config.parallel.data_parallel != "ddp":
+            sharing = group if hybrid is None else hybrid.mesh.get_group("dp_shard")
+            parts.append(_measure("all_gather", block, dtype, sharing, parallel.device))
+            parts.append(_measure("reduce_scatter", block, torch.float32, sharing, parallel.device))
+            if hybrid is not None:
+                across = hybrid.mesh.get_group("dp_replicate")
+                held = -(-block // parallel.shard_size)
+                parts.append(_measure("all_reduce", held, torch.float32, across, parallel.device))
         else:
             parts.append(_measure("all_reduce", block, torch.float32, group, parallel.device))
     backend = "NCCL" if parallel.device.type == "cuda" else "gloo"

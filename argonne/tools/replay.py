@@ -14,14 +14,14 @@ from argonne.config.recipe import Recipe
 from argonne.errors import CheckpointError, ConfigError, DataError
 from argonne.ranks.agree import broadcast_object, on_rank_0
 from argonne.ranks.replicas import forward_context, local_gradients
-from argonne.ranks.world import Parallel, World, build_parallel
+from argonne.ranks.world import Parallel, World
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport
 from argonne.tools.kept_run import KeptRun
 from argonne.tools.replay_past import Past, find_past, replay_recipe
 from argonne.tools.replay_result import Figure, MeasuredDocument, Replay
 from argonne.tools.step_documents import StepDocument, step_documents
-from argonne.training.build import DTYPES, TrainedModel, choose_tp_size
+from argonne.training.build import DTYPES, TrainedModel, lay_out
 from argonne.training.optimizer import GradientTotals, reset_adam
 from argonne.training.setup import Start, build, choose_start, fill, open_feed, source_options
 from argonne.training.spike_guard import SPIKES_KEY, SpikeGuard
@@ -46,9 +46,7 @@ class StepReplay:
         start = choose_start(recipe.config, control, report, world)
         if past.first and start.step != past.first:
             raise CheckpointError(f"{past.checkpoint} is of step {start.step}, its name says {past.first}")
-        parallel = build_parallel(
-            world, choose_tp_size(start.settings, recipe.config.parallel.tensor_parallel_size, world)
-        )
+        parallel = lay_out(start.settings, recipe.config.parallel, world)
         stages, _ = resume_stages(plan_stages(recipe, parallel.dp_size), start.metadata, start.step)
         if past.step > stages.last_step:
             raise ConfigError(

@@ -36,6 +36,10 @@ class Layout:
     dp_size: int = 1
     fsdp: bool = True
     """Replicas share weights and state (FSDP2); otherwise each holds all of them (DDP)."""
+    shard_size: int | None = None
+    """Neighbouring replicas that share them among themselves (hsdp: those of a node); None: all do."""
+    keeps_gathered: bool = False
+    """FSDP2 keeps gathered blocks from the forward to the backward pass (no reshard after forward)."""
     sequence_parallel: bool = False
     recomputation: str = "none"
     batch_size: int
@@ -54,7 +58,17 @@ class Layout:
     @property
     def is_cut(self) -> bool:
         """Whether replicas share weights."""
-        return self.fsdp and self.dp_size > 1
+        return self.shards > 1
+
+    @property
+    def shards(self) -> int:
+        """Replicas among which weights and state are divided."""
+        return (self.shard_size or self.dp_size) if self.fsdp else 1
+
+    @property
+    def copies(self) -> int:
+        """Copies of each shard, on other replicas."""
+        return self.dp_size // self.shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +99,7 @@ class _Sizes:
         self.slice_map = build_slice_map(model, outline.plan, layout.tp_size)
         self.config: Any = model.config
         self.local = _local_numel(self.slice_map, self.slice_map.names)
-        self.held = math.ceil(self.local / layout.dp_size) if layout.is_cut else self.local
+        self.held = math.ceil(self.local / layout.shards)
         first = [name for name in self.slice_map.names if name.startswith(f"{outline.plan.first_block}.")]
         self.block = _local_numel(self.slice_map, first)
         self.vocabulary = self.slice_map.tp_local_shape(f"{outline.plan.embedding}.weight", 0)[0]
@@ -210,9 +224,15 @@ def _copies(sizes: _Sizes, *, in_forward: bool = False) -> int:
     Until a forward pass has ended autocast keeps its copies, recomputation or not.
     """
     blocks = sizes.block * sizes.outline.num_layers
-    if sizes.layout.is_cut:  # the root's parameters stay gathered, and a block or two
-        return sizes.layout.element_bytes * (sizes.local - blocks + 2 * sizes.block)
+    if sizes.layout.is_cut:
+        return sizes.layout.element_bytes * _gathered(sizes, sizes.outline.num_layers)
     return sizes.cast_bytes * blocks * (in_forward or sizes.layout.recomputation == "none")
+
+
+def _gathered(sizes: _Sizes, layers: int) -> int:
+    """Elements that FSDP2 has gathered: the root's, and a block or two, or all ``layers`` where they stay."""
+    blocks = max(2, layers) if sizes.layout.keeps_gathered else 2
+    return sizes.local - sizes.block * sizes.outline.num_layers + blocks * sizes.block
 
 
 def _loss_in_chunks(sizes: _Sizes) -> bool:
@@ -282,14 +302,13 @@ def _block_backward(sizes: _Sizes, *, last: bool) -> _Moment:
     held = (
         _all_gradients(sizes)
         if last
-        else max(_standing_gradients(sizes), _FLOAT32 * sizes.head // _cut(sizes))
+        else max(_standing_gradients(sizes), _FLOAT32 * sizes.head // layout.shards)
     )
     columns = max(p.out_features for p in sizes.outline.projections if p.style is Style.COLUMN)
     inner = layout.tokens * columns * element // layout.tp_size
     work = 3 * inner + 2 * sizes.whole_stream
     copies = (
-        element * (sizes.local - sizes.block * sizes.outline.num_layers + 2 * sizes.block)
-        + (element + _FLOAT32) * sizes.block
+        element * _gathered(sizes, layers) + (element + _FLOAT32) * sizes.block
         if layout.is_cut
         else sizes.cast_bytes * sizes.block * layers * (layout.recomputation == "none")
     )
@@ -298,10 +317,6 @@ def _block_backward(sizes: _Sizes, *, last: bool) -> _Moment:
         activations=layers * sizes.kept_layer() + remade,
         buffers=work + copies,
     )
-
-
-def _cut(sizes: _Sizes) -> int:
-    return sizes.layout.dp_size if sizes.layout.is_cut else 1
 
 
 def _embedding_backward(sizes: _Sizes) -> _Moment:

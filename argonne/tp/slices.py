@@ -148,7 +148,8 @@ class SliceMap:
     ``parameters`` maps unsharded names, in the order of ``model.parameters()``, to (shape, cut), the cut
     being None for a parameter that every tensor-parallel rank holds whole. With ``dp_sharded`` (FSDP) the
     local tensor of a tensor-parallel rank is cut again into row chunks over the data-parallel ranks, as
-    ``torch.chunk`` does along dimension 0.
+    ``torch.chunk`` does along dimension 0; with ``shard_size``, over so many neighbouring ones, of which the
+    next hold copies.
     """
 
     def __init__(
@@ -158,11 +159,13 @@ class SliceMap:
         tp_size: int,
         dp_size: int = 1,
         dp_sharded: bool = False,
+        shard_size: int | None = None,
     ) -> None:
         self._parameters = {name: (tuple(shape), cut) for name, (shape, cut) in parameters.items()}
         self.tp_size = tp_size
         self.dp_size = dp_size
         self.dp_sharded = dp_sharded and dp_size > 1
+        self.shard_size = (shard_size or dp_size) if self.dp_sharded else 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -174,9 +177,16 @@ class SliceMap:
         """Ranks that the map is laid over."""
         return self.tp_size * self.dp_size
 
-    def with_data_parallel(self, dp_size: int, *, sharded: bool) -> SliceMap:
-        """The same tensor-parallel cuts laid over ``dp_size`` replicas."""
-        return SliceMap(self._parameters, tp_size=self.tp_size, dp_size=dp_size, dp_sharded=sharded)
+    def with_data_parallel(self, dp_size: int, *, sharded: bool, shard_size: int | None = None) -> SliceMap:
+        """The same tensor-parallel cuts laid over ``dp_size`` replicas, of which ``shard_size`` share."""
+        return SliceMap(
+            self._parameters, tp_size=self.tp_size, dp_size=dp_size, dp_sharded=sharded, shard_size=shard_size
+        )
+
+    @property
+    def replicated(self) -> bool:
+        """Whether replicas hold copies of each other's weights."""
+        return self.dp_size > self.shard_size
 
     def shape(self, name: str) -> Shape:
         """Unsharded shape."""
@@ -244,8 +254,8 @@ class SliceMap:
         boxes = self._tp_rectangles(name, tp_rank)
         if self.dp_sharded:
             rows = self._chunk(self.tp_local_shape(name, tp_rank)[0], dp_rank)
-            return tuple(chunk for box in boxes if (chunk := _intersect_rows(box, *rows)) is not None)
-        if dp_rank:
+            boxes = tuple(chunk for box in boxes if (chunk := _intersect_rows(box, *rows)) is not None)
+        if dp_rank >= self.shard_size:
             return tuple(replace(box, owned=False) for box in boxes)
         return boxes
 
@@ -271,8 +281,9 @@ class SliceMap:
         )
 
     def _chunk(self, rows: int, dp_rank: int) -> tuple[int, int]:
-        chunk = -(-rows // self.dp_size)
-        return min(dp_rank * chunk, rows), min((dp_rank + 1) * chunk, rows)
+        chunk = -(-rows // self.shard_size)
+        shard = dp_rank % self.shard_size
+        return min(shard * chunk, rows), min((shard + 1) * chunk, rows)
 
 
 def _with(values: Shape, index: int, value: int) -> Shape:

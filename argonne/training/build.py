@@ -19,9 +19,10 @@ from argonne.config.presets import MODEL_KEYS, PRESETS, REFERENCE
 from argonne.errors import ConfigError
 from argonne.ranks.recompute import compile_blocks, recompute_blocks
 from argonne.ranks.replicas import apply_ddp, apply_fsdp, local_parameters, local_tensor
-from argonne.ranks.world import Parallel, World, resolve_tp_size
+from argonne.ranks.world import Parallel, World, build_parallel, resolve_tp_size
 from argonne.training.model_config import resolve_model_config
 from argonne.training.optimizer import build_adamw
+from argonne.training.replica_plan import shard_size
 from argonne.training.teacher import Teacher
 from checkpointing import CheckpointView, LoadReport, load_slices
 from model import ArgonneConfig, ArgonneModel, initial_std
@@ -43,6 +44,8 @@ class TrainedModel:
     dtype: torch.dtype
     """Compute dtype; parameters are float32."""
     fsdp: bool
+    keeps_gathered: bool = False
+    """FSDP2 keeps gathered weights from a block's forward to its backward pass."""
     teacher: Teacher | None = None
     """Whose word the loss takes in; never in optimizer or checkpoint."""
 
@@ -109,6 +112,13 @@ def choose_tp_size(settings: Mapping[str, Any], requested: int | None, world: Wo
     )
 
 
+def lay_out(settings: Mapping[str, Any], options: ParallelOptions, world: World) -> Parallel:
+    """Degrees, groups and mesh that the flags ask for; collective. ConfigError where they cannot be."""
+    tp_size = choose_tp_size(settings, options.tensor_parallel_size, world)
+    shards = shard_size(options, tp_size, world.world_size, world.local_world_size)
+    return build_parallel(world, tp_size, shard_size=shards)
+
+
 def choose_dtype(requested: str | None, device: torch.device) -> torch.dtype:
     """The compute dtype: bfloat16 on a GPU and float32 on a CPU unless asked otherwise."""
     return DTYPES[requested or ("bf16" if device.type == "cuda" else "fp32")]
@@ -122,7 +132,10 @@ def build_model(
     *,
     taught: bool = False,
 ) -> TrainedModel:
-    """The split model on this rank's device, its slices not yet filled; ``taught``: beside a teacher."""
+    """The split model on this rank's device, its slices not yet filled; ``taught``: beside a teacher.
+
+    ``options``: --reshard-after-forward auto is on here (`argonne.training.fit.settled_options`).
+    """
     dtype, chunk = choose_dtype(training.dtype, parallel.device), training.loss_chunk_tokens
     with torch.device("meta"):
         model = ArgonneModel(ArgonneConfig(**settings))
@@ -136,9 +149,10 @@ def build_model(
     recompute_blocks(model.blocks, options.activation_checkpointing)
     if options.compile:
         compile_blocks(model.blocks)
-    fsdp = parallel.dp_size > 1 and options.data_parallel == "fsdp"
+    fsdp = parallel.dp_size > 1 and options.data_parallel != "ddp"
+    keeps_gathered = fsdp and options.reshard_after_forward == "off"
     if fsdp:
-        apply_fsdp(model, model.blocks, parallel, dtype)
+        apply_fsdp(model, model.blocks, parallel, dtype, reshard_after_forward=not keeps_gathered)
     model.to_empty(device=parallel.device)
     model.train()
     wrapped: nn.Module = model
@@ -146,21 +160,27 @@ def build_model(
         _zero_parameters(model)  # DDP compares and broadcasts what the replicas hold when it is made
         wrapped = apply_ddp(model, parallel)
     state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
-    optimizer = build_adamw(
+    return TrainedModel(
+        model=model,
+        wrapped=wrapped,
+        slice_map=state.slice_map.with_data_parallel(
+            parallel.dp_size, sharded=fsdp, shard_size=parallel.shard_size
+        ),
+        optimizer=_adamw(model, training, parallel.device),
+        parallel=parallel,
+        dtype=dtype,
+        fsdp=fsdp,
+        keeps_gathered=keeps_gathered,
+    )
+
+
+def _adamw(model: nn.Module, training: TrainingOptions, device: torch.device) -> torch.optim.AdamW:
+    return build_adamw(
         dict(model.named_parameters()),
         lr=training.learning_rate,
         betas=training.adam_betas,
         weight_decay=training.weight_decay,
-        device=parallel.device,
-    )
-    return TrainedModel(
-        model=model,
-        wrapped=wrapped,
-        slice_map=state.slice_map.with_data_parallel(parallel.dp_size, sharded=fsdp),
-        optimizer=optimizer,
-        parallel=parallel,
-        dtype=dtype,
-        fsdp=fsdp,
+        device=device,
     )
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from argonne.config.options import RunConfig
+from argonne.config.options import ParallelOptions, RunConfig
 from argonne.errors import DeviceError
 from argonne.ranks.agree import on_rank_0
 from argonne.ranks.world import Parallel
-from argonne.training.plan import chosen_layout, misfit, subject
+from argonne.training.plan import Subject, chosen_layout, misfit, settled, subject
 
 _RUNTIME_BYTES = 400_000_000
 """Of a process on a CPU beside its tensors: Python, torch, transformers."""
@@ -27,18 +28,40 @@ def require_memory(config: RunConfig, settings: Mapping[str, Any], parallel: Par
         return
 
     def check() -> None:
-        memory = memory_of_a_rank(parallel)
-        if memory is None:
-            return
-        on_cpu = parallel.device.type == "cpu"
-        what = subject(
-            config, settings, world_size=parallel.world_size, device_memory=memory, on_cpu=on_cpu,
-            node_size=parallel.local_world_size,
-        )  # fmt: skip
-        if problem := misfit(what, chosen_layout(what)):
+        what = _subject_here(config, settings, parallel)
+        if what is not None and (problem := misfit(what, chosen_layout(what))):
             raise DeviceError(problem)
 
     on_rank_0(check, parallel)
+
+
+def settled_options(config: RunConfig, settings: Mapping[str, Any], parallel: Parallel) -> ParallelOptions:
+    """The run's, with --reshard-after-forward auto decided: off on GPUs where the plan finds room.
+
+    Collective; the same on all ranks.
+    """
+    options = config.parallel
+    if options.reshard_after_forward != "auto":
+        return options
+
+    def stay() -> bool:
+        what = _subject_here(config, settings, parallel)
+        return what is not None and settled(what, chosen_layout(what)).layout.keeps_gathered
+
+    on_gpus = parallel.device.type == "cuda" and parallel.dp_size > 1
+    kept = on_gpus and on_rank_0(stay, parallel)
+    return replace(options, reshard_after_forward="off" if kept else "on")
+
+
+def _subject_here(config: RunConfig, settings: Mapping[str, Any], parallel: Parallel) -> Subject | None:
+    """What the plan is asked about on the devices that are there; None where nobody says what is free."""
+    memory = memory_of_a_rank(parallel)
+    if memory is None:
+        return None
+    return subject(
+        config, settings, world_size=parallel.world_size, device_memory=memory,
+        on_cpu=parallel.device.type == "cpu", node_size=parallel.local_world_size,
+    )  # fmt: skip
 
 
 def memory_of_a_rank(parallel: Parallel) -> int | None:

@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from argonne.ranks.agree import broadcast_object
 from argonne.ranks.recompute import uncompiled
-from argonne.ranks.replicas import forward_context
+from argonne.ranks.replicas import forward_context, let_go_of_gathered
 from argonne.ranks.world import Parallel
 from model import ArgonneModel
 
@@ -96,4 +96,5 @@ def generate_text(
             **sampling,
         )
     model.train(was_training)
+    let_go_of_gathered(model)
     return "" if tokenizer is None else str(tokenizer.decode(output[0].tolist(), skip_special_tokens=True))

@@ -118,6 +118,7 @@ def run_facts(
             "Schedule": str(Schedule.of(training)),
             **({"Teacher": trained.teacher.text} if trained.teacher is not None else {}),
             **source_lines(config.data, opened),
+            **replica_lines(trained),
             **switches(config.parallel),
             **faster_line(config, trained.model.config.to_dict(), parallel),
         },
@@ -139,6 +140,17 @@ def switches(options: ParallelOptions) -> dict[str, str]:
         "Compiled": "each block" if options.compile else "",
     }
     return {label: text for label, text in texts.items() if text not in ("", "none")}
+
+
+def replica_lines(trained: TrainedModel) -> dict[str, str]:
+    """Label -> text of what is particular in how replicas share weights."""
+    parallel, texts = trained.parallel, {}
+    if parallel.hybrid is not None:
+        share, copies = parallel.shard_size, parallel.dp_size // parallel.shard_size
+        texts["Replicas"] = f"{share} of a node share weights and state, {copies} nodes hold copies (hsdp)"
+    if trained.keeps_gathered:
+        texts["Gathered weights"] = "kept from forward to backward pass (--reshard-after-forward off)"
+    return texts
 
 
 def data_line(data_glob: str | Sequence[str], opened: OpenedStream | None) -> str:

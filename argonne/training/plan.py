@@ -18,6 +18,7 @@ from argonne.config.devices import PEAK_FLOPS, device_bytes
 from argonne.config.options import RunConfig
 from argonne.config.presets import PRESETS, REFERENCE
 from argonne.ranks.world import resolve_tp_size
+from argonne.training.replica_plan import REPLICAS, ROOM, replica_seconds, replica_traffic, shard_size
 from argonne.training.teacher_plan import TeacherCost, teacher_cost
 from checkpointing import estimate_checkpoint_bytes
 from tp_shard import (
@@ -139,7 +140,9 @@ def chosen_layout(what: Subject) -> Layout:
     dp_size = what.world_size // tp_size
     return Layout(
         tp_size=tp_size, dp_size=dp_size,
-        fsdp=config.parallel.data_parallel == "fsdp",
+        fsdp=config.parallel.data_parallel != "ddp",
+        shard_size=shard_size(config.parallel, tp_size, what.world_size, what.local_world_size),
+        keeps_gathered=config.parallel.reshard_after_forward == "off",
         sequence_parallel=config.parallel.sequence_parallel and tp_size > 1,
         recomputation=config.parallel.activation_checkpointing,
         batch_size=config.training.batch_size,
@@ -183,15 +186,13 @@ def plan_layout(what: Subject, layout: Layout) -> LayoutPlan:
     peak = PEAK_FLOPS.get(what.config.planning.plan_device.upper(), PEAK_FLOPS["H100"])
     computing = flops / (_PRODUCT_SHARE * peak)
     across = NVLINK if what.world_size <= RANKS_OF_A_NODE else NETWORK
-    exposed = max(0.0, _sent(traffic, layout, replicas=True) / across - computing / 2)
+    replicas = replica_seconds(traffic, layout, within=NVLINK, across=across)
+    exposed = max(0.0, replicas - computing / 2)
     return LayoutPlan(
         layout=layout, memory=memory, cost=cost, traffic=traffic, imbalance=imbalance, teacher=teacher,
         needed=needed, fits=needed <= what.device_memory,
-        seconds=computing + _sent(traffic, layout, replicas=False) / NVLINK + exposed,
+        seconds=computing + _sent(traffic, layout) / NVLINK + exposed,
     )  # fmt: skip
-
-
-_REPLICAS = " over replicas"
 
 
 def _traffic(what: Subject, layout: Layout, cost: SplitCost) -> Traffic:
@@ -207,17 +208,7 @@ def _traffic(what: Subject, layout: Layout, cost: SplitCost) -> Traffic:
         for kind, count, size in _recomputed(what, layout):
             before = total.get(kind, (0, 0))
             total[kind] = (before[0] + count, before[1] + size)
-    if layout.dp_size == 1:
-        return total
-    local, units = cost.parameters_per_rank, what.outline.num_layers + 1
-    if not layout.fsdp:
-        total[f"all_reduce{_REPLICAS}"] = (1, 4 * local)
-        return total
-    gathers = layout.accumulation * (2 * units - 1)
-    gathered = layout.accumulation * 2 * layout.element_bytes * local
-    total[f"all_gather{_REPLICAS}"] = (gathers, gathered)
-    total[f"reduce_scatter{_REPLICAS}"] = (units, 4 * local)
-    return total
+    return total | replica_traffic(what.outline, what.model, layout)
 
 
 def _recomputed(what: Subject, layout: Layout) -> Iterator[tuple[str, int, int]]:
@@ -233,14 +224,10 @@ def _recomputed(what: Subject, layout: Layout) -> Iterator[tuple[str, int, int]]
         yield "all_reduce", layers, layers * size
 
 
-def _sent(traffic: Traffic, layout: Layout, *, replicas: bool) -> float:
-    """Bytes that a rank sends, by ring algorithms."""
-    ranks = layout.dp_size if replicas else layout.tp_size
-    total = 0.0
-    for kind, (_, size) in traffic.items():
-        if kind.endswith(_REPLICAS) == replicas:
-            total += size * sent_share(kind, ranks)
-    return total
+def _sent(traffic: Traffic, layout: Layout) -> float:
+    """Bytes that a rank sends within a replica, by ring algorithms."""
+    inside = {kind: size for kind, (_, size) in traffic.items() if REPLICAS not in kind}
+    return sum(size * sent_share(kind, layout.tp_size) for kind, size in inside.items())
 
 
 def other_layouts(what: Subject, layout: Layout) -> Iterator[Layout]:
@@ -251,6 +238,9 @@ def other_layouts(what: Subject, layout: Layout) -> Iterator[Layout]:
     samples = layout.batch_size * layout.accumulation * layout.dp_size
     heads = what.settings["num_attention_heads"]
     degrees = [d for d in fitting_degrees(heads) if what.world_size % d == 0 and d <= what.node_size]
+    hybrid = what.config.parallel.data_parallel == "hsdp" and what.world_size > what.local_world_size
+    if hybrid:
+        degrees = [d for d in degrees if what.local_world_size % d == 0 and d < what.local_world_size]
     for batch in range(layout.batch_size, 0, -1):
         for tp_size in sorted(degrees, key=lambda degree: (degree != layout.tp_size, -degree)):
             dp_size = what.world_size // tp_size
@@ -262,6 +252,7 @@ def other_layouts(what: Subject, layout: Layout) -> Iterator[Layout]:
                         layout, batch_size=batch, tp_size=tp_size, dp_size=dp_size,
                         accumulation=samples // (batch * dp_size), recomputation=recomputation,
                         sequence_parallel=sequence,
+                        shard_size=what.local_world_size // tp_size if hybrid else None,
                     )  # fmt: skip
 
 
@@ -344,7 +335,16 @@ def misfit(what: Subject, layout: Layout) -> str | None:
     return f"{need} ({flags_of(layout)}): {remedy}; --ignore-plan goes on"
 
 
+def settled(what: Subject, layout: Layout) -> LayoutPlan:
+    """The plan of a layout, with gathered weights kept where --reshard-after-forward auto finds room."""
+    plan = plan_layout(what, layout)
+    if not layout.is_cut or what.on_cpu or what.config.parallel.reshard_after_forward != "auto":
+        return plan
+    keeping = plan_layout(what, replace(layout, keeps_gathered=True))
+    return keeping if keeping.needed <= ROOM * what.device_memory else plan
+
+
 def run_plan(config: RunConfig, tokenizer_length: int | None = None) -> tuple[Subject, LayoutPlan]:
     """The plan that ``--plan`` prints. Raises ConfigError where the flags ask for no possible layout."""
     what = subject_of(config, tokenizer_length)
-    return what, plan_layout(what, chosen_layout(what))
+    return what, settled(what, chosen_layout(what))

@@ -24,6 +24,7 @@ from argonne.training.plan import (
     steps_of,
     tokens_per_step,
 )
+from argonne.training.replica_plan import sending_ranks
 from tp_shard import OUTSIDE_BYTES, build_slice_map, head_imbalance, sent_share
 
 MFU_SHOWN = (0.2, 0.3, 0.4)
@@ -138,8 +139,7 @@ def _collectives(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
     if not chosen.traffic:
         yield "  none"
     for kind, (count, size) in chosen.traffic.items():
-        ranks = layout.dp_size if kind.endswith("replicas") else layout.tp_size
-        sent = size * sent_share(kind, ranks)
+        sent = size * sent_share(kind, sending_ranks(kind, layout))
         shares = "  ".join(
             f"{name} {sent / rate:7.3f} s ({sent / rate / (chosen.seconds + sent / rate):4.0%})"
             for name, rate in (("NVLink", NVLINK), ("network", NETWORK))

@@ -24,6 +24,7 @@ from argonne.run.status import already_ended
 from argonne.training.build import TrainedModel, build_model, fill_weights, model_settings
 from argonne.training.data_places import metadata_for
 from argonne.training.final_model import check_final_model_dir
+from argonne.training.fit import settled_options
 from argonne.training.model_config import local_attention_line
 from argonne.training.stages import Stages
 from argonne.training.teacher import open_teacher
@@ -228,8 +229,8 @@ def open_feed(
 
 def build(config: RunConfig, settings: Mapping[str, Any], parallel: Parallel) -> TrainedModel:
     """The split model of this rank, its slices not yet filled."""
-    taught = config.distillation.is_on
-    return build_model(settings, config.parallel, config.training, parallel, taught=taught)
+    options = settled_options(config, settings, parallel)
+    return build_model(settings, options, config.training, parallel, taught=config.distillation.is_on)
 
 
 def fill(config: RunConfig, trained: TrainedModel, start: Start, report: RunReport) -> None:

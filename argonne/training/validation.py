@@ -14,11 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from argonne.ranks.agree import broadcast_object, only_on_rank_0
 from argonne.ranks.recompute import uncompiled
-from argonne.ranks.replicas import forward_context
+from argonne.ranks.replicas import forward_context, let_go_of_gathered
 from argonne.ranks.world import Parallel
 from argonne.run.evaluations import ValidationRecord
 from argonne.training.build import TrainedModel
@@ -145,5 +144,4 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         config.z_loss_weight = z_loss_weight
         model.train(was_training)
-        if isinstance(model, FSDPModule):
-            model.reshard()  # the root stays whole after a forward pass without a backward pass
+        let_go_of_gathered(model)

@@ -32,7 +32,7 @@ def checksum(tensor: Tensor) -> Tensor:
 
 def shared_parameters(slice_map: SliceMap) -> tuple[str, ...]:
     """Parameters of which more than one rank holds the same elements."""
-    if slice_map.dp_size > 1 and not slice_map.dp_sharded:
+    if slice_map.replicated:
         return slice_map.names
     if slice_map.tp_size == 1:
         return ()
@@ -41,7 +41,8 @@ def shared_parameters(slice_map: SliceMap) -> tuple[str, ...]:
 
 
 def check_replicas(parameters: Mapping[str, Tensor], slice_map: SliceMap, parallel: Parallel) -> int:
-    """Compare checksums of all copies of weights: norms, shared key/value heads, and all of them under DDP.
+    """Compare checksums of all copies of weights: norms, shared key/value heads, and all of them under
+    DDP and hsdp.
 
     ``parameters`` are local plain tensors (``argonne.ranks.replicas.local_parameters``), ``slice_map`` the
     run's, with its data parallelism. Collective over all ranks (8 bytes for each part that several hold).

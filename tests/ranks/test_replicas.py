@@ -64,17 +64,19 @@ def layout_rank(
     dtype: torch.dtype,
 ) -> tuple[list[float], float, dict[str, list[tuple[Any, Tensor]]]]:
     """Mean loss over replicas, true gradient norm of the last step, and the owned weights of this rank."""
-    layout = make_parallel(rank, world_size, tp_size)
+    layout = make_parallel(rank, world_size, tp_size, node_size=world_size // 2 if kind == "hsdp" else None)
     model = small_model(torch.float32, attention_bias=True)
     shard_tensor_parallel(model, layout.mesh, sequence_parallel=sequence_parallel)
     recompute_blocks(model.blocks, mode)
     wrapped: Any = model
-    if kind == "fsdp":
+    sharded = kind in ("fsdp", "hsdp")
+    if sharded:
         apply_fsdp(model, model.blocks, layout, dtype)
     elif kind == "ddp":
         wrapped = apply_ddp(model, layout)
-    sharded = kind == "fsdp"
-    slice_map = model.tensor_parallel.slice_map.with_data_parallel(layout.dp_size, sharded=sharded)  # type: ignore[union-attr, operator]
+    slice_map = model.tensor_parallel.slice_map.with_data_parallel(  # type: ignore[union-attr, operator]
+        layout.dp_size, sharded=sharded, shard_size=layout.shard_size
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     context = forward_context(layout, dtype, sharded=sharded)
     losses = train(model, wrapped, step_tokens(), context, optimizer, (layout.dp_rank, layout.dp_size))
@@ -115,6 +117,8 @@ LAYOUTS = [
     (4, 2, "fsdp", False, "none"),
     (4, 2, "fsdp", True, "selective"),
     (4, 2, "ddp", True, "full"),
+    (4, 1, "hsdp", False, "none"),
+    pytest.param(8, 2, "hsdp", True, "selective", marks=pytest.mark.slow),
     (2, 1, "fsdp", False, "full"),
     (4, 4, "none", False, "selective"),
 ]
