@@ -49,8 +49,13 @@ def sample_shapes(tied: bool = True) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def sample_map(tp_size: int, *, dp_size: int = 1, tied: bool = True) -> SliceMap:
-    """Padded vocabulary and intermediate slices, shared key/value heads at 4 ranks, FSDP chunks over dp."""
+def sample_map(
+    tp_size: int, *, dp_size: int = 1, tied: bool = True, shard_size: int | None = None
+) -> SliceMap:
+    """Padded vocabulary and intermediate slices, shared key/value heads at 4 ranks, FSDP chunks over dp.
+
+    ``shard_size``: replicas that share (hsdp); None: all.
+    """
 
     def cut(name: str, shape: tuple[int, ...]) -> Cut | None:
         if "q_proj" in name or "o_proj" in name:
@@ -63,7 +68,8 @@ def sample_map(tp_size: int, *, dp_size: int = 1, tied: bool = True) -> SliceMap
         return even_cut(shape[dimension], tp_size, dimension)
 
     parameters = {name: (shape, cut(name, shape)) for name, shape in sample_shapes(tied).items()}
-    return SliceMap(parameters, tp_size=tp_size, dp_size=dp_size, dp_sharded=dp_size > 1)
+    whole = SliceMap(parameters, tp_size=tp_size)
+    return whole.with_data_parallel(dp_size, sharded=dp_size > 1, shard_size=shard_size)
 
 
 def unsharded(name: str, key: str) -> Tensor:
@@ -115,6 +121,7 @@ def save_sample(
     rank: int = 0,
     tp_size: int = 1,
     dp_size: int = 1,
+    shard_size: int | None = None,
     tied: bool = True,
     metadata: Mapping[str, Any] | None = None,
     spoil: tuple[str, str, float] | None = None,
@@ -125,7 +132,7 @@ def save_sample(
 
     ``from_copies``: from copies in host memory, as a save in the background does.
     """
-    slice_map = sample_map(tp_size, dp_size=dp_size, tied=tied)
+    slice_map = sample_map(tp_size, dp_size=dp_size, tied=tied, shard_size=shard_size)
     parameters, adam = filled_slices(slice_map, rank, step)
     if spoil is not None:
         name, key, value = spoil

@@ -230,8 +230,9 @@ def _copies(sizes: _Sizes, *, in_forward: bool = False) -> int:
 
 
 def _gathered(sizes: _Sizes, layers: int) -> int:
-    """Elements that FSDP2 has gathered: the root's, and a block or two, or all ``layers`` where they stay."""
-    blocks = max(2, layers) if sizes.layout.keeps_gathered else 2
+    """Elements that FSDP2 has gathered: the root's, and a block or two, or all ``layers`` where they stay,
+    with the buffer of a gather."""
+    blocks = 1 + layers if sizes.layout.keeps_gathered else 2
     return sizes.local - sizes.block * sizes.outline.num_layers + blocks * sizes.block
 
 

@@ -27,9 +27,11 @@ def open_view(path: str, rank: int) -> CheckpointView:
     return view
 
 
-def assert_loaded(view: CheckpointView, rank: int, tp_size: int, dp_size: int = 1) -> None:
+def assert_loaded(
+    view: CheckpointView, rank: int, tp_size: int, dp_size: int = 1, shard_size: int | None = None
+) -> None:
     """Load into empty slices and compare every bit with what this rank should hold."""
-    slice_map = sample_map(tp_size, dp_size=dp_size)
+    slice_map = sample_map(tp_size, dp_size=dp_size, shard_size=shard_size)
     parameters, adam = empty_slices(slice_map, rank)
     report = load_slices(
         view, slice_map=slice_map, rank=rank, parameters=parameters, adam=adam, control_group=None

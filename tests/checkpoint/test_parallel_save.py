@@ -27,7 +27,14 @@ from tests.checkpoint.loading import outcome, small_chunks
 
 
 @small_chunks()
-def _save(rank: int, world_size: int, folder: str, hosts: list[str], dp_size: int = 1) -> int:
+def _save(
+    rank: int,
+    world_size: int,
+    folder: str,
+    hosts: list[str],
+    dp_size: int = 1,
+    shard_size: int | None = None,
+) -> int:
     """Save from copies where rank r runs on ``hosts[r]``; tensors that this rank sent or received."""
     sent = [0]
     start, name = transfer.SlicePeers._start, socket.gethostname
@@ -38,7 +45,10 @@ def _save(rank: int, world_size: int, folder: str, hosts: list[str], dp_size: in
 
     transfer.SlicePeers._start, socket.gethostname = counted, lambda: hosts[rank]  # type: ignore
     try:
-        save_sample(Path(folder), rank=rank, tp_size=world_size // dp_size, dp_size=dp_size, from_copies=True)
+        save_sample(
+            Path(folder), rank=rank, tp_size=world_size // dp_size, dp_size=dp_size, shard_size=shard_size,
+            from_copies=True,
+        )  # fmt: skip
     finally:
         transfer.SlicePeers._start, socket.gethostname = start, name  # type: ignore
     return sent[0]
@@ -59,6 +69,13 @@ def test_the_file_of_a_save_by_rank_0_alone(tmp_path: Path, hosts: str, dp_size:
     assert written.read_bytes() == expected.read_bytes()
     assert all(count > 0 for count in sent) if len(set(hosts)) > 1 else sent == [0] * len(hosts)
     assert [path.name for path in written.parent.iterdir()] == [written.name]
+
+
+def test_replicas_on_another_node_write_and_send_nothing(tmp_path: Path) -> None:
+    """hsdp: rank 0's node has all of the model, so that nothing crosses."""
+    expected, _ = save_sample(tmp_path / "alone")
+    assert run_ranks(_save, 4, str(tmp_path / "several"), list("aabb"), 4, 2) == [0] * 4
+    assert (tmp_path / "several" / expected.name).read_bytes() == expected.read_bytes()
 
 
 @small_chunks()

@@ -42,10 +42,12 @@ def _save_and_load(rank: int, world_size: int, folder: str) -> bytes:
             assert_loaded(open_view(str(other), rank), rank, world_size)
     if world_size == 4:
         mixed, _ = save_sample(Path(folder) / "mixed", rank=rank, tp_size=2, dp_size=2)
-        assert_loaded(open_view(str(mixed), rank), rank, 2, 2)
-        assert_loaded(open_view(str(path), rank), rank, 2, 2)
+        hybrid, _ = save_sample(Path(folder) / "hybrid", rank=rank, dp_size=4, shard_size=2)
+        for one in (mixed, path, hybrid):
+            assert_loaded(open_view(str(one), rank), rank, 2, 2)
+            assert_loaded(open_view(str(one), rank), rank, 1, 4, shard_size=2)
         if rank == 0:
-            assert mixed.read_bytes() == path.read_bytes()
+            assert mixed.read_bytes() == path.read_bytes() == hybrid.read_bytes()
     return path.read_bytes() if rank == 0 else b""
 
 

@@ -48,6 +48,9 @@ def check_cut(shape: Shape, cut: Cut | None, tp_size: int) -> None:
     for dp_size, sharded in ((1, False), (2, True), (3, True), (2, False)):
         slice_map = SliceMap({"p": (shape, cut)}, tp_size=tp_size, dp_size=dp_size, dp_sharded=sharded)
         check_map(slice_map, "p")
+    check_map(
+        SliceMap({"p": (shape, cut)}, tp_size=tp_size).with_data_parallel(6, sharded=True, shard_size=3), "p"
+    )
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 5, 8])
@@ -106,6 +109,16 @@ def test_copied_parameters_and_their_sharers() -> None:
     assert slice_map.copied == ("k",) and slice_map.sharers == 3
     whole = SliceMap({"norm": ((3,), None)}, tp_size=6)
     assert whole.copied == () and whole.sharers == 1
+
+
+def test_replicas_that_share_are_neighbours_and_the_next_hold_copies() -> None:
+    slice_map = SliceMap({"p": ((5, 2), None)}, tp_size=1, dp_size=6, dp_sharded=True, shard_size=3)
+    assert [slice_map.local_shape("p", rank) for rank in range(6)] == [(2, 2), (2, 2), (1, 2)] * 2
+    assert [len(slice_map.owned("p", rank)) for rank in range(6)] == [1, 1, 1, 0, 0, 0]
+    assert [sorted(part) for part in slice_map.copies("p")] == [[0, 3], [1, 4], [2, 5]]
+    assert slice_map.replicated
+    assert not slice_map.with_data_parallel(6, sharded=True).replicated
+    assert slice_map.with_data_parallel(6, sharded=False).replicated
 
 
 def test_fsdp_chunks_are_torch_chunks() -> None:
@@ -168,9 +181,16 @@ def test_split_and_gather_through_any_layouts_is_exact() -> None:
     model = small_model(torch.float32, attention_bias=True)
     expected: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters()}
     current = dict(expected)
-    for tp_size, dp_size, sharded in ((2, 1, False), (8, 2, True), (1, 3, True), (4, 2, False)):
+    layouts = (
+        (2, 1, False, None),
+        (8, 2, True, None),
+        (2, 6, True, 3),
+        (1, 3, True, None),
+        (4, 2, False, None),
+    )
+    for tp_size, dp_size, sharded, shard_size in layouts:
         slice_map = build_slice_map(model, ARGONNE_PLAN, tp_size)
-        slice_map = slice_map.with_data_parallel(dp_size, sharded=sharded)
+        slice_map = slice_map.with_data_parallel(dp_size, sharded=sharded, shard_size=shard_size)
         gathered = {}
         for name, whole in current.items():
             gathered[name] = torch.full_like(whole, float("nan"))

@@ -38,12 +38,14 @@ def measured(world_size: int, rank: int, case: dict[str, Any]) -> tuple[int, int
         case["switches"], case["options"], case["tp_size"], case["accumulation"], case["training"],
     )  # fmt: skip
     settings = {**SHAPE, **switches}
+    shards = 2 if options.get("data_parallel") == "hsdp" else None
     parallel = build_parallel(
         World(
             rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size,
             device=torch.device("cpu"), control_group=dist.group.WORLD, feed_group=None,
         ),
         tp_size,
+        shard_size=shards,
     )  # fmt: skip
     asked = TrainingOptions(batch_size=BATCH, block_size=LENGTH, **training)
     trained = build_model(settings, ParallelOptions(**options), asked, parallel)
@@ -63,7 +65,9 @@ def measured(world_size: int, rank: int, case: dict[str, Any]) -> tuple[int, int
     layout = Layout(
         tp_size=tp_size,
         dp_size=parallel.dp_size,
-        fsdp=options.get("data_parallel", "fsdp") == "fsdp",
+        fsdp=options.get("data_parallel") != "ddp",
+        shard_size=shards,
+        keeps_gathered=options.get("reshard_after_forward") == "off",
         sequence_parallel=options.get("sequence_parallel", False),
         recomputation=options.get("activation_checkpointing", "none"),
         batch_size=BATCH,
@@ -98,6 +102,11 @@ CASES = {
     "bf16 at once full": case(dtype="bf16", loss_chunk_tokens=0, activation_checkpointing="full"),
     "bf16 all switches": case(dtype="bf16", switches=ALL_SWITCHES),
     "fsdp bf16 full": case(2, 1, dtype="bf16", activation_checkpointing="full"),
+    "fsdp kept": case(2, 1, reshard_after_forward="off"),
+    "fsdp bf16 kept": case(2, 1, dtype="bf16", reshard_after_forward="off"),
+    "fsdp kept full": case(2, 1, reshard_after_forward="off", activation_checkpointing="full"),
+    "hsdp": case(4, 1, data_parallel="hsdp"),
+    "hsdp bf16 tp 2": case(8, 2, dtype="bf16", data_parallel="hsdp"),
     "fsdp bf16 accumulation": case(2, 1, dtype="bf16", accumulation=2),
     "fsdp accumulation": case(2, 1, accumulation=2),
     "bf16 full": case(dtype="bf16", activation_checkpointing="full"),

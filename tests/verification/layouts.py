@@ -6,7 +6,7 @@ import torch.distributed as dist
 from argonne.ranks.world import Parallel, World, build_parallel
 
 
-def layout(rank: int, world_size: int, tp_size: int) -> Parallel:
+def layout(rank: int, world_size: int, tp_size: int, shard_size: int | None = None) -> Parallel:
     # dp x tp ranks and the gloo group for agreement, as argonne.ranks.world.connect makes them.
     world = World(
         rank=rank,
@@ -17,7 +17,7 @@ def layout(rank: int, world_size: int, tp_size: int) -> Parallel:
         control_group=dist.new_group(backend="gloo"),
         feed_group=None,
     )
-    return build_parallel(world, tp_size)
+    return build_parallel(world, tp_size, shard_size=shard_size)
 
 
 def single_process() -> Parallel:

@@ -47,13 +47,13 @@ def verified_rank(
     broken: bool,
     changes: dict[str, Any],
 ) -> ShardingReport | str:
-    parallel = layout(rank, world_size, tp_size)
+    parallel = layout(rank, world_size, tp_size, 2 if kind == "hsdp" else None)
     model = small_model(torch.float32, **changes)
     shard_tensor_parallel(model, parallel.mesh, sequence_parallel=sequence_parallel)
     if broken:
         break_entrance(model)
     wrapped: Any = model
-    if kind == "fsdp":
+    if kind in ("fsdp", "hsdp"):
         recompute_blocks(model.blocks, "full")
         apply_fsdp(model, model.blocks, parallel, dtype)
     elif kind == "ddp":
@@ -100,6 +100,7 @@ CASES: list[tuple[int, int, str, bool, torch.dtype, dict[str, Any]]] = [
     (4, 2, "fsdp", True, torch.float32, {"attention_bias": True}),
     (4, 2, "fsdp", False, torch.bfloat16, {}),
     (4, 2, "ddp", False, torch.float32, {"tie_word_embeddings": False}),
+    (4, 1, "hsdp", False, torch.float32, {"attention_bias": True}),
 ]
 
 

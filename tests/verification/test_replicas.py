@@ -18,13 +18,16 @@ def replica_rank(
     rank: int, world_size: int, tp_size: int, kind: str, name: str, culprit: int, row: int
 ) -> tuple[int, str]:
     """Parameters compared while all is well, and the error after one element changes on one rank."""
-    parallel = layout(rank, world_size, tp_size)
+    parallel = layout(rank, world_size, tp_size, 2 if kind == "hsdp" else None)
     model = small_model(torch.float32, num_key_value_heads=2)
     shard_tensor_parallel(model, parallel.mesh)
-    if kind == "fsdp":
+    sharded = kind in ("fsdp", "hsdp")
+    if sharded:
         apply_fsdp(model, model.blocks, parallel, torch.float32)
     state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
-    slice_map = state.slice_map.with_data_parallel(parallel.dp_size, sharded=kind == "fsdp")
+    slice_map = state.slice_map.with_data_parallel(
+        parallel.dp_size, sharded=sharded, shard_size=parallel.shard_size
+    )
     weights = local_parameters(model)
     compared = check_replicas(weights, slice_map, parallel)
     if rank == culprit:
@@ -50,6 +53,7 @@ def replica_rank(
         (4, "none", "blocks.0.attn.k_proj.weight", 3, 5 + 4),
         (2, "ddp", "blocks.0.mlp.down_proj.weight", 3, 20),
         (2, "fsdp", "norm.weight", 1, 5),
+        (1, "hsdp", "blocks.0.mlp.down_proj.weight", 3, 20),
     ],
 )
 def test_a_changed_copy_is_named(tp_size: int, kind: str, name: str, culprit: int, compared: int) -> None:
