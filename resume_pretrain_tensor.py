@@ -218,7 +218,7 @@ def connect_ranks(recipe: Recipe, environment: Environment, control: RunControl)
 def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunReport, world: World) -> Run:
     """The data at its place, the split model with its weights, and what else the loop works with."""
     from argonne.training import setup
-    from argonne.training.build import lay_out
+    from argonne.training.build import make_parallel
     from argonne.training.fit import require_memory
     from argonne.training.header import introduce
     from argonne.training.keeper import CheckpointKeeper
@@ -230,7 +230,7 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     from argonne.training.step import TrainingStep
 
     view, metadata, step = start.view, start.metadata, start.step
-    parallel = lay_out(start.settings, recipe.config.parallel, world)
+    parallel = make_parallel(start.settings, recipe.config.parallel, world)
     stages = choose_stage(recipe, metadata, step, parallel, report)
     stage, config = stages.current, stages.current.config
     require_memory(config, start.settings, parallel)

@@ -182,14 +182,14 @@ class ParallelOptions:
     sequence_parallel: bool = flag(False, "shard norms and the residual stream along the sequence")
     data_parallel: str = flag(
         "fsdp",
-        "replicas share weights and state (fsdp), within a node only (hsdp), or not at all (ddp)",
-        choices=("fsdp", "ddp", "hsdp"),
+        "data parallelism over the replicas; hsdp: share within a node, replicate across nodes",
+        choices=("fsdp", "hsdp", "ddp"),
     )
     reshard_after_forward: str = flag(
         "auto",
-        "let gathered weights go after a block's forward pass; off keeps them for its backward pass",
+        "free gathered weights (fsdp, hsdp) until the backward pass gathers them again; auto: where the plan "
+        "finds no room for them on a GPU, and always on a CPU",
         choices=("auto", "on", "off"),
-        default_text="off on GPUs where the plan finds room, else on",
     )
     activation_checkpointing: str = flag(
         "none", "what the backward pass recomputes", choices=("none", "full", "selective")

@@ -22,7 +22,7 @@ from argonne.ranks.world import Parallel, World, choose_device, connect, disconn
 from argonne.run.control import RunControl
 from argonne.run.report import RunReport
 from argonne.tools import preflight_inputs, preflight_machine, preflight_steps
-from argonne.training.build import lay_out
+from argonne.training.build import make_parallel
 from argonne.training.setup import Start
 from argonne.training.stages import Stages
 from checkpointing import require_safe_torch
@@ -189,7 +189,7 @@ def _model(flight: Preflight) -> str:
 
 def _layout(flight: Preflight) -> str:
     assert flight.start is not None
-    flight.parallel = lay_out(flight.start.settings, flight.config.parallel, flight.world)
+    flight.parallel = make_parallel(flight.start.settings, flight.config.parallel, flight.world)
     flight.stages, said = preflight_inputs.layout(flight)
     return said
 

@@ -21,7 +21,7 @@ from argonne.tools.kept_run import KeptRun
 from argonne.tools.replay_past import Past, find_past, replay_recipe
 from argonne.tools.replay_result import Figure, MeasuredDocument, Replay
 from argonne.tools.step_documents import StepDocument, step_documents
-from argonne.training.build import DTYPES, TrainedModel, lay_out
+from argonne.training.build import DTYPES, TrainedModel, make_parallel
 from argonne.training.optimizer import GradientTotals, reset_adam
 from argonne.training.setup import Start, build, choose_start, fill, open_feed, source_options
 from argonne.training.spike_guard import SPIKES_KEY, SpikeGuard
@@ -46,7 +46,7 @@ class StepReplay:
         start = choose_start(recipe.config, control, report, world)
         if past.first and start.step != past.first:
             raise CheckpointError(f"{past.checkpoint} is of step {start.step}, its name says {past.first}")
-        parallel = lay_out(start.settings, recipe.config.parallel, world)
+        parallel = make_parallel(start.settings, recipe.config.parallel, world)
         stages, _ = resume_stages(plan_stages(recipe, parallel.dp_size), start.metadata, start.step)
         if past.step > stages.last_step:
             raise ConfigError(

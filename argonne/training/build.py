@@ -112,8 +112,8 @@ def choose_tp_size(settings: Mapping[str, Any], requested: int | None, world: Wo
     )
 
 
-def lay_out(settings: Mapping[str, Any], options: ParallelOptions, world: World) -> Parallel:
-    """Degrees, groups and mesh that the flags ask for; collective. ConfigError where they cannot be."""
+def make_parallel(settings: Mapping[str, Any], options: ParallelOptions, world: World) -> Parallel:
+    """The degrees and groups that the flags ask for; collective. Raises ConfigError where they do not fit."""
     tp_size = choose_tp_size(settings, options.tensor_parallel_size, world)
     shards = shard_size(options, tp_size, world.world_size, world.local_world_size)
     return build_parallel(world, tp_size, shard_size=shards)

@@ -149,7 +149,7 @@ def replica_lines(trained: TrainedModel) -> dict[str, str]:
         share, copies = parallel.shard_size, parallel.dp_size // parallel.shard_size
         texts["Replicas"] = f"{share} of a node share weights and state, {copies} nodes hold copies (hsdp)"
     if trained.keeps_gathered:
-        texts["Gathered weights"] = "kept from forward to backward pass (--reshard-after-forward off)"
+        texts["Gathered weights"] = "kept until the backward pass (reshard after forward off)"
     return texts
 
 

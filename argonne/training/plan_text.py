@@ -77,6 +77,12 @@ def _heading(what: Subject, chosen: LayoutPlan) -> Iterator[str]:
         f"A step: {samples} sequences of {layout.block_size:,} = {samples * layout.block_size:,} tokens; "
         f"{layout.accumulation} x {layout.batch_size} a replica"
     )
+    if layout.is_cut:
+        among = (
+            f"{layout.shards} of a node share weights, each node has a copy; " if layout.copies > 1 else ""
+        )
+        stay = "stay until the backward pass" if layout.keeps_gathered else "are gathered twice"
+        yield f"Replicas: {among}weights of a block {stay}"
     heads = what.settings["num_attention_heads"]
     fewest = heads // layout.tp_size
     if heads % layout.tp_size:
