@@ -179,7 +179,7 @@ def rank_memory(outline: ModelOutline, model: nn.Module, layout: Layout) -> Rank
     weights, optimizer = _FLOAT32 * sizes.held, 2 * _FLOAT32 * sizes.held
     return RankMemory(
         weights=weights,
-        gradients=_FLOAT32 * sizes.held,
+        gradients=_all_gradients(sizes),
         optimizer=optimizer,
         activations=max(moment.activations for moment in moments),
         logits=max(moment.logits for moment in moments),
@@ -189,12 +189,19 @@ def rank_memory(outline: ModelOutline, model: nn.Module, layout: Layout) -> Rank
 
 
 def _standing_gradients(sizes: LayoutSizes) -> int:
-    """Gradients that are there when a backward pass begins: of the micro-batch before, or DDP's buckets."""
+    """Gradients that are there when a backward pass begins: of the micro-batch before, or DDP's buckets.
+
+    FSDP2 adds micro-batches up before it reduces, so that until the last one a rank holds those of whole
+    weights.
+    """
     layout = sizes.layout
-    if layout.is_cut:  # they are reduced after the last micro-batch, and whole until then
-        return _FLOAT32 * sizes.local if layout.accumulation > 1 else 0
     replicas = layout.dp_size > 1 and not layout.fsdp
-    return _FLOAT32 * sizes.held if layout.accumulation > 1 or replicas else 0
+    return _FLOAT32 * sizes.local if layout.accumulation > 1 or replicas else 0
+
+
+def _all_gradients(sizes: LayoutSizes) -> int:
+    """Once a backward pass has made them all."""
+    return max(_FLOAT32 * sizes.held, _standing_gradients(sizes))
 
 
 def _activations(sizes: LayoutSizes) -> int:
@@ -204,18 +211,22 @@ def _activations(sizes: LayoutSizes) -> int:
     return sizes.outline.num_layers * sizes.kept_layer() + ends + tables
 
 
-def _copies(sizes: LayoutSizes) -> int:
-    """Weights beside the float32 ones while the forward pass ends: autocast's copies, or what is gathered."""
+def _copies(sizes: LayoutSizes, *, in_forward: bool = False) -> int:
+    """Weights beside the float32 ones while the forward pass ends: autocast's copies, or what is gathered.
+
+    Until a forward pass has ended autocast keeps its copies, recomputation or not.
+    """
     blocks = sizes.block * sizes.outline.num_layers
     if sizes.layout.is_cut:
         return sizes.layout.element_bytes * _gathered(sizes, sizes.outline.num_layers)
-    return sizes.cast_bytes * blocks * (sizes.layout.recomputation == "none")
+    return sizes.cast_bytes * blocks * (in_forward or sizes.layout.recomputation == "none")
 
 
 def _gathered(sizes: LayoutSizes, layers: int) -> int:
-    """Elements that FSDP2 has gathered: the root's, and a block or two, or all ``layers`` where they stay."""
-    blocks = layers if sizes.layout.keeps_gathered else 2
-    return sizes.local - sizes.block * sizes.outline.num_layers + max(2, blocks) * sizes.block
+    """Elements that FSDP2 has gathered: the root's, and a block or two, or all ``layers`` where they stay,
+    with the buffer of a gather."""
+    blocks = 1 + layers if sizes.layout.keeps_gathered else 2
+    return sizes.local - sizes.block * sizes.outline.num_layers + blocks * sizes.block
 
 
 def _loss_in_chunks(sizes: LayoutSizes) -> bool:
@@ -242,7 +253,7 @@ def _loss(sizes: LayoutSizes) -> _Moment:
         gradients=_standing_gradients(sizes),
         activations=_activations(sizes),
         logits=chunk * row + max(_loss_work(sizes, chunk, sums=True), made),
-        buffers=_copies(sizes) + sizes.cast_bytes * head + gathered,
+        buffers=_copies(sizes, in_forward=True) + sizes.cast_bytes * head + gathered,
     )
 
 
@@ -251,8 +262,11 @@ def _loss_work(sizes: LayoutSizes, tokens: int, *, sums: bool = False) -> int:
     capped ones and their slope; ``sums``: the copy that is exponentiated and summed counts as well."""
     wide = min(tokens * sizes.vocabulary, _LOSS_ELEMENTS) * _FLOAT32
     capped = 2 * wide if getattr(sizes.config, "logit_softcap", 0.0) else 0
-    if not sizes.wide:  # and the part that is written back, rounded
-        return capped + wide + wide * sizes.layout.element_bytes // _FLOAT32
+    if not sizes.wide:
+        plain = sums and not capped and not getattr(sizes.config, "z_loss_weight", 0.0)
+        # The part that is written back, rounded; plain cross entropy rounds as it writes.
+        rounded = 0 if plain else wide * sizes.layout.element_bytes // _FLOAT32
+        return capped + wide + rounded
     return max(capped, wide * sums)
 
 
@@ -280,7 +294,7 @@ def _block_backward(sizes: LayoutSizes, *, last: bool) -> _Moment:
     layers = 1 if last else sizes.outline.num_layers
     remade = 0 if layout.recomputation == "none" else sizes.layer() + sizes.cast_bytes * sizes.block
     held = (
-        max(_standing_gradients(sizes), _FLOAT32 * sizes.held)
+        _all_gradients(sizes)
         if last
         else max(_standing_gradients(sizes), _FLOAT32 * sizes.head // layout.shards)
     )
@@ -309,6 +323,6 @@ def _embedding_backward(sizes: LayoutSizes) -> _Moment:
         blocks = sizes.block * outline.num_layers
         copies = (layout.element_bytes + _FLOAT32) * (sizes.local - blocks)
     return _Moment(
-        gradients=max(_standing_gradients(sizes), _FLOAT32 * sizes.held),
+        gradients=_all_gradients(sizes),
         buffers=2 * rows + again * _FLOAT32 * sizes.head + copies,
     )

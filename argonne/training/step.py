@@ -200,8 +200,9 @@ class TrainingStep:
             last = micro_step == self._accumulation - 1
             with gradient_sync(trained.model, trained.wrapped, last=last):
                 with self._context():
-                    output = trained.wrapped(input_ids=inputs, shift_labels=targets, **within)
-                    loss = output.loss / self._accumulation
+                    # The logits that are returned beside it would stay through the backward pass.
+                    loss = trained.wrapped(input_ids=inputs, shift_labels=targets, **within).loss
+                    loss = loss / self._accumulation
                 (loss * self.scaler.scale).backward()
             if self._loss_parts is not None:
                 model.soft_targets = None  # a validation has no teacher

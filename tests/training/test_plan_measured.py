@@ -1,4 +1,4 @@
-"""The plan's memory against the peak of real steps on the CPU: every switch and layout, within 10 %."""
+"""The plan's memory against the peak of real steps on the CPU: every switch and layout, within 5 %."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from argonne.config.derived import width_multiple
 from argonne.config.options import ParallelOptions, TrainingOptions
 from argonne.config.presets import PRESETS
+from argonne.ranks.replicas import local_gradients
 from argonne.ranks.world import World, build_parallel
 from argonne.testing.distributed import run_ranks
 from argonne.testing.peak_memory import PeakTensors
@@ -30,17 +31,22 @@ BATCH, LENGTH = 4, 256
 
 
 def measured(world_size: int, rank: int, case: dict[str, Any]) -> tuple[int, int]:
-    """(peak, planned) bytes of one step; the process group is there."""
+    """(peak, planned) bytes of one step; the process group is there.
+
+    DDP makes its buckets unseen, and makes them anew in the second step: of the third, they are there.
+    """
     switches, options, tp_size, accumulation, training = (
         case["switches"], case["options"], case["tp_size"], case["accumulation"], case["training"],
     )  # fmt: skip
     settings = {**SHAPE, **switches}
+    shards = 2 if options.get("data_parallel") == "hsdp" else None
     parallel = build_parallel(
         World(
             rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size,
             device=torch.device("cpu"), control_group=dist.group.WORLD, feed_group=None,
         ),
         tp_size,
+        shard_size=shards,
     )  # fmt: skip
     asked = TrainingOptions(batch_size=BATCH, block_size=LENGTH, **training)
     trained = build_model(settings, ParallelOptions(**options), asked, parallel)
@@ -50,12 +56,18 @@ def measured(world_size: int, rank: int, case: dict[str, Any]) -> tuple[int, int
     moments = [value for state in trained.adam().values() for value in state.values()]
     step = TrainingStep(trained, asked, accumulation)
     batch = StepBatch(tokens=tokens, stream_hash="", progress=None, wait_seconds=0.0)
-    with PeakTensors([*trained.parameters().values(), *moments, tokens]) as peak:
+    there = [*trained.parameters().values(), *moments, tokens]
+    if trained.wrapped is not trained.model:
+        for number in range(2):
+            step.run(batch, number, votes=Votes())
+        there += local_gradients(trained.model).values()
+    with PeakTensors(there) as peak:
         step.run(batch, 0, votes=Votes())
     layout = Layout(
         tp_size=tp_size,
         dp_size=parallel.dp_size,
-        fsdp=options.get("data_parallel", "fsdp") == "fsdp",
+        fsdp=options.get("data_parallel") != "ddp",
+        shard_size=shards,
         keeps_gathered=options.get("reshard_after_forward") == "off",
         sequence_parallel=options.get("sequence_parallel", False),
         recomputation=options.get("activation_checkpointing", "none"),
@@ -89,6 +101,16 @@ CASES = {
     "selective": case(activation_checkpointing="selective"),
     "bf16": case(dtype="bf16"),
     "bf16 at once": case(dtype="bf16", loss_chunk_tokens=0),
+    "bf16 at once full": case(dtype="bf16", loss_chunk_tokens=0, activation_checkpointing="full"),
+    "bf16 all switches": case(dtype="bf16", switches=ALL_SWITCHES),
+    "fsdp bf16 full": case(2, 1, dtype="bf16", activation_checkpointing="full"),
+    "fsdp kept": case(2, 1, reshard_after_forward="off"),
+    "fsdp bf16 kept": case(2, 1, dtype="bf16", reshard_after_forward="off"),
+    "fsdp kept full": case(2, 1, reshard_after_forward="off", activation_checkpointing="full"),
+    "hsdp": case(4, 1, data_parallel="hsdp"),
+    "hsdp bf16 tp 2": case(8, 2, dtype="bf16", data_parallel="hsdp"),
+    "fsdp bf16 accumulation": case(2, 1, dtype="bf16", accumulation=2),
+    "fsdp accumulation": case(2, 1, accumulation=2),
     "bf16 full": case(dtype="bf16", activation_checkpointing="full"),
     "tp 2": case(2, 2),
     "tp 4 sequence": case(4, 4, sequence_parallel=True),
@@ -98,9 +120,6 @@ CASES = {
     "fsdp": case(2, 1),
     "fsdp tp 2": case(4, 2),
     "fsdp bf16": case(2, 1, dtype="bf16"),
-    "fsdp accumulation": case(2, 1, accumulation=3),
-    "fsdp bf16 accumulation": case(2, 1, accumulation=2, dtype="bf16"),
-    "fsdp kept": case(2, 1, reshard_after_forward="off"),
     "fsdp tp 2 kept bf16": case(4, 2, reshard_after_forward="off", dtype="bf16"),
     "untied": case(switches={"tie_word_embeddings": False}),
     "biases": case(switches={"attention_bias": True, "mlp_bias": True}),
@@ -120,7 +139,7 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_a_small_model_within_ten_per_cent(name: str) -> None:
+def test_a_small_model_within_five_per_cent(name: str) -> None:
     """The other ranks are not there: a fake process group stands in for them."""
     world_size, flags = CASES[name]
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
@@ -128,7 +147,7 @@ def test_a_small_model_within_ten_per_cent(name: str) -> None:
         peak, planned = measured(world_size, 0, flags)
     finally:
         dist.destroy_process_group()
-    assert planned == pytest.approx(peak, rel=0.10)
+    assert planned == pytest.approx(peak, rel=0.05)
 
 
 def replica_rank(rank: int, world_size: int) -> tuple[int, int]:
@@ -136,6 +155,6 @@ def replica_rank(rank: int, world_size: int) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_replicas_of_ddp_within_ten_per_cent() -> None:
+def test_replicas_of_ddp_within_five_per_cent() -> None:
     for peak, planned in run_ranks(replica_rank, 2):
-        assert planned == pytest.approx(peak, rel=0.10)
+        assert planned == pytest.approx(peak, rel=0.05)
