@@ -97,7 +97,6 @@ CASES = {
     "fsdp tp 2": case(4, 2),
     "fsdp bf16": case(2, 1, dtype="bf16"),
     "fsdp accumulation": case(2, 1, accumulation=3),
-    "fsdp bf16 accumulation": case(2, 1, accumulation=2, dtype="bf16"),
     "fsdp kept": case(2, 1, reshard_after_forward="off"),
     "fsdp tp 2 kept bf16": case(4, 2, reshard_after_forward="off", dtype="bf16"),
     "untied": case(switches={"tie_word_embeddings": False}),
