@@ -33,6 +33,8 @@ from argonne.run.stalls import Progress
 from argonne.run.status import RunStatus, mark_failed
 from argonne.run.traces import dump_stacks
 
+_LOWER_RANK_SECONDS = 3.0
+"""How long a rank waits for a lower one to meet the same error before it speaks itself."""
 LOSING_SECONDS = 15.0
 """How long a failed collective is not explained by itself where a host may be gone."""
 
@@ -196,7 +198,7 @@ class Ending:
         if isinstance(error, PeerError):
             return self.peers.is_first_left(self.peers.dead())
         self.peers.say_goodbye(note)
-        deadline = time.monotonic() + 1.0
+        deadline = time.monotonic() + _LOWER_RANK_SECONDS
         while time.monotonic() < deadline:
             self.peers.refresh(0.5)
             if any(rank < self._rank and other == note for rank, other in self.peers.notes().items()):

@@ -62,11 +62,12 @@ def layout_rank(
     sequence_parallel: bool,
     mode: str,
     dtype: torch.dtype,
+    shape: dict[str, Any] | None = None,
 ) -> tuple[list[float], float, dict[str, list[tuple[Any, Tensor]]]]:
     """Mean loss over replicas, true gradient norm of the last step, and the owned weights of this rank."""
     nodes = {"local_world_size": world_size // 2} if kind == "hsdp" else {}
     layout = make_parallel(rank, world_size, tp_size, **nodes)
-    model = small_model(torch.float32, attention_bias=True)
+    model = small_model(torch.float32, attention_bias=True, **(shape or {}))
     shard_tensor_parallel(model, layout.mesh, sequence_parallel=sequence_parallel)
     recompute_blocks(model.blocks, mode)
     wrapped: Any = model
@@ -105,8 +106,10 @@ def layout_rank(
     return mean.tolist(), totals.grad_norm, owned
 
 
-def one_process(dtype: torch.dtype = torch.float32) -> tuple[list[float], float, dict[str, Tensor]]:
-    model = small_model(torch.float32, attention_bias=True)
+def one_process(
+    dtype: torch.dtype = torch.float32, **shape: Any
+) -> tuple[list[float], float, dict[str, Tensor]]:
+    model = small_model(torch.float32, attention_bias=True, **shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     layout = make_parallel(0, 1, 1)
     context = forward_context(layout, dtype, sharded=False)

@@ -12,6 +12,7 @@ from argonne.testing.distributed import run_ranks
 from argonne.testing.models import loss_of, random_tokens, relative_error, small_model
 from argonne.verification.replicas import check_replicas
 from tests.model.family_reference import SWITCHES, loss_and_gradients
+from tests.ranks.test_replicas import layout_rank, one_process
 from tests.ranks.test_replicas import test_layouts_train_like_one_process as check_layout
 from tests.verification.layouts import layout
 from tp_shard import TensorParallelState, gather_state_dict, shard_tensor_parallel
@@ -26,7 +27,6 @@ pytestmark = pytest.mark.slow
         (6, 3, "fsdp", False, "none"),
         (6, 3, "fsdp", True, "selective"),
         (6, 3, "ddp", True, "full"),
-        (12, 3, "hsdp", False, "none"),
         (5, 5, "none", True, "selective"),
     ],
 )
@@ -34,6 +34,16 @@ def test_uneven_layouts_train_like_one_process(
     world: int, tp_size: int, kind: str, sequence_parallel: bool, mode: str
 ) -> None:
     check_layout(world, tp_size, kind, sequence_parallel, mode)
+
+
+def test_copied_heads_of_a_node_are_summed_there() -> None:
+    """hsdp, two nodes of two replicas: ranks 0 and 1 of each replica hold the second of three heads."""
+    shape = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    losses, norm, _ = one_process(**shape)
+    results = run_ranks(layout_rank, 8, 2, "hsdp", False, "none", torch.float32, shape, timeout=600)
+    for layout_losses, layout_norm, _ in results:
+        assert layout_losses == pytest.approx(losses, rel=1e-5)
+        assert layout_norm == pytest.approx(norm, rel=3e-4)
 
 
 def copies_rank(rank: int, world_size: int, kind: str, culprit: int) -> tuple[str, str]:

@@ -59,6 +59,8 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(
     output = tmp_path / "run"
     shutil.copytree(plain, output)
     path = checkpoint(output, STEPS)
+    # A save is left out while the one before is still being verified, as on a busy machine.
+    before = max(step for step in range(INTERVAL, STEPS, INTERVAL) if checkpoint(output, step).exists())
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
         byte = file.read(1)[0]
@@ -67,7 +69,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(
     named = launch(1, *data, "--output-dir", output, "--checkpoint-path", path)
     assert named.code == 1 and "does not match its checksum" in the_error(named)
     again = launch(1, *data, "--output-dir", output)
-    assert again.code == 0 and f"(step {STEPS - INTERVAL})" in again.stdout, again.stderr
+    assert again.code == 0 and f"(step {before})" in again.stdout, again.stderr
     assert f"warning: passed over checkpoint {path}" in again.stderr
     assert_same_end(output, plain)
     for saved in (output / "pretrained").iterdir():
