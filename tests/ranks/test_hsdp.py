@@ -86,6 +86,7 @@ def gradients_rank(
     return losses, {name: grad.clone() for name, grad in local_gradients(model).items()}, counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp", "hsdp"])
 def test_weights_that_stay_gathered_change_nothing_but_the_gathers(kind: str) -> None:
     world_size = 4 if kind == "hsdp" else 2

@@ -37,6 +37,7 @@ def test_uneven_layouts_train_like_one_process(
     check_layout(world, tp_size, kind, sequence_parallel, mode)
 
 
+@pytest.mark.slow
 def test_copied_heads_of_a_node_are_summed_there() -> None:
     """hsdp, two nodes of two replicas: ranks 0 and 1 of each replica hold the second of three heads."""
     shape: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 3}

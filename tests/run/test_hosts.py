@@ -179,6 +179,7 @@ def killed(ranks: list[subprocess.Popen[str]], victims: list[int], folder: Path)
     return ended(ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("victims", "host"), [([2, 3], "second"), ([0, 1], "first")])
 def test_a_whole_host_killed_is_named_by_one_rank_of_the_other(
     start: Start, tmp_path: Path, victims: list[int], host: str

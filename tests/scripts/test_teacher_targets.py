@@ -123,8 +123,8 @@ STREAMS: dict[str, list[Any]] = {
 }
 
 
-ALSO = ("packed", "shuffled", "mixed")
-"""Parts of what the others do together."""
+ALSO = ("packed", "shuffled", "mixed", "cached", "held", "alone")
+"""Parts of what the others do together, and streams that are rare."""
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def weights(trained: TrainedModel) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in trained.parameters().items()}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_is_the_same_to_the_last_bit_and_compiles_no_more(tmp_path: Path, compiled: bool) -> None:
     outcomes, graphs = [], []
     for interval in (0, 1) if compiled else (0, 1, 2):
@@ -179,6 +179,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*flags, *SHAPE, *SCHEDULE, "--checkpoint-interval", "2", "--log-interval", "1"]
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_ends_the_run_without_a_save(tmp_path: Path, data: list[str]) -> None:
     """From step 4 on attention is wrong on rank 1: code 1, one line, the checkpoints of before."""
     fault = {"kind": "kernel", "rank": 1, "step": 4}

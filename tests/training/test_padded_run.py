@@ -103,7 +103,10 @@ def check_agreement(results: list[tuple[Any, Any, int]]) -> None:
         assert relative_error(gathered[name], values) < 2e-3, name
 
 
-@pytest.mark.parametrize("recomputation", ["none", "full", "selective"])
+@pytest.mark.parametrize(
+    "recomputation",
+    [pytest.param("none", marks=pytest.mark.slow), "full", pytest.param("selective", marks=pytest.mark.slow)],
+)
 def test_clipped_and_decayed_steps_on_one_rank(recomputation: str) -> None:
     trained = built(single_process(), "on", SWITCHED, activation_checkpointing=recomputation)
     curve = train(trained, 0, STEPS)
@@ -216,6 +219,7 @@ def restore(trained: TrainedModel, folder: Path) -> TrainedModel:
     return trained
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_byte_for_byte_one_without_padding(tmp_path: Path) -> None:
     """Of the same state: drawn, then trained with padding, restored without, and back."""
     one = single_process()
