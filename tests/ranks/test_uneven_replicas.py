@@ -1,6 +1,7 @@
 """Uneven degrees on real ranks: replicas, recomputation, compilation, copies that stay equal."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -38,8 +39,8 @@ def test_uneven_layouts_train_like_one_process(
 
 def test_copied_heads_of_a_node_are_summed_there() -> None:
     """hsdp, two nodes of two replicas: ranks 0 and 1 of each replica hold the second of three heads."""
-    shape = {"num_attention_heads": 6, "num_key_value_heads": 3}
-    losses, norm, _ = one_process(**shape)
+    shape: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    losses, norm, _ = one_process(torch.float32, **shape)
     results = run_ranks(layout_rank, 8, 2, "hsdp", False, "none", torch.float32, shape, timeout=600)
     for layout_losses, layout_norm, _ in results:
         assert layout_losses == pytest.approx(losses, rel=1e-5)
