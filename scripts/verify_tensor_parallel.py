@@ -333,6 +333,8 @@ def _norm(measured: Measured) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    # Some of its models warn of defaults that a caller cannot set; the processes inherit this.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
     def work() -> str | None:
         problems = "; ".join(verify(options))
