@@ -1,4 +1,4 @@
-"""Distillation: a teacher beside the trained model, or its stored targets, and how its word is weighed."""
+"""Distillation: a teacher beside the trained model, or its stored targets, and how its loss is weighted."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ class DistillationOptions:
 
     @property
     def is_on(self) -> bool:
-        """Whether a teacher has a word."""
+        """Whether there is a teacher, or its stored targets."""
         return self.teacher_path is not None or self.teacher_targets is not None
 
 
@@ -65,8 +65,8 @@ OF_A_TEACHER_THAT_RUNS = ("teacher_device_map", "teacher_dtype")
 
 
 def distillation_problems(options: DistillationOptions, given: Mapping[str, Any]) -> list[str]:
-    """What is asked of a teacher where there is none, and two teachers; the defaults, which a kept
-    configuration states, ask nothing."""
+    """Flags about a teacher where there is none, and two teachers; defaults, which a kept configuration
+    states, are no problem."""
     if options.teacher_path is not None and options.teacher_targets is not None:
         return [
             f"{TARGETS_FLAG} {options.teacher_targets} contradicts {FLAG} {options.teacher_path}: leave one "

@@ -22,7 +22,7 @@ from argonne.config.run_options import (
 
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
 AUTO = "auto"
-"""What the plan decides."""
+"""Left to the plan."""
 
 
 def degree(text: str) -> int | str:
@@ -79,7 +79,7 @@ class DataOptions:
     )
     exclude_documents: str | None = flag(
         None,
-        "leave out the documents that this file lists, as scripts/find_document.py writes it",
+        "leave out the documents listed in this file (scripts/find_document.py writes one)",
         metavar="FILE",
         default_text="none",
     )
@@ -189,8 +189,8 @@ class ParallelOptions:
 
     tensor_parallel_size: int | str | None = flag(
         None,
-        "ranks that share one model replica; auto: those of the layout that the plan takes to be the fastest "
-        "that fits, --batch-size then counting per GPU",
+        "ranks that share one model replica; auto: the layout that the plan predicts to be the fastest that "
+        "fits, where --batch-size counts sequences per GPU",
         kind=degree,
         metavar="N|auto",
         at_least=1,
@@ -199,13 +199,13 @@ class ParallelOptions:
     sequence_parallel: bool = flag(False, "shard norms and the residual stream along the sequence")
     data_parallel: str = flag(
         "fsdp",
-        "data parallelism over the replicas; hsdp: share within a node, replicate across nodes",
+        "data parallelism over the replicas; hsdp: shard within a node, replicate across nodes",
         choices=("fsdp", "hsdp", "ddp"),
     )
     reshard_after_forward: str = flag(
         AUTO,
-        "free gathered weights (fsdp, hsdp) until the backward pass gathers them again; auto: where the plan "
-        "finds no room for them on a GPU, and always on a CPU",
+        "free a block's gathered weights (fsdp, hsdp) after its forward pass, and gather them again for the "
+        "backward pass; auto: keep them on GPUs where the plan finds room, else free them",
         choices=(AUTO, "on", "off"),
     )
     activation_checkpointing: str = flag(
@@ -215,11 +215,11 @@ class ParallelOptions:
     async_tp: bool = flag(
         False,
         "overlap products with their gathers and scatters piece by piece (torch's asynchronous tensor "
-        "parallelism); with --compile and --sequence-parallel",
+        "parallelism); needs --compile and --sequence-parallel",
     )
     pad_widths: str = flag(
         "auto",
-        "store heads, and slices of MLP and vocabulary, with zeros up to a multiple of 8; auto: on GPUs",
+        "pad heads, and slices of MLP and vocabulary, with zeros to a multiple of 8; auto: on GPUs",
         choices=("auto", "on", "off"),
     )
     verify_sharding: bool = flag(False, "before training, compare the sharded model with the unsharded one")

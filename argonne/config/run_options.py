@@ -124,13 +124,13 @@ class ControlOptions:
 
     audit_interval: int = flag(
         1000,
-        "optimizer steps between audits, each recomputing one layer unsharded on one rank; 0: never",
+        "optimizer steps between audits, each of which recomputes one layer unsharded on one rank; 0: never",
         kind=int,
         at_least=0,
     )
     audit_action: str = flag(
         "warn",
-        "what follows where a rank computed something else: a warning, or the end of the run without a save",
+        "what to do when an audit fails: warn, or end the run without saving",
         choices=AUDIT_ACTIONS,
     )
     max_run_time: float | None = flag(

@@ -1,4 +1,4 @@
-"""Hosts that are gone: connections between rank 0 and the ranks of other hosts, which tell it within seconds.
+"""Lost hosts, noticed within seconds: connections between rank 0 and the ranks of other hosts.
 
 A process that ends closes its connection at once. A host without power or network acknowledges nothing any
 more, which the kernel notices by TCP's keepalive, whatever the processes do. For a process that is stopped or
@@ -202,7 +202,7 @@ class HostWatch:
         if since is None or at - max(since, answered) <= GRACE_SECONDS:
             return None
         text = (
-            f"rank 0 on host {self._hosts[0]} is gone, and the run's store with it, {self._place()}: look at "
+            f"rank 0 on host {self._hosts[0]} is gone, and the run's store with it, {self._place()}: check "
             "that host, then resume from the newest checkpoint"
         )
         return text, self._rank == self._first_elsewhere()
@@ -227,8 +227,8 @@ class HostWatch:
 
     def _text(self, ranks: list[int]) -> str:
         return (
-            f"{rank_list(ranks)} went with host {self._hosts[ranks[0]]} {self._place()}: its connections "
-            "ended, and no sign of life followed; look at that host, then resume from the newest checkpoint"
+            f"host {self._hosts[ranks[0]]} is gone, with {rank_list(ranks)}, {self._place()}: its "
+            "connections closed and it stayed silent; check that host, then resume from the newest checkpoint"
         )
 
     def _place(self) -> str:

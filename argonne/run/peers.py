@@ -182,7 +182,7 @@ class Peers:
     def _run(self) -> None:
         while not self._ending.is_set():
             verdict, speaks = None, False
-            # A store that does not answer went with its process; if for long, the watcher ends the run.
+            # A store that does not answer died with its process; if for long, the watcher ends the run.
             with contextlib.suppress(RuntimeError, OSError):
                 verdict, speaks = self._look()
                 self.answered = time.monotonic()

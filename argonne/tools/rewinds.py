@@ -1,4 +1,4 @@
-"""The ways back from spikes in a run's records: what data each of them passed over."""
+"""The rewinds in a run's records: which data each passed over."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def positions_of(record: Record) -> dict[str, Mapping[str, Any]]:
 
 
 class WaysBack:
-    """What the first step after each way back says of it; runs of older versions say it in spikes.jsonl."""
+    """What the first step after each rewind says of it; runs of older versions say it in spikes.jsonl."""
 
     def __init__(self, folder: OutputFolder) -> None:
         self._records = list(_rewinds(folder))
@@ -49,7 +49,7 @@ class WaysBack:
         return batches
 
     def _last(self, record: Record) -> Record | None:
-        """The way back that a step's line of an older version follows."""
+        """The rewind that a step's line of an older version follows."""
         spike = record.get("spike") or {}
         if "back_to_step" not in spike:
             return None
@@ -57,7 +57,7 @@ class WaysBack:
         found = [one for one in self._records if (one["step"], one["back_to_step"]) == key]
         if not found:
             raise DataError(
-                f"stats/spikes.jsonl lacks the way back from step {key[0]} to step {key[1]}: restore it"
+                f"stats/spikes.jsonl lacks the rewind from step {key[0]} to step {key[1]}: restore it"
             )
         return found[-1]
 

@@ -1,4 +1,4 @@
-"""How fast the plan takes a device to be: one table, each figure with its source; nothing was timed here."""
+"""Rates that the plan assumes of devices: one table, each figure with its source; nothing was timed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The time of an optimizer step, predicted part by part from counts and assumed rates; nothing is timed.
 
-``docs/planning.md`` has the parts and what they rest on.
+``docs/planning.md`` lists the parts and their assumed rates.
 """
 
 from __future__ import annotations

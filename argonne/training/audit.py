@@ -1,4 +1,4 @@
-"""When a layer is audited and what becomes of it: ``--audit-interval`` and ``--audit-action``.
+"""When a layer is audited and what follows: ``--audit-interval`` and ``--audit-action``.
 
 Every N steps one layer, in rotation, keeps what it is given and gives in the step's first micro-batch
 (``argonne.verification.block_tap``); after the step one rank of each replica, in rotation too, recomputes it
@@ -107,9 +107,7 @@ class SelfAudit:
             return
         layer = turn_of(run, step).layer
         if not _has_room(run.trained, layer, run.config):
-            run.report.warn(
-                "an audit was left out: the devices have too little memory free", f"(step {step})"
-            )
+            run.report.warn("an audit was skipped: too little free memory on the devices", f"(step {step})")
             return
         self._tap = BlockTap(run.trained.model, layer)
 
@@ -160,12 +158,12 @@ class SelfAudit:
 
     def _way_back(self, run: Run) -> str:
         """From which checkpoint to go on."""
-        suspect = "the run ends without a save; suspect the device, or the kernel that it ran"
+        suspect = "the run ends without saving; suspect the device or a kernel"
         if self.last_held is None:
             return f"{suspect}; no audit of this process held: resume from a checkpoint that you trust"
         folder, held = OutputFolder(Path(run.config.output.output_dir)).pretrained, self.last_held
         path = on_rank_0(lambda: _newest_until(folder, held), run.trained.parallel)
-        way = "no checkpoint is as old" if path is None else f"resume with --checkpoint-path {path}"
+        way = "no checkpoint is that old" if path is None else f"resume with --checkpoint-path {path}"
         return f"{suspect}; the last audit that held was at step {held}: {way}"
 
 

@@ -1,4 +1,4 @@
-"""The header's line about a layout that the plan's model takes to be faster, at the same global batch."""
+"""The header's line about a layout that the plan predicts to be faster, at the same global batch."""
 
 from __future__ import annotations
 

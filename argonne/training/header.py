@@ -32,7 +32,7 @@ _REPLICAS_TEXT = {
 _GATHERED_TEXT = {
     "auto": "freed after the forward pass, gathered again (--reshard-after-forward auto)",
     "on": "freed after the forward pass, gathered again",
-    "off": "kept until the backward pass (reshard after forward off)",
+    "off": "kept until the backward pass (--reshard-after-forward off)",
 }
 
 

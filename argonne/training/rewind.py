@@ -1,4 +1,4 @@
-"""The way back from a spike: weights and optimizer of the last sound checkpoint, data behind the spike."""
+"""Rewind after a spike: weights and optimizer of the last sound checkpoint, data behind the spike."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _open(run: Run, path: Path) -> CheckpointView | None:
             control_group=world.control_group,
         )
     except CheckpointError as error:  # the same on all ranks
-        run.report.warn(f"the way back from a spike is closed, and the step is skipped: {error}")
+        run.report.warn(f"cannot rewind after a spike, so the step is skipped: {error}")
         return None
     return view if view is not None and view.step >= run.stages.first_step else None
 

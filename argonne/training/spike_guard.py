@@ -1,4 +1,4 @@
-"""What ``--spike-action`` makes of a spike: a step left out or a way back, and the records of it."""
+"""What ``--spike-action`` makes of a spike: a skipped step or a rewind, and the records of it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class SpikeGuard:
         self._rule = SpikeRule()
 
     def may_go_back_to(self, checkpoint: Path) -> bool:
-        """Whether this is not yet the checkpoint's last way back."""
+        """Whether the checkpoint may be rewound to once more."""
         return checkpoint != self._checkpoint or self._rewinds < MOST_REWINDS
 
     def skipped(
@@ -107,7 +107,7 @@ class SpikeGuard:
         }
 
     def take_note(self) -> dict[str, Any]:
-        """Keys of the first metrics line after a way back, once."""
+        """Keys of the first metrics line after a rewind, once."""
         note, self._note = self._note, {}
         return note
 

@@ -1,7 +1,7 @@
-"""A teacher whose word is read from stored targets, sample by sample, instead of asked.
+"""A teacher that is not run: its stored targets are read, sample by sample.
 
-Every rank reads the rows of its own micro-batches from the folder, as it would a teacher's weights: handed
-out from rank 0 with the tokens, they would be some hundred times as many bytes as those. That a step's
+Every rank reads the rows of its own micro-batches from the folder, as it would a teacher's weights: broadcast
+from rank 0 with the tokens, they would be some hundred times as many bytes. That a step's
 samples are the stored ones is checked on all ranks alike, so that all end with the same line.
 """
 

@@ -148,7 +148,7 @@ def test_a_node_that_is_gone_is_named_by_the_other(
         for process in ranks:
             process.kill()
     said = [[line for line in text.splitlines() if line.startswith("error: ")] for text in errors]
-    assert len(said[0]) == 1 and said[0][0].startswith("error: rank 1 went with host second after step")
+    assert len(said[0]) == 1 and said[0][0].startswith("error: host second is gone, with rank 1, after step")
     assert ranks[0].returncode == 1
     if fault == "no network":  # to rank 1 it is rank 0's host that is gone
         assert len(said[1]) == 1 and said[1][0].startswith("error: rank 0 on host first is gone")

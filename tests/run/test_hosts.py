@@ -1,4 +1,4 @@
-"""Hosts that go without a word: connections that end, and what is said of the ranks that went with them."""
+"""Hosts that go without a word: connections that end, and what is said of their ranks."""
 
 import signal
 import socket
@@ -117,7 +117,7 @@ def test_a_host_that_is_gone_is_named_with_its_ranks(join: Join) -> None:
     third.close()
     fourth.close()
     text = settled(first, seconds=60)
-    assert text is not None and text.startswith("ranks 2, 3 went with host second after step 7 (step): ")
+    assert text is not None and text.startswith("host second is gone, with ranks 2, 3, after step 7 (step): ")
     assert first.losing
 
 
@@ -153,7 +153,7 @@ def test_rank_0s_host_is_watched_from_elsewhere(join: Join) -> None:
     first, third, fourth = join(0), join(2), join(3)
     first.close()
     text = settled(third, seconds=60)
-    assert text is not None and text.startswith("ranks 0, 1 went with host first after step 7 (step): ")
+    assert text is not None and text.startswith("host first is gone, with ranks 0, 1, after step 7 (step): ")
     assert settled(fourth) is None, "one rank says it"
 
 
@@ -193,7 +193,7 @@ def test_a_whole_host_killed_is_named_by_one_rank_of_the_other(
     assert [code for code, _ in left] == [1, 1]
     errors = "".join(errors for _, errors in left)
     assert errors.count("error: ") == 1
-    assert f"error: ranks {victims[0]}, {victims[1]} went with host {host} after step" in errors
+    assert f"error: host {host} is gone, with ranks {victims[0]}, {victims[1]}, after step" in errors
 
 
 def test_a_death_on_a_host_where_others_live_is_said_there(start: Start, tmp_path: Path) -> None:

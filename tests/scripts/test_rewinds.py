@@ -44,7 +44,7 @@ def test_lines_of_older_versions_are_looked_up_among_the_spikes(tmp_path: Path) 
     assert ways.passed_over(line) == 3 + 2  # both ways back led to step 4
     assert ways.place_of(line) == {"": {"row": 90}}
     assert ways.passed_over(noted(7, 7, 6)) == 1 and ways.place_of(noted(7, 7, 6)) == {"": {"row": 99}}
-    with pytest.raises(DataError, match=r"spikes\.jsonl lacks the way back from step 8 to step 4"):
+    with pytest.raises(DataError, match=r"spikes\.jsonl lacks the rewind from step 8 to step 4"):
         ways.passed_over(noted(5, 8, 4))
 
 

@@ -135,7 +135,7 @@ def test_a_fault_stops_the_run_and_names_the_way_back(tmp_path: Path) -> None:
     run = AuditedRun(tmp_path, trained_model(), 1, "stop")
     run.output.pretrained.mkdir()
     hook = halve_a_row(run)
-    with pytest.raises(AuditError, match="the last audit that held was at step 1: no checkpoint is as old"):
+    with pytest.raises(AuditError, match="the last audit that held was at step 1: no checkpoint is that old"):
         run.take(2)
     assert is_final(AuditError("it"))  # a launcher's restart does not go on by itself
     assert run.waited == ["waited"]  # for the checkpoint that is being written

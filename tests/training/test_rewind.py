@@ -127,7 +127,7 @@ def test_a_checkpoint_that_cannot_be_read_closes_the_way(
     assert not rewind_if_asked(run, batch(70), SPIKED)
     assert run.step == 6
     told = capsys.readouterr().err
-    assert "warning: the way back from a spike is closed, and the step is skipped: " in told
+    assert "warning: cannot rewind after a spike, so the step is skipped: " in told
     assert saved.name in told
 
 
