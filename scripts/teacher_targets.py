@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from argonne.config.command_line import SILENT_SECONDS, parse_recipe
 from argonne.config.distillation import TOP_K
+from argonne.config.options import AUTO
 from argonne.config.recipe import Recipe
 from argonne.errors import EXIT_USAGE
 from argonne.tools.script import OneLineParser, run_script
@@ -59,6 +60,18 @@ def own_problems(own: argparse.Namespace, recipe: Recipe) -> list[str]:
         problems.append("--targets is required: give the folder where they are stored")
     if recipe.config.distillation.teacher_path is None:
         problems.append("--teacher-path is required: give the folder of the teacher to ask")
+    automatic = recipe.config.parallel.tensor_parallel_size == AUTO
+    if automatic and own.samples is None and recipe.config.training.global_batch_size is None:
+        problems.append(
+            f"--tensor-parallel-size {AUTO} counts --batch-size per GPU of the run, which is not known here: "
+            "give --global-batch-size, or --samples"
+        )
+    for name, given in (
+        ("--plan", recipe.config.planning.plan),
+        ("--rehearse", recipe.config.recipe.rehearse),
+    ):
+        if given:
+            problems.append(f"{name} is the run's: leave it out, or give it to resume_pretrain_tensor.py")
     if len(recipe.stages) > 1:
         problems.append(
             "--config: targets are of one stream, and the recipe has several stages: make one run"

@@ -225,6 +225,9 @@ def test_mistakes_are_one_line(corpus: Corpus, capsys: pytest.CaptureFixture[str
     assert "--targets is required" in fails(2, *teacher, *flags)
     assert "--top-k 0: must be at least 1" in fails(2, *own, *teacher, *flags, "--top-k", 0)
     assert "--teacher-path is required" in fails(2, *own, *flags)
+    assert "--plan is the run's" in fails(2, *own, *teacher, *flags, "--plan")
+    automatic = ["--tensor-parallel-size", "auto"]
+    assert "give --global-batch-size, or --samples" in fails(2, *own, *teacher, *flags, *automatic)
     assert "is no folder" in fails(2, *own, "--teacher-path", corpus.folder / "none", *flags)
     vast = fails(1, *own, *teacher, *flags, "--samples", 10**12)
     assert "bytes more, and" in vast and "lower --samples" in vast
