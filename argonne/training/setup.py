@@ -236,14 +236,8 @@ def fill(config: RunConfig, trained: TrainedModel, start: Start, report: RunRepo
     for warning in loaded.warnings if loaded is not None else ():
         report.warn(warning)
     if config.distillation.teacher_targets is not None:
-        trained.teacher = open_stored(
-            config,
-            trained.model.config.vocab_size,
-            trained.parallel,
-            start.tokenizer,
-            start.metadata,
-            start.step,
-        )
+        vocab_size, where = trained.model.config.vocab_size, (start.tokenizer, start.metadata, start.step)
+        trained.teacher = open_stored(config, vocab_size, trained.parallel, *where)
         return
     trained.teacher = open_teacher(
         config.distillation,

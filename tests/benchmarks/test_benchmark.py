@@ -56,6 +56,7 @@ def test_the_document_has_a_place_for_every_table() -> None:
         assert f"<!-- {part}: begin -->\n" in text and f"<!-- {part}: end -->" in text
 
 
+@pytest.mark.slow
 def test_counted_parts_meet_their_targets() -> None:
     for part in ("memory", "collectives"):
         rows = importlib.import_module(benchmark.PARTS[part]).run(1).rows

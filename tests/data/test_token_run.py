@@ -46,6 +46,7 @@ def test_document_attention_is_the_same_in_every_layout(corpus_in: Path) -> None
     assert_same_losses(replicas, one)
 
 
+@pytest.mark.slow
 def test_tokens_over_http_train_like_their_text(corpus_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flat files made from the text, fetched in ranges; the run is resumed half way."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -108,6 +108,7 @@ def test_a_run_without_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_branch_without_documents_begins_before_them(
     finished_run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
