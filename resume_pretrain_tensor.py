@@ -221,7 +221,7 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     from argonne.training import setup
     from argonne.training.auto_layout import choose_layout
     from argonne.training.build import make_parallel
-    from argonne.training.fit import require_memory
+    from argonne.training.fit import require_memory_ahead
     from argonne.training.header import introduce
     from argonne.training.keeper import CheckpointKeeper
     from argonne.training.profiling import StepProfiler
@@ -236,8 +236,7 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     parallel = make_parallel(start.settings, laid_out.config.parallel, world)
     stages = choose_stage(laid_out, metadata, step, parallel, report)
     stage, config = stages.current, stages.current.config
-    for ahead in stages.planned[stages.index :]:  # what would not fit weeks from now is said today
-        require_memory(ahead.config, start.settings, parallel, ahead.name)
+    require_memory_ahead(stages, start.settings, parallel)
     place = (config, start.tokenizer, metadata, step, stage.samples_per_step, report, world)
     data, feed = setup.open_feed(*place, start.settings["vocab_size"], new_stage=step == stages.first_step)
     held_out = setup.validation_sets(config, start.tokenizer, parallel)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from argonne.config.mixture import MixedSource
-from argonne.config.options import AUTO, RunConfig, TrainingOptions
+from argonne.config.options import AUTO, ParallelOptions, RunConfig, TrainingOptions
 from argonne.config.presets import PRESETS, REFERENCE
 from argonne.config.recipe import Recipe, Stage
 from argonne.tools.library_corpus import build
@@ -150,6 +150,16 @@ def _scaled_stage(stage: Stage, config: RunConfig, data: LibraryData) -> Stage:
     )
 
 
+def _scaled_parallel(options: ParallelOptions, degree: int | str, on_gpus: bool) -> ParallelOptions:
+    return dataclasses.replace(
+        options,
+        tensor_parallel_size=degree,
+        compile=options.compile and on_gpus,
+        async_tp=options.async_tp and on_gpus,
+        local_rank=None,
+    )
+
+
 def scale(recipe: Recipe, folder: Path, *, processes: int, on_gpus: bool) -> Scaled:
     """The recipe for ``processes`` on this machine, with all its files under ``folder``."""
     config, blocks, data = recipe.config, scaled_blocks(recipe), LibraryData(folder)
@@ -174,13 +184,7 @@ def scale(recipe: Recipe, folder: Path, *, processes: int, on_gpus: bool) -> Sca
             old,
             model=dataclasses.replace(old.model, model_config=str(shape), settings=settings),
             training=scaled_training(old.training, blocks, replicas),
-            parallel=dataclasses.replace(
-                old.parallel,
-                tensor_parallel_size=degree if asked != AUTO else AUTO,
-                compile=old.parallel.compile and on_gpus,
-                async_tp=old.parallel.async_tp and on_gpus,
-                local_rank=None,
-            ),
+            parallel=_scaled_parallel(old.parallel, degree if asked != AUTO else AUTO, on_gpus),
             checkpoint=dataclasses.replace(
                 old.checkpoint, checkpoint_path=None, force_from_scratch=False,
                 checkpoint_interval=INTERVAL, keep_every=0,

@@ -162,23 +162,26 @@ def build_model(
         _zero_parameters(model)  # DDP compares and broadcasts what the replicas hold when it is made
         wrapped = apply_ddp(model, parallel)
     state: TensorParallelState = model.tensor_parallel  # type: ignore[assignment]
-    optimizer = build_adamw(
-        dict(model.named_parameters()),
-        lr=training.learning_rate,
-        betas=training.adam_betas,
-        weight_decay=training.weight_decay,
-        device=parallel.device,
-    )
     return TrainedModel(
         model=model,
         wrapped=wrapped,
         slice_map=state.slice_map.with_data_parallel(
             parallel.dp_size, sharded=fsdp, shard_size=parallel.shard_size
         ),
-        optimizer=optimizer,
+        optimizer=_adamw(model, training, parallel.device),
         parallel=parallel,
         dtype=dtype,
         fsdp=fsdp,
+    )
+
+
+def _adamw(model: nn.Module, training: TrainingOptions, device: torch.device) -> torch.optim.AdamW:
+    return build_adamw(
+        dict(model.named_parameters()),
+        lr=training.learning_rate,
+        betas=training.adam_betas,
+        weight_decay=training.weight_decay,
+        device=device,
     )
 
 

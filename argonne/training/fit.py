@@ -14,6 +14,13 @@ from argonne.ranks.agree import gather_objects, on_rank_0
 from argonne.ranks.world import Parallel, World
 from argonne.training.layouts import misfit
 from argonne.training.plan import PROCESS_BYTES, chosen_layout, subject
+from argonne.training.stages import Stages
+
+
+def require_memory_ahead(stages: Stages, settings: Mapping[str, Any], parallel: Parallel) -> None:
+    """`require_memory` of this stage and those ahead: what would not fit weeks from now is said today."""
+    for ahead in stages.planned[stages.index :]:
+        require_memory(ahead.config, settings, parallel, ahead.name)
 
 
 def require_memory(
