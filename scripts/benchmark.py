@@ -4,8 +4,10 @@
     python scripts/benchmark.py memory          # parameters, saved activations, loss
     python scripts/benchmark.py collectives     # calls and bytes against the formula and DTensor's
     python scripts/benchmark.py traffic         # bytes that a GPU's rank moves outside its products
-    python scripts/benchmark.py data | checkpoint | startup | gpu
-    python scripts/benchmark.py all             # everything but gpu, and the tables of docs/performance.md
+    python scripts/benchmark.py data | checkpoint | startup | audit
+    python scripts/benchmark.py gpu             # one GPU: kernels, a rank's share of tp 8, the model at tp 1
+    python scripts/benchmark.py gpu-runs        # all GPUs: real runs, each beside the plan's prediction
+    python scripts/benchmark.py all             # all but the GPUs', and the tables of docs/performance.md
 
 Each prints a table with the ratio and its target, and leaves JSON, a markdown table and a chart in
 ``--output-dir``. The variants of a timed comparison take turns in each round, and minima are compared, so
@@ -43,18 +45,25 @@ PARTS = {
     "startup": "argonne.benchmarks.startup",
     "audit": "argonne.benchmarks.audit",
     "gpu": "argonne.benchmarks.gpu",
+    "gpu-runs": "argonne.benchmarks.gpu_runs",
 }
+ON_GPUS = ("gpu", "gpu-runs")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser("Measure this suite beside its peers and compare the ratios with their targets.")
-    parser.add_argument("part", choices=[*PARTS, "all"], help="what to measure; all: everything but gpu")
+    parser.add_argument(
+        "part", choices=[*PARTS, "all"], help="what to measure; all: all but gpu and gpu-runs"
+    )
     parser.add_argument(
         "--output-dir", type=Path, default=Path("benchmarks"), metavar="FOLDER", help="(./benchmarks)"
     )
     parser.add_argument("--rounds", type=int, default=9, help="rounds of each timed comparison (9)")
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="of gpu (cuda); cpu tests the benchmark"
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="of gpu, gpu-runs (cuda); cpu tests them",
     )
     parser.add_argument("--debug", action="store_true", help="tracebacks")
     options = parser.parse_args(arguments)
@@ -65,7 +74,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run_part(part: str, rounds: int, device: str) -> Report:
     module = importlib.import_module(PARTS[part])
-    return module.run(rounds, device) if part == "gpu" else module.run(rounds)
+    return module.run(rounds, device) if part in ON_GPUS else module.run(rounds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         set_gpu_environment(os.environ, one_queue=True)  # a rank's share of tp 8
     from argonne.benchmarks.common import as_text, fill_tables, write
 
-    parts = [part for part in PARTS if part != "gpu"] if options.part == "all" else [options.part]
+    parts = [part for part in PARTS if part not in ON_GPUS] if options.part == "all" else [options.part]
 
     def work() -> None:
         for part in parts:

@@ -3,8 +3,10 @@
 All but the name of the kernel runs on the CPU as well, at small sizes, so that no test breaks unseen.
 """
 
+import contextlib
 import importlib
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ import torch
 
 import argonne.testing.corpus as corpus
 from argonne.config.options import ParallelOptions, TrainingOptions
+from argonne.data.feed import StepBatch
 from argonne.ranks.recompute import compile_blocks
 from argonne.testing.launch import SHAPE, checkpoint, launch, metrics
 from argonne.testing.models import random_tokens, relative_error, small_model
 from argonne.training.build import build_model, fill_weights
+from argonne.training.step import TrainingStep, Votes
 from tests.model.documents_alone import ids_of, random_spans
 from tp_shard import gather_state_dict, shard_tensor_parallel
 
@@ -93,14 +97,36 @@ def test_documents_agree_with_the_cpu(compiled: bool, device: str) -> None:
         assert relative_error(gradients[1][name], expected) < 1e-3, name
 
 
-def trained_on(device: str, **options: Any) -> tuple[Any, Any]:
-    """A split model at tp 1 in bfloat16, and its training step on a fixed batch; narrower on the CPU."""
-    models = benchmark("argonne.benchmarks.models")
+def trained_shape(device: str) -> Any:
+    """Narrower on the CPU."""
     head_dim, length = (170, 256) if device == "cuda" else (34, 32)
-    shape = models.Shape(
+    return benchmark("argonne.benchmarks.models").Shape(
         hidden_size=6 * head_dim, layers=2, heads=6, key_value_heads=2, intermediate_size=704,
         vocab_size=1000, batch=2, seq_len=length,
     )  # fmt: skip
+
+
+def trained_tokens(device: str) -> Any:
+    """As the feed hands them over: pinned where a GPU fetches them."""
+    tokens = trained_shape(device).tokens()
+    return tokens.pin_memory() if device == "cuda" else tokens
+
+
+@contextlib.contextmanager
+def without_waiting(device: str) -> Iterator[None]:
+    """On a GPU an error where the host waits for it."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def trained_on(device: str, **options: Any) -> tuple[Any, Any]:
+    """A split model at tp 1 in bfloat16, and its training step on a fixed batch."""
+    models, shape = benchmark("argonne.benchmarks.models"), trained_shape(device)
     training: TrainingOptions = replace(models.training_options(shape), dtype="bf16")
     trained = build_model(shape.settings(), ParallelOptions(**options), training, models.alone(device))
     fill_weights(trained, None, seed=3)
@@ -119,6 +145,24 @@ def test_steps_learn_in_bfloat16(options: dict[str, Any], device: str) -> None:
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[0] == pytest.approx(math.log(1000) + 0.5, abs=0.5)
     assert losses[-1] < losses[0]
+
+
+@on_devices
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": "full"}])
+def test_the_host_waits_for_nothing_in_a_step(options: dict[str, Any], device: str) -> None:
+    """A step is given to the device whole: torch raises where the host would wait for it."""
+    models = benchmark("argonne.benchmarks.models")
+    trained, step = trained_on(device, **options)
+    step()
+    shape, tokens = trained_shape(device), trained_tokens(device)
+    one_step = TrainingStep(trained, models.training_options(shape), 1)
+    batch = StepBatch(tokens=tokens, stream_hash="", progress=None, wait_seconds=0.0)
+    with without_waiting(device):
+        started = one_step.start(batch, 0, votes=Votes())
+    assert math.isfinite(one_step.finish(started).totals.loss)
+    if device == "cuda":
+        with without_waiting(device), pytest.raises(RuntimeError, match="synchroniz"):
+            torch.ones(1, device=device).item()
 
 
 @on_devices_slowly

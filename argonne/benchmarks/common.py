@@ -153,6 +153,9 @@ def as_markdown(report: Report) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     lines += ["| " + " | ".join(line) + " |" for line in body]
     remarks = [f"- {remark}" for remark in report.remarks]
+    if any(row.spread for row in report.rows):
+        on = machine()
+        remarks.append(f"- Measured on {on['cpu']}, {on['cores']} cores, torch {on['torch']}.")
     return "\n".join([f"### {report.title}", "", *lines, "", *remarks]).rstrip() + "\n"
 
 
