@@ -114,6 +114,7 @@ def test_resume_at_another_degree_agrees(
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-4)
 
 
+@pytest.mark.slow
 def test_two_replicas_see_the_tokens_of_one(tmp_path: Path, unbroken: Path, data: list[str]) -> None:
     flags = ["--tensor-parallel-size", 2, "--batch-size", 1, "--sequence-parallel"]
     output = resume_from_six(tmp_path / "run", unbroken, data, 4, *flags)

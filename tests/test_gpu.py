@@ -165,7 +165,7 @@ def test_the_host_waits_for_nothing_in_a_step(options: dict[str, Any], device: s
             torch.ones(1, device=device).item()
 
 
-@on_devices_slowly
+@on_devices
 def test_compiled_blocks_have_no_graph_break(device: str) -> None:
     trained, _ = trained_on(device)
     block, config = trained.model.blocks[0], trained.model.config

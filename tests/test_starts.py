@@ -33,6 +33,7 @@ def family_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 STEPS: list[Any] = ["--batch-size", 2, "--block-size", 64, "--warmup-steps", 2]
 
 
+@pytest.mark.slow
 def test_the_familys_checkpoint_goes_on_from_a_folder(
     tmp_path: Path, data: list[str], family_config: Path
 ) -> None:
@@ -85,6 +86,7 @@ def test_a_run_begins_with_a_folders_weights_and_is_submitted_again(tmp_path: Pa
     assert exported["max_position_embeddings"] == 64 and exported["logit_softcap"] == 15.0
 
 
+@pytest.mark.slow
 def test_a_qwen2_folder_and_a_checkpoint_as_beginnings(tmp_path: Path, data: list[str]) -> None:
     folder = save_folder(
         foreign_model("qwen2", vocab_size=512, max_position_embeddings=64), tmp_path / "qwen2"
@@ -113,6 +115,7 @@ def test_two_beginnings_contradict_each_other(
     assert finished.code == 2 and len(finished.errors()) == 1 and named in finished.errors()[0]
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_architecture_and_a_wrong_path(tmp_path: Path, data: list[str]) -> None:
     (tmp_path / "gemma").mkdir()
     (tmp_path / "gemma" / "config.json").write_text('{"model_type": "gemma2"}')

@@ -56,17 +56,9 @@ def compiled_rank(rank: int, world_size: int, mode: str, sequence_parallel: bool
     return worst, sum(counters["graph_break"].values()), counters["frames"]["ok"]
 
 
-@pytest.mark.parametrize(
-    ("mode", "sequence_parallel"),
-    [
-        ("none", True),
-        pytest.param("none", False, marks=pytest.mark.slow),
-        pytest.param("full", False, marks=pytest.mark.slow),
-        pytest.param("full", True, marks=pytest.mark.slow),
-        pytest.param("selective", False, marks=pytest.mark.slow),
-        pytest.param("selective", True, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_compiled_blocks_have_no_graph_break(mode: str, sequence_parallel: bool) -> None:
     for worst, breaks, graphs in run_ranks(compiled_rank, 2, mode, sequence_parallel):
         assert worst < 1e-5

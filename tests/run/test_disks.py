@@ -27,6 +27,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_its_last_save_named(tmp_path: Pa
     assert verify_checkpoint(checkpoint(tmp_path, STEPS)).step == STEPS
 
 
+@pytest.mark.slow
 def test_a_last_save_that_the_disk_spoils_is_written_again(tmp_path: Path, data: list[str]) -> None:
     flags = [*data, "--output-dir", tmp_path, "--checkpoint-interval", STEPS]
     finished = launch(1, *flags, fault={"kind": "spoil", "times": 1})

@@ -13,6 +13,7 @@ from argonne.testing.launch import command as command_of
 from tests.run.whole_runs import INTERVAL, STEPS, assert_same_end, saved_steps, the_error
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_recorded_and_too_many_end_the_run(tmp_path: Path, data: list[str]) -> None:
     fault = {"kind": "nan", "first": 3, "last": 4, "gradient": "blocks.1.mlp.up_proj.weight"}
     finished = launch(1, *data, "--output-dir", tmp_path, fault=fault)

@@ -186,6 +186,7 @@ def test_a_finished_recipe_repeats_nothing(tmp_path: Path, whole: tuple[Path, st
     assert metrics(output) == metrics(whole[0])
 
 
+@pytest.mark.slow
 def test_a_finished_stage_that_was_edited_is_refused(
     tmp_path: Path, whole: tuple[Path, str], recipe: Path
 ) -> None:
@@ -207,6 +208,7 @@ def test_data_of_a_later_stage_is_missed_before_the_first_step(tmp_path: Path, r
     assert finished.errors()[0].startswith("error: stage anneal: no shard matches")
 
 
+@pytest.mark.slow
 def test_the_run_repeats_from_its_resolved_configuration(
     tmp_path: Path, whole: tuple[Path, str], recipe: Path
 ) -> None:

@@ -70,6 +70,7 @@ def test_training_is_the_same_without(tmp_path: Path, validated: tuple[Path, str
     assert not OutputFolder(tmp_path).eval_metrics.exists()
 
 
+@pytest.mark.slow
 def test_a_resume_replaces_the_lines_beyond_at_any_layout(
     tmp_path: Path, validated: tuple[Path, str], data: list[str]
 ) -> None:
@@ -89,6 +90,7 @@ def test_a_resume_replaces_the_lines_beyond_at_any_layout(
     assert [line["step"] for line in eval_lines(tmp_path)] == [4, 4, 10, 10]
 
 
+@pytest.mark.slow
 def test_a_missing_set_ends_the_run_before_its_first_step(tmp_path: Path, data: list[str]) -> None:
     finished = launch(2, *data, "--eval-data", "web=/nowhere/*.parquet", "--output-dir", tmp_path)
     assert finished.code == 1 and len(finished.errors()) == 1

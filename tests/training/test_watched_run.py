@@ -57,6 +57,7 @@ def test_a_spike_is_skipped_on_all_ranks(tmp_path: Path, data: list[str]) -> Non
     assert "Spike at step 9: grad_norm " in finished.stdout and "the step was skipped" in finished.stdout
 
 
+@pytest.mark.slow
 def test_a_spike_is_rewound_and_its_window_passed_over(tmp_path: Path, data: list[str]) -> None:
     flags = [*data, "--output-dir", tmp_path]
     finished = launch(1, *flags, "--spike-action", "rewind", fault=fault(9))
@@ -118,6 +119,7 @@ def test_without_an_action_a_spike_is_trained_on(tmp_path: Path, data: list[str]
     assert "spike_rule" not in torch.load(checkpoint(tmp_path, 14), weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_profile_and_samples_change_no_bit(tmp_path: Path, data: list[str]) -> None:
     flags = [*data, "--total-steps", "8", "--output-dir"]
     watched, plain = tmp_path / "watched", tmp_path / "plain"
