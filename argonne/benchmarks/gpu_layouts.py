@@ -57,8 +57,12 @@ def cases(bench: Bench) -> Iterator[Case]:
     yield Case(name=f"{name}, one micro-batch a step", flags=whole)
     for size in degrees(bench.devices)[1:]:
         name, cut = layout_name(bench.devices, size), ("--tensor-parallel-size", str(size))
-        yield Case(name=name, flags=(*cut, *samples))
-        yield Case(name=f"{name}, compiled", flags=(*cut, *samples, "--compile"))
+        several: dict[str, tuple[str, ...]] = {", compiled": ("--compile",)}
+        if size > 1:
+            several[", sequence parallel"] = ("--sequence-parallel",)
+            several[", sequence parallel, compiled"] = ("--sequence-parallel", "--compile")
+        for what, flags in {"": (), **several}.items():
+            yield Case(name=name + what, flags=(*cut, *samples, *flags))
 
 
 def step_rows(case: Case, run: Measured) -> list[Row]:
