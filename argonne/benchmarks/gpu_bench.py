@@ -20,11 +20,11 @@ import torch
 
 import argonne.testing.corpus as corpus
 from argonne.benchmarks.common import Report, Row, table
-from argonne.config.devices import DEVICE_BYTES
 from argonne.config.presets import PRESETS, REFERENCE
 from argonne.errors import RunError
 from argonne.files import OutputFolder, read_json
 from argonne.testing.launch import ROOT, SCRIPT, Finished, command, environment, metrics, start
+from argonne.tp.device_rates import known_device
 
 WARM_UP = 3
 """Steps that do not count: compilation, the allocator's growth, NCCL's first connections."""
@@ -118,8 +118,7 @@ class Measured:
 
 def plan_device(name: str, size: int) -> str:
     """What ``--plan-device`` knows a device by: its name, or its bytes."""
-    short = {known.partition("-")[0]: known for known in DEVICE_BYTES}
-    return next((known for part, known in short.items() if part in name.replace("-", " ").split()), str(size))
+    return known_device(name) or str(size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,8 +42,12 @@ DEFAULT = "H100"
 """Of a device that is known by its bytes only, and of a CPU, where the rates only order the layouts."""
 
 
-def device_rates(name: str) -> DeviceRates:
-    """By a name of the table, or by one that a driver tells, such as ``NVIDIA A100-SXM4-80GB``."""
+def known_device(name: str) -> str | None:
+    """The table's name of a device, also by one that a driver tells, such as ``NVIDIA A100-SXM4-80GB``."""
     words = set(re.split(r"[\s\-_]+", name.upper()))
-    found = (device for device in RATES if device.partition("-")[0] in words)
-    return RATES[next(found, DEFAULT)]
+    return next((device for device in RATES if device.partition("-")[0] in words), None)
+
+
+def device_rates(name: str) -> DeviceRates:
+    """Of a device by any of its names; those of ``DEFAULT`` where it is not known."""
+    return RATES[known_device(name) or DEFAULT]
