@@ -148,7 +148,7 @@ def leave(code: int, line: str | None = None) -> NoReturn:
 
 def train(recipe: Recipe, environment: Environment, control: RunControl, report: RunReport) -> int:
     """The whole run. Returns the exit code; raises RunError where it cannot go on."""
-    from argonne.training.setup import choose_start, claim_output, keep_configuration
+    from argonne.training.setup import choose_start, claim_output
     from argonne.training.stage_change import enter_next_stage
 
     world = connect_ranks(recipe, environment, control)
@@ -157,7 +157,6 @@ def train(recipe: Recipe, environment: Environment, control: RunControl, report:
         why = f" ({ended[1]})" if ended[1] else ""
         report.info(f"An earlier attempt of this launch has {ended[0]}{why}: nothing is left to do")
         return control.finish(*ended)
-    keep_configuration(recipe, report, world)
     start = choose_start(recipe.config, control, report, world)
     run = build_run(recipe, start, control, report, world)
     stopped = loop(run)
@@ -232,9 +231,9 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     from argonne.training.step import TrainingStep
 
     view, metadata, step = start.view, start.metadata, start.step
-    laid_out = choose_layout(recipe, start, report, world)
-    parallel = make_parallel(start.settings, laid_out.config.parallel, world)
-    stages = choose_stage(laid_out, metadata, step, parallel, report)
+    choice = choose_layout(recipe, start, report, world)
+    parallel = make_parallel(start.settings, choice.recipe.config.parallel, world)
+    stages = choose_stage(choice.recipe, metadata, step, parallel, report)
     stage, config = stages.current, stages.current.config
     require_memory_ahead(stages, start.settings, parallel)
     place = (config, start.tokenizer, metadata, step, stage.samples_per_step, report, world)
@@ -245,6 +244,7 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     setup.fill(config, trained, start, report)
     control.progress.collectives = trained.tensor_parallel.group.counters
     keeper = CheckpointKeeper(trained, config, control, report)
+    setup.keep_configuration(recipe, report, world, chosen=choice.flags)
     introduce(report, stages, trained, data, control.launch, step, start=start.reason, saving=keeper.mode)
     setup.verify_if_asked(config, trained, control, report)
     spikes = SpikeGuard(config.control.spike_action)

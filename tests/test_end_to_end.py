@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from argonne.files import OutputFolder
 from argonne.testing.corpus import small_corpus
 from argonne.testing.launch import (
     SCHEDULE,
@@ -302,3 +303,4 @@ def test_what_is_not_there_stops_the_run_in_a_line(
     assert len(finished.errors()) == 1 and told in finished.errors()[0], finished.stderr
     assert "Traceback" not in finished.stderr
     assert status(tmp_path)["state"] == "failed"
+    assert not OutputFolder(tmp_path).run_config.exists()  # a refused start leaves that of the run before

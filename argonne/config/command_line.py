@@ -194,8 +194,8 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     """
     given, problems = parse_given(build_parser(), sys.argv[1:] if argv is None else argv)
     speaks = os.environ.get("RANK", "0") == "0"
-    layers: Layers = Layer(given={}), ()
-    settings = None
+    nothing: Layers = Layer(given={}), ()
+    layers, settings = nothing, None
     try:
         if given.get("config") is not None:
             top, stages, wrong = read_layers(given["config"])
@@ -208,7 +208,10 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
         problems.append(str(error))
         speaks = speaks or os.environ.get("LOCAL_RANK") == "0"
     recipe = _recipe(given, layers, settings)
-    problems += _recipe_problems(recipe, given, layers)
+    if (
+        given.get("config") is None or layers is not nothing
+    ):  # what a file that was not read says is not missing
+        problems += _recipe_problems(recipe, given, layers)
     if os.environ.get("GROUP_RANK", "0") == "0":  # rank 0 reports, and it runs on this node
         problems += tracker_problems(recipe.config.output.tracker)
     if not problems:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from argonne.config.mixture import MIX_FORM, mixed_source
@@ -206,7 +207,7 @@ def _add_flag(
 
 def _unknown_problems(parser: argparse.ArgumentParser, leftover: Sequence[str]) -> list[str]:
     known = list(parser._option_string_actions)
-    problems = []
+    problems, stray = [], []
     after_flag = False
     for token in leftover:
         if token.startswith("--"):
@@ -215,8 +216,13 @@ def _unknown_problems(parser: argparse.ArgumentParser, leftover: Sequence[str]) 
             hint = f"did you mean {close[0]}?" if close else "see --help"
             problems.append(f"{name} is not a flag: {hint}")
         elif not after_flag:
-            problems.append(f"{token} is not a flag: remove it, or see --help")
+            stray.append(token)
         after_flag = token.startswith("--") and "=" not in token
+    if stray:
+        others = f" (nor are {len(stray) - 1} others)" if len(stray) > 1 else ""
+        expanded = all(Path(token).exists() for token in stray)  # the shell did what --data-glob does itself
+        hint = "quote a pattern of files" if expanded else "remove it, or see --help"
+        problems.append(f"{stray[0]} is not a flag{others}: {hint}")
     return problems
 
 

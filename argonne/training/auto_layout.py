@@ -28,7 +28,7 @@ from argonne.training.layouts import (
     settled,
 )
 from argonne.training.plan import LayoutPlan, Subject, chosen_layout, subject
-from argonne.training.setup import Start, keep_configuration
+from argonne.training.setup import Start
 
 _UNKNOWN_MEMORY = 1 << 62
 """Where a system does not say what is free, everything fits."""
@@ -73,16 +73,14 @@ def resolve_layout(recipe: Recipe, settings: Mapping[str, Any], world: World) ->
     return on_rank_0(choose, world)
 
 
-def choose_layout(recipe: Recipe, start: Start, report: RunReport, world: World) -> Recipe:
-    """As `resolve_layout`; says what was chosen, keeps it beside what was asked for, and says where steps of
-    the checkpoint's run had another size."""
+def choose_layout(recipe: Recipe, start: Start, report: RunReport, world: World) -> Choice:
+    """As `resolve_layout`; says what was chosen, and where steps of the checkpoint's run had another size."""
     choice = resolve_layout(recipe, start.settings, world)
     if choice.text:
         report.info(choice.text)
-        keep_configuration(recipe, report, world, chosen=choice.flags)
     if change := batch_change(recipe.config, start.metadata, world.world_size):
         report.info(change)
-    return choice.recipe
+    return choice
 
 
 def chosen_by_plan(recipe: Recipe, subjects: Sequence[Subject]) -> Choice:

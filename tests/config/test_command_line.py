@@ -77,6 +77,29 @@ def test_every_problem_is_reported_at_once(capsys: pytest.CaptureFixture[str]) -
     assert len(lines) == 14
 
 
+def test_a_pattern_that_the_shell_expanded_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / f"{index}.parquet" for index in range(4)]
+    for file in files:
+        file.touch()
+    lines = problems(capsys, "--tokenizer-path", "t", "--data-glob", *map(str, files))
+    assert lines == [f"error: {files[1]} is not a flag (nor are 2 others): quote a pattern of files"]
+    lines = problems(capsys, "--tokenizer-path", "t", "stray")
+    assert lines == ["error: stray is not a flag: remove it, or see --help"]
+
+
+def test_a_recipe_that_cannot_be_read_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = problems(capsys, "--config", str(tmp_path / "none.toml"))
+    assert "none.toml cannot be read" in line
+    (tmp_path / "broken.toml").write_text("seed = = 3")
+    (line,) = problems(capsys, "--config", str(tmp_path / "broken.toml"))
+    assert "is not valid TOML" in line
+    (tmp_path / "empty.toml").write_text("")
+    (line,) = problems(capsys, "--config", str(tmp_path / "empty.toml"))
+    assert "--tokenizer-path is required" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
