@@ -24,8 +24,8 @@ from tests.verification.layouts import layout, single_process
 from tp_shard import shard_tensor_parallel
 
 FLOAT32_ROUNDING = 1e-5
-"""Of a gradient, relatively: up to 3e-6 on the processors seen, whose products round in other orders; a missing
-reduction is 4e-1."""
+"""Of a gradient, relatively: up to 3e-6 on the processors seen, which add up products in different orders. A
+missing reduction is 4e-1."""
 
 
 def break_entrance(model: Any) -> None:
