@@ -14,7 +14,6 @@ if __name__ == "__main__":  # first of all: Ctrl-C during any import below ends 
 
     leave_on_signals()
 
-import contextlib
 import importlib
 import os
 import sys
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from argonne.ranks.launch import Environment
     from argonne.ranks.world import World
     from argonne.run.control import RunControl
+    from argonne.run.processes import leave
     from argonne.run.report import RunReport
     from argonne.training.setup import Start
     from argonne.training.state import Run
@@ -131,19 +131,6 @@ def show_plan(recipe: Recipe) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
-
-
-def leave(code: int, line: str | None = None) -> NoReturn:
-    """Say the last line and end the process without its threads.
-
-    They may still sit in collectives or store calls that no peer will answer, and C++ aborts a process whose
-    interpreter goes away under them.
-    """
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream that was closed or broke
-        if line is not None:
-            print(line, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-    os._exit(code)
 
 
 def train(recipe: Recipe, environment: Environment, control: RunControl, report: RunReport) -> int:

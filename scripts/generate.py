@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from argonne.config.presets import MODEL_KEYS, PRESETS, REFERENCE
-from argonne.errors import ConfigError, RunError
-from argonne.tools.script import OneLineParser, run_script
+from argonne.errors import ConfigError
+from argonne.run.processes import end_with
+from argonne.tools.script import OneLineParser, run_script, said_by_rank_0
 
 if TYPE_CHECKING:
     import torch
@@ -231,12 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         heads = PRESETS[REFERENCE]["num_attention_heads"]  # the model is not open yet
         one_queue = one_queue_helps(environment, options.tensor_parallel_size, heads, fsdp=False)
         set_gpu_environment(os.environ, one_queue=one_queue)
-        try:
+        with said_by_rank_0(environment.rank):
             text = run(options, environment)
-        except RunError as error:
-            if environment.rank != 0:
-                sys.exit(error.exit_code)  # rank 0 says it for all
-            raise
         if environment.rank == 0:
             print(text)
 
@@ -244,4 +241,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

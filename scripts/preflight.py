@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from argonne.config.command_line import parse_recipe
 from argonne.errors import RunError
+from argonne.run.processes import end_with
 from resume_pretrain_tensor import prepare_gpus
 
 
@@ -45,7 +46,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    from argonne.tools.preflight import leave
-
-    leave(code)
+    end_with(main)

@@ -21,9 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from argonne.errors import ConfigError
+from argonne.errors import ConfigError, RunError
+from argonne.run.processes import end_with
 from argonne.tools.kept_run import KeptRun
-from argonne.tools.script import OneLineParser, run_script
+from argonne.tools.script import OneLineParser, run_script, said_by_rank_0
 from resume_pretrain_tensor import prepare_gpus
 
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     output = options.output or Path(f"step_{options.step}.html")
 
-    def work() -> str | None:
+    def work() -> None:
         if output.resolve().is_relative_to(options.run.resolve()):
             raise ConfigError(
                 f"--output {output} lies in the run's folder, which is not touched: name another"
@@ -72,16 +73,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warn=report.warn,
             )
             parts = (control, report, world)
-            found = replay(run, recipe, options.step, Path(folder), parts, from_start=options.from_start)
+            with said_by_rank_0(world.rank):
+                found = replay(run, recipe, options.step, Path(folder), parts, from_start=options.from_start)
         disconnect()
         if world.rank == 0:
             print("\n".join(terminal_lines(found)))
             write_page(found, output)
             print(f"written: {output}")
-        return None if found.same else verdict(found)
+        with said_by_rank_0(world.rank):
+            if not found.same:
+                raise RunError(verdict(found))
 
     return run_script(work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

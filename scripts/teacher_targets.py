@@ -30,6 +30,7 @@ from argonne.config.distillation import TOP_K
 from argonne.config.options import AUTO
 from argonne.config.recipe import Recipe
 from argonne.errors import EXIT_USAGE
+from argonne.run.processes import end_with
 from argonne.tools.script import OneLineParser, run_script
 
 DTYPES = {"fp16": "float16", "fp32": "float32"}
@@ -108,4 +109,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from argonne.errors import ConfigError, DeviceError, RunError
 from argonne.ranks.gpu_environment import set_gpu_environment
+from argonne.run.processes import leave
 from argonne.tools.script import OneLineParser, run_script, silence_stdout
 
 
@@ -102,6 +103,7 @@ def rank_main(rank: int, size: int, folder: str, backend: str, seed: int, found:
         found.put(problems)
     dist.barrier(group=about)
     dist.destroy_process_group()
+    leave(0)
 
 
 def practise(options: argparse.Namespace) -> list[str]:

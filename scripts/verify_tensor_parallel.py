@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from argonne.errors import DeviceError, RunError
+from argonne.run.processes import leave
 from argonne.tools.script import OneLineParser, run_script
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def _rank_main(
         torch.save(vars(measure(model, ids)), Path(folder) / f"{name}_{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    leave(0)
 
 
 def measure_processes(

@@ -18,6 +18,7 @@ from argonne.testing.launch import SCRIPT, SHAPE, environment
 POLL_SECONDS = 0.005
 LONGEST_SECONDS = 300.0
 BARE = """
+import os
 import sys
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
@@ -25,6 +26,7 @@ torch.distributed.init_process_group("gloo")
 torch.distributed.barrier()
 if torch.distributed.get_rank() == 0:
     open(sys.argv[1], "w").write("ready")
+os._exit(0)
 """
 
 

@@ -1,13 +1,17 @@
-"""Processes of this host as /proc shows them, and the record of the launcher that started this one."""
+"""Processes of this host as /proc shows them, what launched this one, and how it ends."""
 
 import contextlib
 import dataclasses
 import os
 import signal
+import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-from argonne.errors import EXIT_STOPPED
+from argonne.errors import EXIT_FAILURE, EXIT_STOPPED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,3 +99,34 @@ def kill_children() -> None:
             for pid in children.read_text().split():
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(int(pid), signal.SIGKILL)
+
+
+def leave(code: int, line: str | None = None) -> NoReturn:
+    """Say the last line and end the process without its threads.
+
+    They may still sit in collectives or store calls that no peer will answer, and C++ aborts (-6) a process
+    whose interpreter goes away under them: gloo's own take the interpreter's lock to free what they hold.
+    """
+    for stream, last in ((sys.stderr, line), (sys.stdout, None)):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream that was closed or broke
+            if last is not None:
+                print(last, file=stream)
+            stream.flush()
+    os._exit(code)
+
+
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """How a program that makes process groups runs its ``main`` and ends: with `leave`, whatever main raises.
+
+    The exit codes are Python's own: what main returns, that of a SystemExit, 1 after a traceback.
+    """
+    try:
+        leave(main())
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            leave(EXIT_FAILURE, ended.code)
+        leave(ended.code or 0)
+    except BaseException:  # noqa: BLE001
+        # The process boundary, where Python itself would print the traceback, and then let its threads go.
+        traceback.print_exc()
+        leave(EXIT_FAILURE)

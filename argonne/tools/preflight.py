@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -238,10 +236,3 @@ def _elsewhere(stage: Any, folder: Path) -> Any:
 def _verdict(flight: Preflight) -> str:
     failed = [row.check for row in flight.rows if not row.ok]
     return f"Not ready: {', '.join(failed)}" if failed else "Ready: every check held"
-
-
-def leave(code: int) -> None:
-    """End the process whatever its threads still wait for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from argonne.config.command_line import SILENT_SECONDS
 from argonne.errors import EXIT_FAILURE, EXIT_USAGE, RunError
 
 EXIT_INTERRUPTED = 130
@@ -69,3 +72,15 @@ def run_script(work: Callable[[], str | None], *, debug: bool = False) -> int:
         print(f"error: {wrong}", file=sys.stderr)
         return EXIT_FAILURE
     return 0
+
+
+@contextmanager
+def said_by_rank_0(rank: int) -> Iterator[None]:
+    """An error that all ranks raise is rank 0's to say: the others end with its code, without a word."""
+    try:
+        yield
+    except RunError as error:
+        if rank == 0:
+            raise
+        time.sleep(SILENT_SECONDS)  # the first rank to end makes torchrun kill the others: let rank 0 print
+        raise SystemExit(error.exit_code) from error

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from argonne.config.command_line import SILENT_SECONDS
 from argonne.config.distillation import check_folder
 from argonne.config.recipe import Recipe
 from argonne.data.source import DataProgress
@@ -29,6 +28,7 @@ from argonne.run.report import RunReport
 from argonne.tools.likely_tokens import targets_of
 from argonne.tools.preflight import QuietReport, join
 from argonne.tools.sample_places import SampleByPlace
+from argonne.tools.script import said_by_rank_0
 from argonne.tools.target_writer import FLAG, TargetsWriter, refuse_others, require_room
 from argonne.training.build import choose_dtype, choose_tp_size
 from argonne.training.setup import Start, choose_start, data_on_rank_0
@@ -302,13 +302,8 @@ def make_targets(recipe: Recipe, asked: Asked, environment: Environment) -> str:
     Raises RunError, once all have joined on rank 0 alone: other ranks end with its code and without a word.
     """
     world, _ = join(recipe, environment)
-    try:
+    with said_by_rank_0(world.rank):
         return _make(recipe, asked, environment, world)
-    except RunError as error:
-        if world.rank == 0:
-            raise
-        time.sleep(SILENT_SECONDS)  # the first rank to end makes torchrun kill the others: let rank 0 print
-        raise SystemExit(error.exit_code) from error
 
 
 def _make(recipe: Recipe, asked: Asked, environment: Environment, world: World) -> str:

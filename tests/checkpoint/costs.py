@@ -27,6 +27,7 @@ import argonne.testing.checkpoint_samples as samples
 from argonne.benchmarks.memory_probe import PeakMemory
 from argonne.checkpoint.save import save_checkpoint
 from argonne.config.families import read_folder_config
+from argonne.run.processes import leave
 from argonne.tp.slices import SliceMap
 from checkpointing import InitialWeights, load_slices, open_chosen, open_weights
 
@@ -99,6 +100,14 @@ def _joined(rank: int, tp_size: int, folder: str) -> SliceMap:
     return samples.sample_map(tp_size)
 
 
+def _leave(tp_size: int) -> None:
+    """End this rank once all are done."""
+    if tp_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    leave(0)
+
+
 def one_rank(rank: int, tp_size: int, folder: str, told: Any) -> None:
     """Load into empty slices, compare, save again; put the Cost into ``told``."""
     slice_map = _joined(rank, tp_size, folder)
@@ -126,6 +135,7 @@ def one_rank(rank: int, tp_size: int, folder: str, told: Any) -> None:
             Cost(slices=slices, loaded=loading.extra, saving=saving.extra, save_seconds=seconds),
         )
     )
+    _leave(tp_size)
 
 
 def one_rank_from_weights(rank: int, tp_size: int, folder: str, told: Any) -> None:
@@ -143,6 +153,7 @@ def one_rank_from_weights(rank: int, tp_size: int, folder: str, told: Any) -> No
             assert bool((parameters[name][box.local_index] == value).all()), name
     slices = sum(4 * p.numel() for p in parameters.values())
     told.put((rank, Cost(slices=slices, loaded=loading.extra, saving=0, save_seconds=0.0)))
+    _leave(tp_size)
 
 
 def make_weights(folder: Path) -> int:

@@ -15,6 +15,7 @@ from tests import ROOT
 LATE_RANK = """
 import json, os, sys, threading, time
 from pathlib import Path
+from argonne.run.processes import leave
 from argonne.run.traces import enable_flight_recorder
 enable_flight_recorder(Path("."), os.environ)
 import torch, torch.distributed as dist
@@ -43,9 +44,15 @@ if rank == 1:
         time.sleep(0.01)
     told()  # late: it has not entered what rank 0 waits in
 else:
-    threading.Thread(target=told).start()
+    telling = threading.Thread(target=told)
+    telling.start()
 started = torch.ops._c10d_functional.all_reduce(ones, "sum", mesh.group_name)
 torch.ops._c10d_functional.wait_tensor(started)
+if rank == 0:
+    telling.join()
+dist.barrier()
+dist.destroy_process_group()
+leave(0)
 """
 
 

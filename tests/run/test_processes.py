@@ -1,9 +1,12 @@
 """The launcher's record, and processes as /proc shows them."""
 
+import os
 import subprocess
 import sys
 import time
 from typing import Any
+
+import pytest
 
 from argonne.run.processes import Launch, command_line, process_began, process_started
 from tests import ROOT
@@ -60,3 +63,39 @@ def test_children_of_all_threads_are_ended() -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "[-9, -9]\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "last"),
+    [
+        ("return 3", 3, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit(75)", 75, ""),
+        ("sys.exit('error: no such file')", 1, "error: no such file"),
+        ("raise ZeroDivisionError('oh no')", 1, "ZeroDivisionError: oh no"),
+    ],
+)
+def test_a_program_ends_without_its_threads_and_says_all(body: str, code: int, last: str) -> None:
+    script = (
+        "import sys, threading, time\n"
+        "from argonne.run.processes import end_with\n"
+        "def main():\n"
+        "    threading.Thread(target=time.sleep, args=(600,)).start()\n"  # Python would wait for it
+        "    sys.stdout.write('written')\n"
+        f"    {body}\n"
+        "end_with(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (code, "written")
+    assert (done.stderr.splitlines() or [""])[-1] == last
+
+
+def test_a_program_ends_with_its_code_where_its_reader_has_left() -> None:
+    script = "from argonne.run.processes import leave\nprint('x' * 100)\nleave(5)\n"
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, env=buffered)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 5

@@ -1,5 +1,6 @@
 """How every script ends: one line for an error, its exit code, and not a word to a reader that has left."""
 
+import re
 import subprocess
 import sys
 
@@ -7,7 +8,9 @@ import pytest
 
 from argonne.errors import ConfigError, RunError
 from argonne.testing.launch import ROOT, environment
-from argonne.tools.script import run_script
+from argonne.tools.script import run_script, said_by_rank_0
+
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
 ENDING = """
 import sys
@@ -68,3 +71,23 @@ def test_errors_are_one_line_and_a_code(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "error: 2 and 2 are 5\n"
     assert run_script(interrupted) == 130 and run_script(lambda: None) == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_script_with_process_groups_ends_without_their_threads() -> None:
+    """C++ may abort (-6) a process whose interpreter ends under gloo's threads."""
+    joins = re.compile(r"init_process_group\(|world import .*connect|import .*join$|make_targets\(", re.M)
+    joining = {path.name: text for path in SCRIPTS if joins.search(text := path.read_text("utf-8"))}
+    for name in ("generate.py", "replay_step.py", "teacher_targets.py", "verify_tensor_parallel.py"):
+        assert name in joining
+    assert [name for name, text in joining.items() if not re.search(r"\b(end_with|leave)\(", text)] == []
+
+
+def test_an_error_of_all_ranks_is_said_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("argonne.tools.script.time.sleep", slept.append)
+    with pytest.raises(ConfigError), said_by_rank_0(0):
+        raise ConfigError("--flag 3: give 4")
+    assert slept == []
+    with pytest.raises(SystemExit) as ended, said_by_rank_0(1):
+        raise ConfigError("--flag 3: give 4")
+    assert ended.value.code == 2 and slept == [2.0]

@@ -13,7 +13,7 @@ from argonne.testing.distributed import run_ranks
 from argonne.testing.models import loss_of, random_tokens, relative_error, small_model
 from argonne.verification.compare import difference
 from argonne.verification.simulate import simulate
-from tests.tp.unsharded import Grads, reference
+from tests.tp.unsharded import Grads, norm_of_all, reference
 from tp_shard import (
     SimulatedTPGroup,
     TensorParallelModel,
@@ -152,10 +152,12 @@ def run_simulated(
 def test_simulated_ranks_agree(size: int, length: int, sequence_parallel: bool) -> None:
     tokens = random_tokens(length=length)
     loss, gradients, _ = reference(torch.float64, tokens)
+    total = norm_of_all(gradients)
     for sharded_loss, sharded in run_simulated(size, torch.float64, tokens, sequence_parallel):
         assert sharded_loss == pytest.approx(loss, rel=1e-12)
         for name, expected in gradients.items():
-            assert relative_error(sharded[name], expected) < 1e-10, name
+            # One position attends to itself alone: the gradients of query and key are zero but for rounding.
+            assert difference(name, sharded[name], expected, total).relative < 1e-10, name
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -227,7 +229,7 @@ def test_random_shapes(seed: int | None, rounds: int) -> None:
         size, sequence_parallel, changes, tokens = random_case(generator)
         print(size, sequence_parallel, changes, tuple(tokens.shape))
         loss, gradients, _ = reference(torch.float64, tokens, **changes)
-        total = torch.cat([grad.flatten() for grad in gradients.values()]).norm().item()
+        total = norm_of_all(gradients)
         results = run_simulated(size, torch.float64, tokens, sequence_parallel, **changes)
         for sharded_loss, sharded in results:
             assert sharded_loss == pytest.approx(loss, rel=1e-12)

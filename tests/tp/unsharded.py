@@ -22,3 +22,8 @@ def reference(dtype: torch.dtype, tokens: Tensor, **changes: Any) -> tuple[float
         {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
         logits,
     )
+
+
+def norm_of_all(gradients: Grads) -> float:
+    """The norm of all gradients, beside which a gradient that is zero in theory is measured."""
+    return torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()

@@ -23,6 +23,10 @@ from tests.model.family_reference import SWITCHES
 from tests.verification.layouts import layout, single_process
 from tp_shard import shard_tensor_parallel
 
+FLOAT32_ROUNDING = 1e-5
+"""Of a gradient, relatively: up to 3e-6 on the processors seen, which add up products in different orders. A
+missing reduction is 4e-1."""
+
 
 def break_entrance(model: Any) -> None:
     """Forget the attention's reduction in the backward pass: the loss stays right."""
@@ -115,7 +119,7 @@ def test_a_right_split_agrees_with_the_unsharded_model(
         assert report == results[0]
         assert [gradient.name for gradient in report.gradients] == names
         assert report.unsharded_loss == pytest.approx(expected.loss, rel=1e-6)
-        assert report.worst.relative < (2e-6 if dtype is torch.float32 else 0.1)
+        assert report.worst.relative < (FLOAT32_ROUNDING if dtype is torch.float32 else 0.1)
         assert report.worst.relative > 0 or world == 1
 
 
@@ -132,7 +136,7 @@ def test_one_process_can_be_verified_too() -> None:
     report = compare_with_unsharded(
         model, model, single_process(), random_tokens(length=12), dtype=torch.float32
     )
-    assert report.agrees and report.worst.relative < 2e-6
+    assert report.agrees and report.worst.relative < FLOAT32_ROUNDING
     assert "largest relative error" in report.summary()
 
 
@@ -142,7 +146,7 @@ def test_padded_widths_are_verified_and_their_faults_seen() -> None:
         shard_tensor_parallel(model, pad_to=8)
         arguments = (model, model, single_process(), random_tokens(length=12))
         report = compare_with_unsharded(*arguments, dtype=torch.float32)
-        assert report.agrees and report.worst.relative < 2e-6
+        assert report.agrees and report.worst.relative < FLOAT32_ROUNDING
         model.blocks[0].attn.scaling = 8**-0.5  # of the padded head
         with pytest.raises(SplitMismatchError):
             compare_with_unsharded(*arguments, dtype=torch.float32)
@@ -156,7 +160,7 @@ def test_documents_and_every_switch_are_verified() -> None:
     report = compare_with_unsharded(
         model, model, single_process(), tokens, dtype=torch.float32, document_ids=ids_of(spans)
     )
-    assert report.worst.relative < 2e-6
+    assert report.worst.relative < FLOAT32_ROUNDING
     expected, _ = alone(small_model(torch.float32, **SWITCHES), tokens, spans)
     assert report.unsharded_loss == pytest.approx(expected, rel=1e-5)
 
