@@ -196,10 +196,11 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     speaks = os.environ.get("RANK", "0") == "0"
     layers: Layers = Layer(given={}), ()
     settings = None
+    read = given.get("config") is None
     try:
-        if given.get("config") is not None:
+        if not read:
             top, stages, wrong = read_layers(given["config"])
-            layers = top, stages
+            layers, read = (top, stages), True
             problems += wrong
         model_config = overlay(layers[0].given, given).get("model_config")
         if model_config is not None:
@@ -208,7 +209,8 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
         problems.append(str(error))
         speaks = speaks or os.environ.get("LOCAL_RANK") == "0"
     recipe = _recipe(given, layers, settings)
-    problems += _recipe_problems(recipe, given, layers)
+    if read:  # what a file that was not read would have given is not missing
+        problems += _recipe_problems(recipe, given, layers)
     if os.environ.get("GROUP_RANK", "0") == "0":  # rank 0 reports, and it runs on this node
         problems += tracker_problems(recipe.config.output.tracker)
     if not problems:
