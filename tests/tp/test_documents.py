@@ -20,7 +20,7 @@ from tp_shard import SimulatedTPGroup, gather_state_dict, shard_tensor_parallel
 LENGTH = 150
 """Longer than a run of queries of the compiled path."""
 TOLERANCE = 5e-5
-"""Of float32 rounding through attention in another order: 4e-6 was seen; a document that sees another is 1e-1."""
+"""Of float32 rounding through attention in another order: 4e-6 was seen."""
 
 
 def batch_and_spans(rows: int = 2) -> tuple[Tensor, list[list[int]]]:
