@@ -189,9 +189,10 @@ def test_exactly_what_was_trained_on_is_refused(
     allowed = open_stream(every, tokenizer, **state)
     listed = sorted(seen & set(places(folder)[:-1]))
     words = ", ".join(f"{name} row {row}" for name, row in listed[:3])
+    dots = ", ..." if len(listed) > 3 else ""
     all_named = (
-        f"--exclude-documents names {len(listed)} documents that the run has trained on ({words}, ...): they "
-        "are left out from here on"
+        f"--exclude-documents names {len(listed)} documents that the run has trained on ({words}{dots}): "
+        "they are left out from here on"
     )
     assert all_named in allowed.notices
     allowed.source.close()
