@@ -57,6 +57,7 @@ __all__ = [
     "estimate_save",
     "export_hf",
     "find_checkpoints",
+    "find_requested",
     "host_copy_bytes",
     "infer_model_config",
     "is_weights_folder",
@@ -68,6 +69,7 @@ __all__ = [
     "own_checkpoints",
     "prune",
     "read_rectangle",
+    "require_initial",
     "require_room",
     "require_safe_torch",
     "save_checkpoint",
@@ -201,29 +203,50 @@ def _requested_checkpoint(
     if force_from_scratch or (requested == FROM_SCRATCH and flag == "--checkpoint-path"):
         flag = "--force-from-scratch" if force_from_scratch else "--checkpoint-path NONE"
         return CheckpointChoice(reader=None, reason=f"starting from scratch ({flag})")
-    folder = OutputFolder(Path(output_dir)).pretrained if requested is None else Path(requested).expanduser()
+    if requested is None:
+        folder = OutputFolder(Path(output_dir)).pretrained
+        candidates = find_checkpoints(folder) if folder.is_dir() else []
+        if not candidates:
+            return CheckpointChoice(reader=None, reason=f"no checkpoint in {folder}: starting from scratch")
+        return _newest_that_verifies(folder, candidates)
+    path, candidates = find_requested(requested, flag)
+    if candidates:
+        return _newest_that_verifies(path, candidates)
+    reader = verify_checkpoint(path)
+    return CheckpointChoice(reader=reader, reason=f"resuming from {path} (step {reader.step})")
+
+
+def find_requested(requested: str, flag: str = "--checkpoint-path") -> tuple[Path, list[tuple[int, Path]]]:
+    """(the file that ``flag`` names, nothing) or (its folder, (step, path) of each checkpoint there).
+
+    No checkpoint is read. Raises CheckpointError where there is none.
+    """
+    path = Path(requested).expanduser()
     or_none = f", or {FROM_SCRATCH}" if flag == "--checkpoint-path" else ""
-    if requested is not None and not folder.exists():
+    if not path.exists():
         raise CheckpointError(f"{flag} {requested} does not exist: name a file or a folder{or_none}")
-    if folder.is_file():
-        if ".safetensors" in folder.suffixes:
-            raise _weights_only(folder)
-        reader = verify_checkpoint(folder)
-        return CheckpointChoice(reader=reader, reason=f"resuming from {folder} (step {reader.step})")
-    candidates = find_checkpoints(folder) if folder.is_dir() else []
-    inner = OutputFolder(folder).pretrained
-    if not candidates and requested is not None and inner.is_dir():  # it names a run's --output-dir
-        folder, candidates = inner, find_checkpoints(inner)
-    if not candidates and requested is not None:
-        if flag == "--checkpoint-path" and any(folder.glob("*.safetensors*")):
-            raise _weights_only(folder)
+    if path.is_file():
+        if ".safetensors" in path.suffixes:
+            raise _weights_only(path)
+        return path, []
+    candidates = find_checkpoints(path)
+    inner = OutputFolder(path).pretrained
+    if not candidates and inner.is_dir():  # it names a run's --output-dir
+        path, candidates = inner, find_checkpoints(inner)
+    if not candidates:
+        if flag == "--checkpoint-path" and any(path.glob("*.safetensors*")):
+            raise _weights_only(path)
         other = "" if flag == "--checkpoint-path" else " and no config.json with safetensors"
         raise CheckpointError(
             f"{flag} {requested} holds no checkpoint (*_checkpoint_step_N.pth, checkpoint_step_N.pt){other}"
         )
-    if not candidates:
-        return CheckpointChoice(reader=None, reason=f"no checkpoint in {folder}: starting from scratch")
-    return _newest_that_verifies(folder, candidates)
+    return path, candidates
+
+
+def require_initial(path: str) -> None:
+    """CheckpointError where ``--init-from`` names neither weights nor a checkpoint; neither is read."""
+    if not is_weights_folder(Path(path).expanduser()):
+        find_requested(path, "--init-from")
 
 
 def _weights_only(path: Path) -> CheckpointError:

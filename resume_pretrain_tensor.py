@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from argonne.ranks.launch import Environment
     from argonne.ranks.world import World
     from argonne.run.control import RunControl
-    from argonne.run.processes import leave
     from argonne.run.report import RunReport
     from argonne.training.setup import Start
     from argonne.training.state import Run
@@ -74,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from argonne.ranks.faults import run_error_of
     from argonne.ranks.world import disconnect
     from argonne.run.control import RunControl
+    from argonne.run.processes import leave
     from argonne.run.report import RunReport
     from argonne.run.traces import enable_flight_recorder
 

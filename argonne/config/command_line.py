@@ -30,6 +30,7 @@ Layers = tuple[Layer, tuple[Layer, ...]]
 """The top of a recipe file, and its stages."""
 SILENT_SECONDS = 2.0
 """How long a rank that leaves the message to rank 0 waits before it ends."""
+NO_TOKENIZER = "--tokenizer-path is required: give the folder of a Hugging Face tokenizer"
 
 
 def build_parser() -> FlagParser:
@@ -74,7 +75,7 @@ def _combination_problems(config: RunConfig, given: Mapping[str, Any]) -> list[s
         problems.append(str(error))
     planned = config.planning.plan is not None
     if not config.data.tokenizer_path and "tokenizer_path" not in given and not planned:
-        problems.append("--tokenizer-path is required: give the folder of a Hugging Face tokenizer")
+        problems.append(NO_TOKENIZER)
     problems += distillation_problems(config.distillation, given)
     if "token_column" in given and "text_column" in given and "data_mix" not in given:
         problems.append("--token-column contradicts --text-column: leave one out")
@@ -194,12 +195,14 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     """
     given, problems = parse_given(build_parser(), sys.argv[1:] if argv is None else argv)
     speaks = os.environ.get("RANK", "0") == "0"
-    nothing: Layers = Layer(given={}), ()
-    layers, settings = nothing, None
+    layers: Layers = Layer(given={}), ()
+    settings = None
+    read = not any(problem.startswith("--config") for problem in problems)
     try:
         if given.get("config") is not None:
+            read = False
             top, stages, wrong = read_layers(given["config"])
-            layers = top, stages
+            layers, read = (top, stages), True
             problems += wrong
         model_config = overlay(layers[0].given, given).get("model_config")
         if model_config is not None:
@@ -208,10 +211,10 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
         problems.append(str(error))
         speaks = speaks or os.environ.get("LOCAL_RANK") == "0"
     recipe = _recipe(given, layers, settings)
-    if (
-        given.get("config") is None or layers is not nothing
-    ):  # what a file that was not read says is not missing
-        problems += _recipe_problems(recipe, given, layers)
+    if read:  # what a file that was not read would have given is not missing
+        named = any("tokenizer-path" in problem for problem in problems)  # without its value, or misspelled
+        others = _recipe_problems(recipe, given, layers)
+        problems += [line for line in others if not named or line != NO_TOKENIZER]
     if os.environ.get("GROUP_RANK", "0") == "0":  # rank 0 reports, and it runs on this node
         problems += tracker_problems(recipe.config.output.tracker)
     if not problems:

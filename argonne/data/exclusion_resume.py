@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from argonne.data.cached_source import CachedSamples, cached_options, epoch_order
@@ -29,6 +30,10 @@ from argonne.errors import DataError
 EXCLUDED, CACHED_WITHOUT, CHECKED = "excluded", "cached_without", "excluded_checked"
 """Of a checkpoint's ``data_state``: the rows of the list, those that the token cache was made without, and a
 hash of the list with the hashes of its texts, which were compared."""
+NAMED = 3
+COUNTED = 1000
+"""Documents that were trained on already which a warning names, and counts: asking costs a row each with
+--no-packing."""
 Parts = dict[str, SourceOptions]
 Corpora = Mapping[str, list[Shard]]
 
@@ -212,16 +217,24 @@ def new_and_read(
 
 def refuse_read(documents: Iterator[str], allow_data_change: bool) -> list[str]:
     """The notice of excluded documents that were trained on already; DataError unless that was allowed."""
-    first = next(documents, None)
-    if first is None:
+    named = list(islice(documents, NAMED))
+    if not named:
         return []
     if not allow_data_change:
         raise ReadBeforeError(
-            f"{FLAG} names {first}, which the run has trained on",
+            f"{FLAG} names {named[0]}, which the run has trained on",
             "branch off from a checkpoint that had not seen it (scripts/branch_run.py), or "
             "--allow-data-change to leave it out from here on",
         )
-    return [f"{FLAG} names {first}, which the run has trained on: it is left out from here on"]
+    if len(named) == 1:
+        return [f"{FLAG} names {named[0]}, which the run has trained on: it is left out from here on"]
+    count = len(named) + sum(1 for _ in islice(documents, COUNTED - len(named) + 1))
+    number = f"more than {COUNTED:,}" if count > COUNTED else f"{count:,}"
+    others = ", ..." if count > len(named) else ""
+    return [
+        f"{FLAG} names {number} documents that the run has trained on ({', '.join(named)}{others}): they are "
+        "left out from here on"
+    ]
 
 
 class ReadBeforeError(DataError):

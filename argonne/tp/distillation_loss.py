@@ -91,18 +91,16 @@ class TeacherLoss:
     # the difference of the logits weighed by the distribution that the divergence is the mean over.
 
     def slice_sums(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        dtype, valid, count = self.rule.dtype, self.rule.valid, len(logits)
-        sums = torch.zeros((5, count), dtype=dtype, device=logits.device)
-        largest = torch.full((2, count), -torch.inf, dtype=dtype, device=logits.device)
+        dtype, valid = self.rule.dtype, self.rule.valid
+        largest, sums = empty_sums(self.rule, logits)
         if not valid:
             return largest, sums
         places, temperature = self.places.of(rows), self._soft.temperature
         for here, there in soft_chunks(rows, logits, dtype):
             student = capped(logits[here, :valid], dtype, self.rule.cap)
             teacher = self._teacher.logits(there, dtype)
-            largest[0, here], largest[1, here] = student.amax(dim=1), teacher.amax(dim=1)
-            picked = student.gather(1, places.local[here, None]).squeeze(1)
-            sums[1, here] = torch.where(places.mine[here], picked, 0.0)
+            note_targets(student, places, here, largest, sums)
+            largest[1, here] = teacher.amax(dim=1)
             student.sub_(within_range(largest[0, here, None]))
             teacher.sub_(within_range(largest[1, here, None]))
             sums[0, here] = student.exp().sum(dim=1)
@@ -174,6 +172,20 @@ class TeacherLoss:
             else:
                 part.add_(log_student.exp_().sub_(teacher.exp_()), alpha=factor)
             finish(part, student, places.ignored[here], logits[here, :valid], self.rule)
+
+
+def empty_sums(rule: LossRule, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(2, rows) maxima and (5, rows) sums for `slice_sums` to fill, which a slice of padding leaves alone."""
+    largest = torch.full((2, len(logits)), -torch.inf, dtype=rule.dtype, device=logits.device)
+    return largest, torch.zeros((5, len(logits)), dtype=rule.dtype, device=logits.device)
+
+
+def note_targets(student: Tensor, places: Places, rows: slice, largest: Tensor, sums: Tensor) -> None:
+    """Fill the first maximum and the second sum of some rows: the largest of their capped logits, and the
+    target's where it is in the slice."""
+    largest[0, rows] = student.amax(dim=1)
+    picked = student.gather(1, places.local[rows, None]).squeeze(1)
+    sums[1, rows] = torch.where(places.mine[rows], picked, 0.0)
 
 
 def within_range(largest: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from argonne.tp.distillation_loss import (
     DistillationRule,
+    empty_sums,
     finish,
     hard_gradient,
+    note_targets,
     soft_chunks,
     weighted,
     within_range,
@@ -88,9 +90,8 @@ class StoredTargetsLoss:
     # weighed by the student.
 
     def slice_sums(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        dtype, valid, count = self.rule.dtype, self.rule.valid, len(logits)
-        sums = torch.zeros((5, count), dtype=dtype, device=logits.device)
-        largest = torch.full((2, count), -torch.inf, dtype=dtype, device=logits.device)
+        dtype, valid = self.rule.dtype, self.rule.valid
+        largest, sums = empty_sums(self.rule, logits)
         if not valid:
             return largest, sums
         places, temperature = self.places.of(rows), self._soft.temperature
@@ -101,9 +102,7 @@ class StoredTargetsLoss:
                 (word.place.shape[0], valid + 1), -torch.inf, dtype=dtype, device=logits.device
             )
             student[:, :valid] = capped(logits[here, :valid], dtype, self.rule.cap)
-            largest[0, here] = student.amax(dim=1)
-            picked = student.gather(1, places.local[here, None]).squeeze(1)
-            sums[1, here] = torch.where(places.mine[here], picked, 0.0)
+            note_targets(student, places, here, largest, sums)
             base = within_range(largest[0, here, None])
             stored = student.gather(1, word.place).sub_(base)
             rest = student.scatter_(1, word.place, -torch.inf)

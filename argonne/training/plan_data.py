@@ -1,4 +1,4 @@
-"""What a plan reads of each source, and about how much is there."""
+"""What a plan reads of each source, about how much is there, and the files that a run must have."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from argonne.config.options import DataOptions
+from argonne.config.options import DataOptions, RunConfig
 from argonne.errors import DataError
-from data_stream import find_shards
+from checkpointing import FROM_SCRATCH, find_requested, require_initial
+from data_stream import Exclusion, find_shards
 
 TEXT_BYTES_PER_TOKEN = 4.5
 """Of English text with a vocabulary of 150,000; a guess until the text is tokenized."""
@@ -44,6 +45,32 @@ class Reading:
     @property
     def epochs(self) -> float | None:
         return self.tokens / self.held.tokens if self.held is not None and self.held.tokens else None
+
+
+def require_files(configs: Sequence[RunConfig]) -> None:
+    """Raises the run's own RunError where a list of excluded documents cannot be read, or where a named
+    checkpoint or the weights to start from are not there. Data may lie elsewhere: the plan's text says so.
+    """
+    for path in dict.fromkeys(config.data.exclude_documents for config in configs):
+        if path is not None:
+            Exclusion.read(Path(path))
+    options = configs[0].checkpoint
+    if options.checkpoint_path not in (None, FROM_SCRATCH):
+        find_requested(options.checkpoint_path)
+    if options.init_from is not None:
+        require_initial(options.init_from)
+
+
+def validation_sets(configs: Sequence[RunConfig]) -> Iterator[tuple[str, str]]:
+    """(name, where its shards are) of each set of any stage; a URL is not asked."""
+    for name, glob in dict.fromkeys(one for config in configs for one in config.evaluation.eval_data):
+        if "://" in glob:
+            yield name, glob
+            continue
+        try:
+            yield name, f"{len(find_shards(glob)):,} of {glob}"
+        except DataError:
+            yield name, f"none at {glob}"
 
 
 def readings(stages: Iterable[tuple[DataOptions, int]]) -> list[Reading]:

@@ -19,7 +19,7 @@ from argonne.training.plan import (
     sending_ranks,
     tokens_per_step,
 )
-from argonne.training.plan_data import TEXT_BYTES_PER_TOKEN, readings
+from argonne.training.plan_data import TEXT_BYTES_PER_TOKEN, readings, require_files, validation_sets
 from argonne.training.plan_stages import (
     StagePlan,
     common_layouts,
@@ -38,6 +38,7 @@ LAYOUTS_SHOWN = 6
 def plan_text(recipe: Recipe) -> str:
     """What ``--plan`` prints: JSON, or text of at most 100 columns."""
     config = recipe.config
+    require_files([stage.config for stage in recipe.stages])
     plans = stage_plans(recipe, _tokenizer_length(config))
     if config.planning.plan == "json":
         return json.dumps(stages_document(plans), indent=2)
@@ -246,6 +247,11 @@ def _data(plans: Sequence[StagePlan]) -> Iterator[str]:
         yield f"      {source.name or 'the only one':18}{source.tokens:>18,}{there:>16}{epochs:>9}  {shards}"
     if any(source.held is not None and source.held.guessed for source in found):
         yield f"  texts at {TEXT_BYTES_PER_TOKEN} bytes a token; scripts/inspect_data.py measures them"
+    sets = list(validation_sets([stage.what.config for stage in plans]))
+    if sets:
+        yield f"Validation: {'set':56}  shards"
+    for name, shards in sets:
+        yield f"      {name:62}  {shards}"
 
 
 def _free_disk(folder: Path) -> int:

@@ -48,6 +48,14 @@ def test_every_flag_reaches_its_field() -> None:
     assert parse_command_line([*NEEDED, "--local_rank", "3"]).parallel.local_rank == 3
 
 
+@pytest.mark.parametrize("flags", [("--tokenizer-path",), ("--tokenizer-pth", "x"), ("--config",)])
+def test_what_is_written_wrongly_is_not_called_missing(
+    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    (line,) = problems(capsys, *flags)
+    assert line.startswith(f"error: {flags[0]}")
+
+
 def test_every_problem_is_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     lines = problems(
         capsys,

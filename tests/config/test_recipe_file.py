@@ -159,7 +159,7 @@ def test_a_file_that_cannot_be_read(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(SystemExit) as stop:
-        parse_recipe(["--config", str(path), "--tokenizer-path", "t"])
+        parse_recipe(["--config", str(path)])
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and line.startswith(f"error: --config {path} ")
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import argonne.testing.corpus as corpus
+from argonne.data.exclusion_resume import refuse_read
 from argonne.data.source import DataProgress, SourceOptions
 from argonne.errors import DataError
 from argonne.testing.sources import source_options
@@ -181,10 +182,41 @@ def test_exactly_what_was_trained_on_is_refused(
     ):
         open_stream(found, tokenizer, **state)
     allowed = open_stream(replace(found, allow_data_change=True), tokenizer, **state)
-    assert any("it is left out from here on" in notice for notice in allowed.notices)
+    one = f"--exclude-documents names {first[0]} row {first[1]}, which the run has trained on: it is left out"
+    assert any(notice.startswith(one) for notice in allowed.notices)
+    allowed.source.close()
+    every = replace(usual, exclude=write_list(tmp_path / "l", places(folder)[:-1]), allow_data_change=True)
+    allowed = open_stream(every, tokenizer, **state)
+    listed = sorted(seen & set(places(folder)[:-1]))
+    words = ", ".join(f"{name} row {row}" for name, row in listed[:3])
+    dots = ", ..." if len(listed) > 3 else ""
+    all_named = (
+        f"--exclude-documents names {len(listed)} documents that the run has trained on ({words}{dots}): "
+        "they are left out from here on"
+    )
+    assert all_named in allowed.notices
     allowed.source.close()
     fresh = open_stream(found, tokenizer)  # from scratch any list is fine
     fresh.source.close()
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (1, "names 0, which the run has trained on: it is left out"),
+        (2, "names 2 documents that the run has trained on (0, 1): they are left out"),
+        (3, "names 3 documents that the run has trained on (0, 1, 2): they"),
+        (4, "names 4 documents that the run has trained on (0, 1, 2, ...): they"),
+        (1000, "names 1,000 documents that the run has trained on (0, 1, 2, ...)"),
+        (5000, "names more than 1,000 documents that the run has trained on (0, 1, 2, ...)"),
+    ],
+)
+def test_what_was_trained_on_already_is_counted(count: int, words: str) -> None:
+    documents = iter([str(number) for number in range(count)])
+    (notice,) = refuse_read(documents, allow_data_change=True)
+    assert notice.startswith(f"--exclude-documents {words}") and notice.endswith("left out from here on")
+    assert len(list(documents)) == max(0, count - 1001), "asked further than it counts"
+    assert refuse_read(iter(()), allow_data_change=True) == []
 
 
 def test_a_mixture_is_asked_source_by_source(tokenizer: Any, tmp_path: Path) -> None:

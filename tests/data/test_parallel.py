@@ -147,7 +147,8 @@ def test_copies_stay_equal_to_the_bit(size: int, sequence_parallel: bool) -> Non
                 assert torch.equal(weights[name][box.local_index], whole[box.unsharded_index]), name
                 padding[box.local_index] = False
             assert torch.count_nonzero(weights[name][padding]) == 0, f"{name}: padding was trained"
-        assert relative_error(whole, parameter.detach()) < 1e-9, name
+        # AdamW divides a gradient by its own size, and makes much of the rounding of the smallest.
+        assert relative_error(whole, parameter.detach()) < 1e-7, name
     # 5 norms, row biases of 2 layers; with 8 ranks half of them hold copies of k and v, weight and bias
     assert copied == (5 + 4) * (size - 1) + (8 * 4 if size == 8 else 0)
 

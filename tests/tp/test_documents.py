@@ -19,7 +19,8 @@ from tp_shard import SimulatedTPGroup, gather_state_dict, shard_tensor_parallel
 
 LENGTH = 150
 """Longer than a run of queries of the compiled path."""
-TOLERANCE = 1e-5
+TOLERANCE = 5e-5
+"""Of float32 rounding through attention in another order: 4e-6 was seen."""
 
 
 def batch_and_spans(rows: int = 2) -> tuple[Tensor, list[list[int]]]:

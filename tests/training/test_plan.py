@@ -11,12 +11,13 @@ import pytest
 import resume_pretrain_tensor
 from argonne.config.command_line import parse_command_line
 from argonne.config.presets import PRESETS
-from argonne.errors import DeviceError
+from argonne.errors import CheckpointError, DeviceError
 from argonne.testing.launch import ROOT, environment
 from argonne.training import fit
 from argonne.training.build import flops_per_token
 from argonne.training.layouts import flags_of, misfit, nearest_that_fits, run_plan
 from argonne.training.plan import chosen_layout, plan_layout, subject_of
+from argonne.training.plan_data import require_files
 from tests.verification.layouts import single_process
 
 KEYS = [
@@ -142,6 +143,55 @@ def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixtu
         resume_pretrain_tensor.main(flags)
     assert leaving.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--exclude-documents", "No such file or directory: give a list"),
+        ("--checkpoint-path", "does not exist: name a file or a folder, or NONE"),
+        ("--init-from", "does not exist: name a file or a folder"),
+        ("--teacher-path", "is no folder: give the folder"),
+        ("--tokenizer-path", "give a folder with tokenizer.json"),
+    ],
+)
+def test_a_file_that_is_not_there_is_named(
+    flag: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "missing")
+    for kind in ("--plan", "--plan=json"):
+        assert resume_pretrain_tensor.main([kind, flag, missing]) in (1, 2)
+        out, err = capsys.readouterr()
+        (line,) = err.splitlines()
+        assert out == "" and line.startswith("error: ")
+        assert all(part in line for part in (flag, missing, message))
+
+
+def test_checkpoints_and_weights_are_looked_for_and_not_read(tmp_path: Path) -> None:
+    config = parse_command_line(["--plan", "--checkpoint-path", str(tmp_path)])
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        require_files([config])
+    (tmp_path / "pretrained").mkdir()
+    checkpoint = tmp_path / "pretrained" / "tensor_parallel_checkpoint_step_3.pth"
+    checkpoint.touch()
+    require_files([config])
+    require_files([parse_command_line(["--plan", "--checkpoint-path", str(checkpoint)])])
+    require_files([parse_command_line(["--plan", "--checkpoint-path", "NONE"])])
+    require_files([parse_command_line(["--plan", "--init-from", str(tmp_path)])])
+
+
+def test_validation_sets_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.parquet").touch()
+    sets = [f"web={tmp_path}/*.parquet", f"code={tmp_path}/code/*.parquet", "far=s3://bucket/x.parquet"]
+    assert resume_pretrain_tensor.main(["--plan", "--eval-data", *sets]) == 0
+    out = capsys.readouterr().out
+    found = [line.split(maxsplit=1) for line in out.partition("Validation: ")[2].splitlines()[1:4]]
+    assert found == [
+        ["web", f"2 of {tmp_path}/*.parquet"],
+        ["code", f"none at {tmp_path}/code/*.parquet"],
+        ["far", "s3://bucket/x.parquet"],
+    ]
 
 
 def test_an_impossible_degree_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
