@@ -15,7 +15,7 @@ from argonne.benchmarks.common import Row, interleaved, timed_row
 from argonne.benchmarks.models import Shape, our_model, split_over
 from argonne.testing.distributed import run_ranks
 from argonne.training.build import TrainedModel
-from checkpointing import HostCopy, save_checkpoint, save_copies
+from checkpointing import HostCopy, save_checkpoint
 
 
 def save_arguments(trained: TrainedModel, shape: Shape) -> dict[str, Any]:
@@ -36,40 +36,40 @@ def one_rank(rank: int, world_size: int, folder: str, shape: Shape, rounds: int)
     path = Path(folder) / "tensor_parallel_checkpoint_step_1.pth"
     common, size = save_arguments(trained, shape), 12 * trained.slice_map.numel()
     raw = {"0": torch.rand(size // 8), "1": torch.rand(size // 8)} if rank == 0 else tensors_of(trained)
-    with HostCopy(trained.slice_map, rank, trained.parallel.device) as copy:
-        copy.take(trained.parameters(), trained.adam())
+    copy = HostCopy(trained.slice_map, rank, trained.parallel.device)
+    copy.take(trained.parameters(), trained.adam())
 
-        def timed(call: Callable[[], object], on: int | None = None) -> Callable[[], float]:
-            def run() -> float:
-                if rank == 0:  # new pages of the page cache cost more: every way begins with used ones
-                    raw_write(raw, path)
-                    path.unlink()
-                dist.barrier()
-                started = time.perf_counter()
-                if on in (None, rank):
-                    call()
-                dist.barrier()
-                seconds = time.perf_counter() - started
-                if rank == 0:
-                    path.unlink(missing_ok=True)
-                return seconds
+    def timed(call: Callable[[], object], on: int | None = None) -> Callable[[], float]:
+        def run() -> float:
+            if rank == 0:  # new pages of the page cache cost more: every way begins with used ones
+                raw_write(raw, path)
+                path.unlink()
+            dist.barrier()
+            started = time.perf_counter()
+            if on in (None, rank):
+                call()
+            dist.barrier()
+            seconds = time.perf_counter() - started
+            if rank == 0:
+                path.unlink(missing_ok=True)
+            return seconds
 
-            return run
+        return run
 
-        return interleaved(
-            {
-                "raw": timed(lambda: raw_write(raw, path), on=0),
-                "raw direct": timed(lambda: raw_direct_write(size, path), on=0),
-                "between": timed(
-                    lambda: save_checkpoint(
-                        path, parameters=trained.parameters(), adam=trained.adam(), **common
-                    )
-                ),
-                "copies": timed(lambda: save_copies(path, copy=copy, **common)),
-                "copy": timed(lambda: copy.take(trained.parameters(), trained.adam())),
-            },
-            rounds,
-        )
+    return interleaved(
+        {
+            "raw": timed(lambda: raw_write(raw, path), on=0),
+            "raw direct": timed(lambda: raw_direct_write(size, path), on=0),
+            "between": timed(
+                lambda: save_checkpoint(path, parameters=trained.parameters(), adam=trained.adam(), **common)
+            ),
+            "copies": timed(
+                lambda: save_checkpoint(path, parameters=copy.parameters, adam=copy.adam, **common)
+            ),
+            "copy": timed(lambda: copy.take(trained.parameters(), trained.adam())),
+        },
+        rounds,
+    )
 
 
 def rank_rows(folder: Path, shape: Shape, rounds: int) -> tuple[list[Row], dict[str, Any]]:
