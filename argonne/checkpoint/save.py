@@ -1,10 +1,10 @@
 """Saving: several ranks write their parts of the one file, from memory that the ranks of a node share.
 
 Nothing is gathered whole, and within rank 0's node no slice goes through a network: round by round its ranks
-put a few pieces of the file together in shared memory (`window`), and each writes its share of the file at its
-place, checksums and all. Ranks of other nodes send their slices to the rank that writes them. Rank 0 combines
-the checksums, writes what is left between the parts and the directory, and gives the file its name. Between
-two rounds all ranks hear how the others fare: a fault ends the save on all.
+put a few pieces of the file together in shared memory (`window`), and each writes its share of the file at
+its place, checksums and all. Ranks of other nodes send their slices to the rank that writes them. Rank 0
+combines the checksums, writes what is left between the parts and the directory, and gives the file its name.
+Between two rounds all ranks hear how the others fare: a fault ends the save on all.
 """
 
 from __future__ import annotations
