@@ -13,7 +13,7 @@ import torch
 
 from argonne.checkpoint.adam import ADAM_KEYS
 from argonne.checkpoint.contents import Adam
-from argonne.checkpoint.shared_memory import SharedMemory, pin
+from argonne.checkpoint.shared_memory import SharedMemory
 from argonne.errors import DeviceError
 from argonne.tp.slices import SliceMap
 
@@ -64,11 +64,8 @@ class HostCopy:
                 f"({error.strerror}): free some, or use --async-checkpoint off"
             ) from error
         memory.close()
-        if self._device.type == "cuda" and not pin(memory.memory, self.size):
-            raise DeviceError(
-                f"CUDA cannot pin {self.size:,} bytes of host memory for saving in the background: raise the "
-                "limit of locked memory (ulimit -l), or use --async-checkpoint off"
-            )
+        if self._device.type == "cuda" and self.size:
+            _pin(memory.memory, self.size)
         return memory.memory
 
     def take(self, parameters: Mapping[str, torch.Tensor], adam: Adam) -> None:
@@ -91,6 +88,17 @@ class HostCopy:
             state["step"] = step
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
+
+
+def _pin(memory: mmap.mmap, size: int) -> None:
+    """Let the GPU write to the memory by itself."""
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    runtime = torch.cuda.cudart()
+    if runtime.cudaHostRegister(address, size, 0) != runtime.cudaError.success:
+        raise DeviceError(
+            f"CUDA cannot pin {size:,} bytes of host memory for saving in the background: raise the limit of "
+            "locked memory (ulimit -l), or use --async-checkpoint off"
+        )
 
 
 def _views(memory: mmap.mmap, slice_map: SliceMap, rank: int) -> tuple[dict[str, torch.Tensor], Moments]:

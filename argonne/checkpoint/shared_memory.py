@@ -1,4 +1,4 @@
-"""Host memory without a name: taken with all its pages at once, seen by other processes of the node, pinned.
+"""Host memory without a name, taken with all its pages at once, that other processes of the node may see.
 
 It is a memfd: gone with the last process that holds it, however that ends.
 """
@@ -9,8 +9,6 @@ import mmap
 import os
 import socket
 from dataclasses import dataclass
-
-import torch
 
 _TOKEN_BYTES = 16
 
@@ -73,20 +71,3 @@ def open_place(place: Place) -> mmap.mmap | None:
     except (OSError, ValueError):  # not there, not ours, or not so long
         return None
     return memory if memory[-_TOKEN_BYTES:] == place.token else None
-
-
-def pin(memory: mmap.mmap, size: int) -> bool:
-    """Let the GPU write to the first ``size`` bytes by itself; whether CUDA agreed."""
-    if not size:
-        return True
-    runtime = torch.cuda.cudart()
-    return bool(runtime.cudaHostRegister(_address(memory), size, 0) == runtime.cudaError.success)
-
-
-def unpin(memory: mmap.mmap) -> None:
-    """Undo `pin`, before the memory is let go."""
-    torch.cuda.cudart().cudaHostUnregister(_address(memory))
-
-
-def _address(memory: mmap.mmap) -> int:
-    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()

@@ -33,7 +33,6 @@ class Team:
         shapes = {name: slice_map.shape(name) for name in slice_map.names}
         self.entries = tensor_entries(shapes, with_adam=bool(adam))
         self._parameters, self._slice_map, self._peers = parameters, slice_map, peers
-        self._devices = {value.device for value in parameters.values() if value.is_cuda}
         self._owned: dict[tuple[str, int], Sequence[Rectangle]] = {}
         self._windows = Windows(rank, round_room(self.entries))
         self.descriptor: int | None = None
@@ -78,8 +77,6 @@ class Team:
         mine = plan.get(self.rank, [])
         self._windows.take(plan, needed=any(self._as_it_is(piece) is None for piece in mine))
         self.meeting.gather(None)
-        if self._devices and self.rank in self.near:
-            self._windows.pin()
         return plan
 
     # ---------------------------------------------------------------- what
@@ -93,11 +90,7 @@ class Team:
             if owned:
                 local, space = self._local(piece), self._windows.space(piece)
                 for place, box, low, high in owned:
-                    target = space[place]
-                    # Only what the GPU writes by itself may be still under way when this goes on.
-                    target.copy_(local_part(local, box, low, high), non_blocking=target.is_contiguous())
-        for device in self._devices:
-            torch.cuda.current_stream(device).synchronize()
+                    space[place].copy_(local_part(local, box, low, high))
 
     def send(self, pieces: Sequence[Piece]) -> None:
         """Send what this rank owns of these pieces to those who write them."""

@@ -1,7 +1,8 @@
 """Where the ranks of a node put pieces of the file together: windows of shared host memory.
 
 Every writer has one, with two halves. In each round all ranks put what they own of a piece at its place in
-the writer's window; while that half is written, the other one is filled.
+the writer's window; while that half is written, the other one is filled. They are not pinned: a disk is
+slower than a GPU's copy to memory that is not, and to pin memory at every save takes time.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from argonne.checkpoint import shared_memory
 from argonne.checkpoint.pieces import Piece
-from argonne.checkpoint.shared_memory import Place, SharedMemory
+from argonne.checkpoint.shared_memory import Place, SharedMemory, open_place
 from argonne.errors import CheckpointError
 
 
@@ -27,7 +27,6 @@ class Windows:
         self._own = SharedMemory(2 * half_room)
         self._memories: dict[int, mmap.mmap] = {rank: self._own.memory}
         self._halves: dict[int, int] = {}
-        self._pinned: list[mmap.mmap] = []
 
     @property
     def place(self) -> Place:
@@ -40,7 +39,7 @@ class Windows:
             return False
         for rank, place in enumerate(places):
             if rank != self._rank and place.host == places[0].host:
-                memory = shared_memory.open_place(place)
+                memory = open_place(place)
                 if memory is None:
                     return False
                 self._memories[rank] = memory
@@ -64,12 +63,6 @@ class Windows:
                 "free some"
             ) from error
 
-    def pin(self) -> None:
-        """Let this rank's GPU write to the windows by itself, where CUDA agrees; all have taken theirs."""
-        for writer, half in self._halves.items():
-            if half and shared_memory.pin(self._memories[writer], 2 * half):
-                self._pinned.append(self._memories[writer])
-
     def space(self, piece: Piece) -> torch.Tensor:
         """The place of a piece in its writer's window: float32, the shape of its rows."""
         shape = (piece.last - piece.first, *piece.entry.shape[1:])
@@ -81,6 +74,4 @@ class Windows:
 
     def close(self) -> None:
         """Let the windows go."""
-        while self._pinned:
-            shared_memory.unpin(self._pinned.pop())
         self._own.close()
