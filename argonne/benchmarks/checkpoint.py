@@ -131,8 +131,8 @@ def run(rounds: int = ROUNDS) -> Report:
         remarks=(
             "All write and fsync. Only ours also proves what it wrote: a checksum of every record and of the "
             "directory, every value looked at for NaN, the structure read back, an atomic rename.",
-            "Memory is what no file backs (RssAnon and RssShmem), the windows that all ranks share included: pages "
-            "of the mapped file are the kernel's to take back.",
+            "Memory is what no file backs (RssAnon and RssShmem), the windows that all ranks share included: "
+            "pages of the mapped file are the kernel's to take back.",
         ),
         data=data | of_ranks | {variant: summary(values) for variant, values in seconds.items()},
     )

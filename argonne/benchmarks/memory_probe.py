@@ -1,4 +1,4 @@
-"""Memory of one process that no file backs: sampled in the background, and that of a load in its own process."""
+"""Memory of one process that no file backs: sampled in the background, and of a load in its own process."""
 
 from __future__ import annotations
 

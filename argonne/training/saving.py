@@ -102,8 +102,8 @@ class Saver:
         common = self._common(metadata)
         for key in ("param_group", "metadata"):  # the loop changes what it holds while this is written
             common[key] = copy.deepcopy(common[key])
-        held = {"parameters": self._copy.parameters, "adam": self._copy.adam}
-        self.running.begin(partial(save_checkpoint, path, **held, **common))
+        common |= {"parameters": self._copy.parameters, "adam": self._copy.adam}
+        self.running.begin(partial(save_checkpoint, path, **common))
 
     def _common(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         trained = self._trained

@@ -54,7 +54,7 @@ def front_to_back(path: Path) -> bytes:
 @small_chunks()
 def _save(rank: int, world_size: int, folder: str, hosts: str, dp_size: int) -> list[int]:
     """Save between steps and from copies, rank r on ``hosts[r]``; slices that this rank sent or received."""
-    counts = []
+    counts: list[int] = []
     start, name = transfer.SlicePeers._start, socket.gethostname
 
     def counted(self: Any, call: Any, tensor: torch.Tensor, other: int) -> Any:
