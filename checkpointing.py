@@ -1,8 +1,8 @@
 """Checkpoints as the run sees them: choose, open on all ranks, load, save, verify, prune, export.
 
 The order of use: ``require_safe_torch``, ``clean_temporary_files`` (rank 0), ``open_chosen`` (all ranks),
-``load_slices``, then at intervals ``save_checkpoint``, or ``HostCopy`` and ``save_copies`` in a
-``BackgroundSave``; ``BackgroundVerifier`` / ``prune`` (rank 0) after each save.
+``load_slices``, then at intervals ``save_checkpoint``, where training goes on meanwhile of a ``HostCopy`` and
+in a ``BackgroundSave``; ``BackgroundVerifier`` / ``prune`` (rank 0) after each save.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from argonne.checkpoint.export_hf import check_export_folder, export_hf
 from argonne.checkpoint.folder import find_checkpoints, later_checkpoints, own_checkpoints, prune
 from argonne.checkpoint.host_copy import HostCopy, host_copy_bytes
 from argonne.checkpoint.load import LoadReport, load_slices
-from argonne.checkpoint.parallel_save import save_copies
 from argonne.checkpoint.parts import open_any
 from argonne.checkpoint.pretrained_folder import is_weights_folder, open_folder, weights_of_folder
 from argonne.checkpoint.reader import CheckpointReader, saved_position, weights_only
@@ -73,7 +72,6 @@ __all__ = [
     "require_room",
     "require_safe_torch",
     "save_checkpoint",
-    "save_copies",
     "saved_metadata",
     "verify_checkpoint",
     "weights_of_folder",

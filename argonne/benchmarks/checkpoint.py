@@ -80,7 +80,7 @@ def writers(trained: TrainedModel, folder: Path) -> dict[str, Callable[[], float
 
 
 def save_memory_rank(rank: int, world_size: int, folder: str) -> int:
-    """This rank's anonymous memory above what it had, while a split model is saved."""
+    """This rank's memory above what it had, while a split model is saved."""
     trained = our_model(SHAPE, split_over(world_size))
     dist.barrier()
     path = Path(folder) / "tensor_parallel_checkpoint_step_2.pth"
@@ -131,7 +131,8 @@ def run(rounds: int = ROUNDS) -> Report:
         remarks=(
             "All write and fsync. Only ours also proves what it wrote: a checksum of every record and of the "
             "directory, every value looked at for NaN, the structure read back, an atomic rename.",
-            "Memory is anonymous (RssAnon): pages of the mapped file are the kernel's to take back.",
+            "Memory is what no file backs (RssAnon and RssShmem), the windows that all ranks share included: "
+            "pages of the mapped file are the kernel's to take back.",
         ),
         data=data | of_ranks | {variant: summary(values) for variant, values in seconds.items()},
     )

@@ -32,6 +32,21 @@ def raw_write(tensors: dict[str, torch.Tensor], path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def raw_read(path: Path) -> None:
+    """The whole file in large reads, into one buffer."""
+    buffer = memoryview(bytearray(RAW_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def forget(path: Path) -> None:
+    """Drop a durable file that no one has mapped from the page cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
 def raw_direct_write(size: int, path: Path) -> None:
     """As many bytes, past the page cache from one aligned buffer, made durable: the disk's own limit.
 

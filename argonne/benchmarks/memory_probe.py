@@ -1,4 +1,4 @@
-"""Anonymous memory of one process: sampled in the background, and that of a load in a process of its own."""
+"""Memory of one process that no file backs: sampled in the background, and of a load in its own process."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ SAMPLE_SECONDS = 0.001
 
 
 def anonymous_bytes() -> int:
-    """This process's anonymous resident memory (RssAnon); mapped pages of a checkpoint are not in it."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon")
+    """This process's resident memory that no file backs: anonymous (RssAnon) and shared (RssShmem).
+
+    Shared memory of other processes counts as far as this one has touched it; mapped pages of a checkpoint
+    are not in it.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    sizes = dict(line.split(":", 1) for line in lines)
+    return sum(int(sizes[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem"))
 
 
 def give_back_free_memory() -> None:

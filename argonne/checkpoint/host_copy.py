@@ -1,42 +1,24 @@
 """A rank's slices copied to host memory, so that they can be written while training goes on.
 
-The memory is taken once and used again by every save. It is anonymous and shared (a memfd: no name, gone with
-the last process that holds it, however that ends), and pinned where the slices come from a GPU. The other
-ranks of the node read it in place.
+The memory is taken once and used again by every save, and pinned where the slices come from a GPU.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-import os
-import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Self
 
 import torch
 
 from argonne.checkpoint.adam import ADAM_KEYS
 from argonne.checkpoint.contents import Adam
+from argonne.checkpoint.shared_memory import SharedMemory
 from argonne.errors import DeviceError
 from argonne.tp.slices import SliceMap
 
 _ALIGNMENT = 64
-_TOKEN_BYTES = 16
 Moments = dict[str, dict[str, torch.Tensor]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where the memory of a copy is found by other processes of its node."""
-
-    host: str
-    pid: int
-    descriptor: int
-    size: int
-    token: bytes
-    """Its last bytes: the process of this number may be another's, in another container."""
 
 
 def _tensors(slice_map: SliceMap, rank: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -70,46 +52,21 @@ class HostCopy:
         self.size = host_copy_bytes(slice_map, rank)
         self.adam: dict[str, dict[str, torch.Tensor]] = {}
         self._device = device
-        token = os.urandom(_TOKEN_BYTES)
-        descriptor, memory = self._memory(rank, self.size + len(token))
-        memory[self.size :] = token
-        self.place = Place(
-            host=socket.gethostname(), pid=os.getpid(), descriptor=descriptor, size=len(memory), token=token
-        )
-        self.parameters, self._moments = _views(memory, slice_map, rank)
-        self._peers: dict[Place, tuple[dict[str, torch.Tensor], Moments]] = {}
+        self.parameters, self._moments = _views(self._memory(rank), slice_map, rank)
 
-    def peer(
-        self, place: Place, slice_map: SliceMap, rank: int
-    ) -> tuple[dict[str, torch.Tensor], Moments] | None:
-        """Weights and moments in the copy of another rank of this node; None where it is out of reach."""
-        if place not in self._peers:
-            if place.host != self.place.host or (memory := _open(place)) is None:
-                return None
-            self._peers[place] = _views(memory, slice_map, rank)
-        return self._peers[place]
-
-    def _memory(self, rank: int, size: int) -> tuple[int, mmap.mmap]:
+    def _memory(self, rank: int) -> mmap.mmap:
         try:
-            descriptor = os.memfd_create("checkpoint")
-            # All pages now: where memory is short this fails in one line, a first touch would kill us.
-            os.posix_fallocate(descriptor, 0, size)
-            memory = mmap.mmap(descriptor, size)
+            memory = SharedMemory(self.size)
+            memory.take(self.size)
         except OSError as error:
             raise DeviceError(
-                f"rank {rank} cannot take {size:,} bytes of host memory for saving in the background "
+                f"rank {rank} cannot take {self.size:,} bytes of host memory for saving in the background "
                 f"({error.strerror}): free some, or use --async-checkpoint off"
             ) from error
-        if self._device.type == "cuda":
-            _pin(memory, size)
-        return descriptor, memory
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._peers.clear()
-        os.close(self.place.descriptor)  # the memory goes with the last tensor that looks at it
+        memory.close()
+        if self._device.type == "cuda" and self.size:
+            _pin(memory.memory, self.size)
+        return memory.memory
 
     def take(self, parameters: Mapping[str, torch.Tensor], adam: Adam) -> None:
         """Copy what the tensors hold now; done when this returns.
@@ -159,16 +116,3 @@ def _views(memory: mmap.mmap, slice_map: SliceMap, rank: int) -> tuple[dict[str,
                 moments[name][key] = part
         offset += _padded(shape)
     return parameters, moments
-
-
-def _open(place: Place) -> mmap.mmap | None:
-    """The memory of another process, as long as that lives; None where it cannot be opened."""
-    try:
-        descriptor = os.open(f"/proc/{place.pid}/fd/{place.descriptor}", os.O_RDWR)
-        try:
-            memory = mmap.mmap(descriptor, place.size)
-        finally:
-            os.close(descriptor)
-    except (OSError, ValueError):  # not there, not ours, or not so long
-        return None
-    return memory if memory[-_TOKEN_BYTES:] == place.token else None

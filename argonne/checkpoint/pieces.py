@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from argonne.checkpoint import rows
 from argonne.checkpoint.contents import TensorEntry
 
 _LEAST_BYTES = 4 << 20
-_ROUND = 4
-"""Pieces of each writer between two looks at how the others fare."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +22,10 @@ class Piece:
     last: int
     writer: int
     """The rank that writes it."""
+    round: int
+    """When: all ranks do a round together."""
+    place: int
+    """Bytes of the writer's round in front of it."""
 
     @property
     def row_bytes(self) -> int:
@@ -45,27 +47,44 @@ class Piece:
         return self.last == self.entry.shape[0]
 
 
+def round_room(entries: Sequence[TensorEntry]) -> int:
+    """Bytes that the pieces of one writer's round have at most, whoever the writers are."""
+    return max([rows.CHUNK_BYTES, *(4 * math.prod(entry.shape[1:]) for entry in entries)])
+
+
 def plan_pieces(entries: Sequence[TensorEntry], writers: Sequence[int]) -> dict[int, list[Piece]]:
-    """Rank -> the pieces that it writes, in the order of the file; the first ranks have the first pieces."""
+    """Rank -> the pieces that it writes, in the order of the file; the first ranks have the first pieces.
+
+    A round is as many as fit into a chunk: 32 MiB of all writers together, or 4 MiB of each.
+    """
     chunk_bytes = rows.CHUNK_BYTES
-    if chunk_bytes > _LEAST_BYTES:  # all writers together hold about one chunk
+    if chunk_bytes > _LEAST_BYTES:
         chunk_bytes = max(_LEAST_BYTES, chunk_bytes // len(writers))
-    total = sum(4 * math.prod(entry.shape) for entry in entries)
+    total = sum(entry.size for entry in entries)
     plan: dict[int, list[Piece]] = {writer: [] for writer in writers}
     done = 0
     for index, entry in enumerate(entries):
         for first, last in rows.row_chunks(entry.shape, chunk_bytes):
             writer = writers[min(len(writers) - 1, done * len(writers) // max(1, total))]
-            piece = Piece(index=index, entry=entry, first=first, last=last, writer=writer)
+            number, place = 0, 0
+            if plan[writer]:
+                before = plan[writer][-1]
+                number, place = before.round, before.place + before.size
+            size = (last - first) * 4 * math.prod(entry.shape[1:])
+            if place + size > chunk_bytes and place:
+                number, place = number + 1, 0
+            piece = Piece(
+                index=index, entry=entry, first=first, last=last, writer=writer, round=number, place=place
+            )
             plan[writer].append(piece)
-            done += piece.size
+            done += size
     return plan
 
 
-def in_rounds(plan: dict[int, list[Piece]]) -> list[list[Piece]]:
-    """All pieces in rounds of a few of each writer."""
-    longest = max((len(pieces) for pieces in plan.values()), default=0)
-    return [
-        [piece for pieces in plan.values() for piece in pieces[start : start + _ROUND]]
-        for start in range(0, longest, _ROUND)
-    ]
+def in_rounds(plan: Mapping[int, Sequence[Piece]]) -> list[list[Piece]]:
+    """All pieces, round by round."""
+    pieces = [piece for part in plan.values() for piece in part]
+    rounds: list[list[Piece]] = [[] for _ in range(max((piece.round + 1 for piece in pieces), default=0))]
+    for piece in pieces:
+        rounds[piece.round].append(piece)
+    return rounds

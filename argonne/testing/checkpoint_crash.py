@@ -140,7 +140,8 @@ class ForgetfulDisk:
             return int(original["pwrite"](descriptor, data, position))
 
         def cut(descriptor: int, size: int) -> None:
-            self.events.append(("truncate", self._paths[descriptor], size))
+            if descriptor in self._paths:
+                self.events.append(("truncate", self._paths[descriptor], size))
             original["ftruncate"](descriptor, size)
 
         def synced(descriptor: int) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from argonne.checkpoint.host_copy import HostCopy
-from argonne.checkpoint.parallel_save import save_copies
 from argonne.checkpoint.save import SaveReport, save_checkpoint
 from argonne.tp.head_cuts import head_cut
 from argonne.tp.slices import Cut, SliceMap, even_cut
@@ -147,6 +146,6 @@ def save_sample(
     }
     if not from_copies:
         return path, save_checkpoint(path, parameters=parameters, adam=adam, **common)
-    with HostCopy(slice_map, rank, torch.device("cpu")) as copy:
-        copy.take(parameters, adam)
-        return path, save_copies(path, copy=copy, **common)
+    copy = HostCopy(slice_map, rank, torch.device("cpu"))
+    copy.take(parameters, adam)
+    return path, save_checkpoint(path, parameters=copy.parameters, adam=copy.adam, **common)

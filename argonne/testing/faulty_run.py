@@ -53,7 +53,6 @@ def in_saves(call: Callable[[], None]) -> None:
         return faulty_save
 
     saving.save_checkpoint = faulty(saving.save_checkpoint)
-    saving.save_copies = faulty(saving.save_copies)
 
 
 def in_steps(call: Callable[[Any, int], None]) -> None:

@@ -15,7 +15,7 @@ from argonne.ranks.agree import gather_objects
 from argonne.run.control import RunControl
 from argonne.training.build import TrainedModel
 from argonne.training.fit import available_bytes
-from checkpointing import BackgroundSave, HostCopy, SaveReport, host_copy_bytes, save_checkpoint, save_copies
+from checkpointing import BackgroundSave, HostCopy, SaveReport, host_copy_bytes, save_checkpoint
 
 FLAG = "--async-checkpoint"
 _SHARE = 0.8
@@ -90,23 +90,20 @@ class Saver:
 
     def save(self, path: Path, metadata: Mapping[str, Any]) -> SaveReport | None:
         """Write the model as it is, now. The save in the background must have been waited for."""
-        if self._copy is not None:
-            return self._from_copies(path, metadata)()
-        parameters, adam = self._trained.parameters(), self._trained.adam()
-        return save_checkpoint(path, parameters=parameters, adam=adam, **self._common(metadata))
+        trained = self._trained
+        return save_checkpoint(
+            path, parameters=trained.parameters(), adam=trained.adam(), **self._common(metadata)
+        )
 
     def begin(self, path: Path, metadata: Mapping[str, Any]) -> None:
         """Copy the model as it is and write the copy in the background."""
-        self.running.begin(self._from_copies(path, metadata))
-
-    def _from_copies(self, path: Path, metadata: Mapping[str, Any]) -> Callable[[], SaveReport | None]:
-        """Copy the model now; the call that writes the copies."""
         assert self._copy is not None
         self._copy.take(self._trained.parameters(), self._trained.adam())
         common = self._common(metadata)
         for key in ("param_group", "metadata"):  # the loop changes what it holds while this is written
             common[key] = copy.deepcopy(common[key])
-        return partial(save_copies, path, copy=self._copy, pulse=self._pulse, **common)
+        common |= {"parameters": self._copy.parameters, "adam": self._copy.adam}
+        self.running.begin(partial(save_checkpoint, path, **common))
 
     def _common(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         trained = self._trained
@@ -117,4 +114,5 @@ class Saver:
             "metadata": dict(metadata),
             "tied": trained.tied,
             "control_group": trained.parallel.save_group,
+            "pulse": self._pulse,
         }

@@ -1,10 +1,13 @@
 """Loading: errors that are the same on all ranks, and what a file does not hold."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from argonne.checkpoint import transfer
 from argonne.errors import CheckpointError
 from argonne.testing.checkpoint_samples import (
     empty_slices,
@@ -17,7 +20,7 @@ from argonne.testing.distributed import run_ranks
 from checkpointing import (
     load_slices,
 )
-from tests.checkpoint.loading import open_view, outcome
+from tests.checkpoint.loading import assert_loaded, open_view, outcome
 
 
 def _errors_are_shared(rank: int, world_size: int, folder: str) -> list[str]:
@@ -49,6 +52,32 @@ def test_load_errors_are_the_same_on_all_ranks(tmp_path: Path) -> None:
     assert "does not exist" in told[0][0]
     assert "none of the 1 checkpoints" in told[0][1] and "step_9.pth: 9 bytes, cut" in told[0][1]
     assert "embed_tokens.weight holds NaN or infinite" in told[0][2]
+
+
+def _counted_load(rank: int, world_size: int, path: str) -> int:
+    """Load the sample; slices that this rank sent or received."""
+    view = open_view(path, rank)
+    counts, start = [0], transfer.SlicePeers._start
+
+    def counted(self: Any, call: Any, tensor: torch.Tensor, other: int) -> Any:
+        counts[0] += 1
+        return start(self, call, tensor, other)
+
+    for without in ((), (1,)):  # the second time rank 1 is served, so that the count counts
+        view = replace(view, reader=None if rank in without else view.reader, blind_ranks=without)
+        transfer.SlicePeers._start = counted  # type: ignore[method-assign]
+        try:
+            assert_loaded(view, rank, world_size)
+        finally:
+            transfer.SlicePeers._start = start  # type: ignore[method-assign]
+        if not without:
+            assert counts[0] == 0
+    return counts[0]
+
+
+def test_ranks_that_can_read_the_file_are_sent_nothing(tmp_path: Path) -> None:
+    path, _ = save_sample(tmp_path)
+    assert all(count > 0 for count in run_ranks(_counted_load, 2, str(path)))
 
 
 def test_missing_adam_state_is_said_and_restored_nowhere(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import os
 import re
 import resource
 import signal
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +90,8 @@ def test_a_degree_that_does_not_divide_the_heads(tmp_path: Path, world_size: int
     assert_loaded(open_view(str(path), 0), 0, 1)
 
 
-@small_chunks()
-def _failing_saves(rank: int, world_size: int, folder: str) -> dict[str, str]:
-    """Every way a save can fail on rank 0 or by another rank's values; then one that succeeds."""
-    told: dict[str, str] = {}
+def _no_space(limit: int) -> Callable[[int, Any], int]:
+    """``os.write`` on a disk that is full after ``limit`` bytes."""
     write, written = os.write, [0]
 
     def full(descriptor: int, data: Any) -> int:
@@ -100,58 +100,76 @@ def _failing_saves(rank: int, world_size: int, folder: str) -> dict[str, str]:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(descriptor, data)
 
-    for limit in (0, 9000, 60_000, 170_000):
-        written[0] = 0
-        if rank == 0:
-            os.write = full
-        told[f"full at {limit}"] = outcome(lambda: save_sample(Path(folder), rank=rank, tp_size=world_size))
-        os.write = write
-    sync = os.fsync
+    return full
 
-    def failing_sync(descriptor: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
 
-    if rank == 0:
-        os.fsync = failing_sync  # type: ignore[assignment]
-    told["fsync"] = outcome(lambda: save_sample(Path(folder), rank=rank, tp_size=world_size))
-    os.fsync = sync
-    for what, spoiled_rank, spoil in (
-        ("nan", 1, ("blocks.1.mlp.up_proj.weight", "param", float("nan"))),
+def _failing_sync(descriptor: int) -> None:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+@small_chunks()
+def _failing_saves(rank: int, world_size: int, folder: str, hosts: str, copies: bool) -> dict[str, str]:
+    """Every way a save can fail on each rank or by its values; then one that succeeds."""
+    told: dict[str, str] = {}
+    write, sync, name = os.write, os.fsync, socket.gethostname
+    socket.gethostname = lambda: hosts[rank]
+
+    def save(**more: Any) -> str:
+        def call() -> None:
+            save_sample(Path(folder), rank=rank, tp_size=world_size, from_copies=copies, **more)
+
+        return outcome(call)
+
+    for victim in range(world_size):
+        for limit in (0, 9000, 60_000):
+            os.write = _no_space(limit) if rank == victim else write
+            told[f"full {victim} at {limit}"] = save()
+            os.write = write
+    for what, victim, spoil in (
+        ("nan 0", 0, ("blocks.1.mlp.up_proj.weight", "param", float("nan"))),
+        ("nan 1", 1, ("blocks.1.mlp.up_proj.weight", "param", float("nan"))),
         ("inf", 0, ("embed_tokens.weight", "exp_avg", float("inf"))),
     ):
-        mine = spoil if rank == spoiled_rank else None
-        told[what] = outcome(
-            lambda mine=mine: save_sample(Path(folder), rank=rank, tp_size=world_size, spoil=mine)
-        )
-    told["space"] = outcome(
-        lambda: save_sample(Path(folder), rank=rank, tp_size=world_size, spare_bytes=1 << 60)
-    )
-    bad = {**sample_metadata(), "loss": torch.zeros(1).numpy()[0]}
-    told["metadata"] = outcome(lambda: save_sample(Path(folder), rank=rank, tp_size=world_size, metadata=bad))
+        told[what] = save(spoil=spoil if rank == victim else None)
+    os.fsync = _failing_sync if rank == 0 else sync  # type: ignore[assignment]
+    told["fsync"] = save()
+    os.fsync = sync
+    told["space"] = save(spare_bytes=1 << 60)
+    told["metadata"] = save(metadata={**sample_metadata(), "loss": torch.zeros(1).numpy()[0]})
+    dist.barrier()
     told["left"] = ", ".join(sorted(os.listdir(folder)))
     dist.barrier()
-    path, _ = save_sample(Path(folder), rank=rank, tp_size=world_size)
+    told["at last"] = save()
+    socket.gethostname = name
+    path = Path(folder) / "tensor_parallel_checkpoint_step_7.pth"
     assert_loaded(open_view(str(path), rank), rank, world_size)
     return told
 
 
-def test_failures_reach_all_ranks_and_leave_the_folder_as_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("hosts", "copies"), [("aa", False), ("aa", True), ("ab", False)])
+def test_failures_reach_all_ranks_and_leave_the_folder_as_it_was(
+    tmp_path: Path, hosts: str, copies: bool
+) -> None:
     save_sample(tmp_path, step=5)
     before = (tmp_path / "tensor_parallel_checkpoint_step_5.pth").read_bytes()
-    told = run_ranks(_failing_saves, 2, str(tmp_path))
+    told = run_ranks(_failing_saves, 2, str(tmp_path), hosts, copies)
     assert told[0] == told[1]
+    full, alone = "could not be written: .* is full", hosts == "ab"  # rank 1 writes nothing then
     expected = {
-        "full at 0": "is full",
-        "full at 9000": "is full",
-        "full at 60000": "is full",
-        "full at 170000": "is full",
+        **{f"full 0 at {limit}": full for limit in (0, 9000, 60_000)},
+        **{f"full 1 at {limit}": "no error" if alone else full for limit in (0, 9000, 60_000)},
+        "nan 0": r"was not written: blocks\.1\.mlp\.up_proj\.weight holds NaN or infinite",
+        "nan 1": r"was not written: blocks\.1\.mlp\.up_proj\.weight holds NaN or infinite",
+        "inf": r"was not written: exp_avg of embed_tokens\.weight holds NaN or infinite",
         "fsync": "Input/output error",
-        "nan": r"blocks\.1\.mlp\.up_proj\.weight holds NaN or infinite",
-        "inf": r"exp_avg of embed_tokens\.weight holds NaN or infinite",
         "space": r"needs 1,152,921,504,[\d,]+ bytes free and has [\d,]+: make room",
         "metadata": "holds a numpy.float32",
         "left": r"^tensor_parallel_checkpoint_step_5\.pth$",
+        "at last": "no error",
     }
+    if alone:
+        expected["left"] = r"^tensor_parallel_checkpoint_step_5\.pth, tensor_parallel_checkpoint_step_7\.pth$"
+    assert told[0].keys() == expected.keys()
     for what, pattern in expected.items():
         assert re.search(pattern, told[0][what]), (what, told[0][what])
     assert (tmp_path / "tensor_parallel_checkpoint_step_5.pth").read_bytes() == before

@@ -68,26 +68,6 @@ def test_a_rank_killed_in_the_copy_or_in_the_background(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_killed_at_file_operations_of_a_save(
-    tmp_path: Path, data: list[str], unbroken: Path, victim: int
-) -> None:
-    """At any one: a write between the headers, an fsync, the rename; of rank 1 a write of its part."""
-    for operation in (1, 2, 4, 7, 11, 16) if victim == 0 else (1, 3):
-        output = tmp_path / str(operation)
-        fault = {"kind": "kill", "rank": victim, "save": 2, "operation": operation}
-        broken = launch(2, *data, *ASYNC, "--output-dir", output, fault=fault)
-        if broken.code == 1:  # otherwise the save had fewer operations than that
-            assert f"rank {victim} died after step " in the_error(broken), operation
-            choice = choose_checkpoint(None, output)
-            assert choice.reader is not None and choice.reader.step in (4, 8, 12) and not choice.warnings
-            assert launch(2, *data, *ASYNC, "--output-dir", output).code == 0
-        assert_same_end(output, unbroken)
-        assert not list((output / "pretrained").glob(".*"))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_disk_that_fills_up_in_the_background_is_said_in_the_loop(
     tmp_path: Path, data: list[str], victim: int

@@ -17,23 +17,29 @@ from tests.run.whole_runs import INTERVAL, assert_same_end, the_error
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_rank_0_killed_at_file_operations_of_a_save(tmp_path: Path, data: list[str], unbroken: Path) -> None:
-    seed = int.from_bytes(os.urandom(4), "little")
-    print("seed", seed)
-    rng = random.Random(seed)
-    for operation in [1, 2, *(rng.randrange(3, 200) for _ in range(4)), *range(250, 850, 100)]:
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_a_rank_killed_at_file_operations_of_a_save(
+    tmp_path: Path, data: list[str], unbroken: Path, mode: str, victim: int
+) -> None:
+    """At any one: a write between the headers, an fsync, the rename; of rank 1 a write of its part."""
+    flags = [*data, "--async-checkpoint", mode]
+    killed = 0
+    for operation in (1, 2, 4, 7, 11, 16) if victim == 0 else (1, 3, 5):
         output = tmp_path / str(operation)
-        fault = {"kind": "kill", "save": 2, "operation": operation}
-        broken = launch(2, *data, "--output-dir", output, fault=fault)
+        fault = {"kind": "kill", "rank": victim, "save": 2, "operation": operation}
+        broken = launch(2, *flags, "--output-dir", output, fault=fault)
         if broken.code == 1:  # otherwise the save had fewer operations than that
-            assert "rank 0 died after step " in the_error(broken), operation
+            killed += 1
+            assert f"rank {victim} died after step " in the_error(broken), operation
             assert status(output)["state"] == "failed"
             choice = choose_checkpoint(None, output)
             assert choice.reader is not None and choice.reader.step in (4, 8, 12) and not choice.warnings
-            assert launch(2, *data, "--output-dir", output).code == 0
+            assert launch(2, *flags, "--output-dir", output).code == 0
         assert_same_end(output, unbroken)
         assert not list((output / "pretrained").glob(".*"))
         shutil.rmtree(output)
+    assert killed >= 2
 
 
 @pytest.mark.slow

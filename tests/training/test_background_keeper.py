@@ -11,7 +11,7 @@ import torch
 import argonne.training.saving as saving
 from argonne.errors import CheckpointError, ConfigError
 from argonne.training.step import Votes
-from checkpointing import save_copies, verify_checkpoint
+from checkpointing import save_checkpoint, verify_checkpoint
 from tests.training.small_run import control_and_report, trained_model
 from tests.training.test_keeper import Kept
 
@@ -23,7 +23,7 @@ class Gate:
         self.open = threading.Event()
         self.problem: Exception | None = None
         self.calls = 0
-        monkeypatch.setattr(saving, "save_copies", self.save)
+        monkeypatch.setattr(saving, "save_checkpoint", self.save)
 
     def save(self, path: Path, **arguments: Any) -> Any:
         self.calls += 1
@@ -31,7 +31,7 @@ class Gate:
             assert self.open.wait(30)
         if self.problem is not None:
             raise self.problem
-        return save_copies(path, **arguments)
+        return save_checkpoint(path, **arguments)
 
 
 class Background(Kept):

@@ -23,7 +23,7 @@ from argonne.training.header import padding_line
 from argonne.training.step import TrainingStep, Votes
 from argonne.training.teacher_weights import split_model
 from argonne.verification.simulate import simulate
-from checkpointing import HostCopy, open_chosen, save_checkpoint, save_copies
+from checkpointing import HostCopy, open_chosen, save_checkpoint
 from model import ArgonneModel
 from tests.training.small_run import SEED, SETTINGS, batch_of, training_options
 from tests.verification.layouts import layout, single_process
@@ -202,9 +202,9 @@ def save(trained: TrainedModel, folder: Path, step: int, *, from_copies: bool = 
         "metadata": {"global_step": step, "model_config": settings, "model_dtype": "torch.float32"},
     }  # fmt: skip
     if from_copies:
-        with HostCopy(trained.slice_map, trained.parallel.rank, torch.device("cpu")) as copy:
-            copy.take(trained.parameters(), trained.adam())
-            save_copies(path, copy=copy, **common)
+        copy = HostCopy(trained.slice_map, trained.parallel.rank, torch.device("cpu"))
+        copy.take(trained.parameters(), trained.adam())
+        save_checkpoint(path, parameters=copy.parameters, adam=copy.adam, **common)
     else:
         save_checkpoint(path, parameters=trained.parameters(), adam=trained.adam(), **common)
     return path
