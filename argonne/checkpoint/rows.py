@@ -10,7 +10,7 @@ import torch
 from argonne.tp.slices import Rectangle
 
 CHUNK_BYTES = 32 << 20
-"""Of a tensor that is saved: what rank 0 holds of it at a time."""
+"""Of a checkpoint that is written: what its writers put together at a time, all of a node at once."""
 
 
 def row_chunks(shape: Sequence[int], chunk_bytes: int | None = None) -> list[tuple[int, int]]:

@@ -65,7 +65,7 @@ def _counted_load(rank: int, world_size: int, path: str) -> int:
 
     for without in ((), (1,)):  # the second time rank 1 is served, so that the count counts
         view = replace(view, reader=None if rank in without else view.reader, blind_ranks=without)
-        transfer.SlicePeers._start = counted  # type: ignore[method-assign]
+        transfer.SlicePeers._start = counted  # type: ignore[method-assign, assignment]
         try:
             assert_loaded(view, rank, world_size)
         finally:
