@@ -135,7 +135,7 @@ def show_plan(recipe: Recipe) -> int:
 
 def train(recipe: Recipe, environment: Environment, control: RunControl, report: RunReport) -> int:
     """The whole run. Returns the exit code; raises RunError where it cannot go on."""
-    from argonne.training.setup import choose_start, claim_output
+    from argonne.training.setup import choose_start, claim_output, show_configuration
     from argonne.training.stage_change import enter_next_stage
 
     world = connect_ranks(recipe, environment, control)
@@ -144,6 +144,7 @@ def train(recipe: Recipe, environment: Environment, control: RunControl, report:
         why = f" ({ended[1]})" if ended[1] else ""
         report.info(f"An earlier attempt of this launch has {ended[0]}{why}: nothing is left to do")
         return control.finish(*ended)
+    show_configuration(recipe, report)
     start = choose_start(recipe.config, control, report, world)
     run = build_run(recipe, start, control, report, world)
     stopped = loop(run)
@@ -208,7 +209,7 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     from argonne.training.auto_layout import choose_layout
     from argonne.training.build import make_parallel
     from argonne.training.fit import require_memory_ahead
-    from argonne.training.header import introduce
+    from argonne.training.header import introduce, open_metrics
     from argonne.training.keeper import CheckpointKeeper
     from argonne.training.profiling import StepProfiler
     from argonne.training.run_data import RunData
@@ -231,9 +232,11 @@ def build_run(recipe: Recipe, start: Start, control: RunControl, report: RunRepo
     setup.fill(config, trained, start, report)
     control.progress.collectives = trained.tensor_parallel.group.counters
     keeper = CheckpointKeeper(trained, config, control, report)
-    setup.keep_configuration(recipe, report, world, chosen=choice.flags)
     introduce(report, stages, trained, data, control.launch, step, start=start.reason, saving=keeper.mode)
     setup.verify_if_asked(config, trained, control, report)
+    # Nothing refuses the run from here on: what an earlier one left in its folder is replaced.
+    setup.keep_configuration(recipe, report, world, chosen=choice.flags)
+    open_metrics(report, config, trained, step, stages.end)
     spikes = SpikeGuard(config.control.spike_action)
     run = Run(
         stages=stages,

@@ -98,6 +98,7 @@ def test_hsdp_trains_like_one_process_and_goes_on_elsewhere(
     flags = [*data, *SHAPE, *SCHEDULE, *STEPS, "--global-batch-size", 8, "--batch-size", 1]
     resumed = launch(4, *flags, "--tensor-parallel-size", 2, "--output-dir", tmp_path / "fsdp")
     assert resumed.code == 0, resumed.stderr
+    assert "Changed since the checkpoint: --data-parallel was hsdp, is fsdp" in resumed.stdout
     agree(tmp_path / "fsdp", alone, first=3)
 
 

@@ -25,10 +25,12 @@ def run_settings(
     dtype: torch.dtype,
     samples_per_step: int,
     stored_targets: str | None = None,
+    replicas: str | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint keeps of its run, by flag: plain values.
 
-    ``options`` with steps derived; ``stored_targets``: the folder with the name of what is in it.
+    ``options`` with steps derived; ``stored_targets``: the folder with the name of what is in it;
+    ``replicas``: --data-parallel where there are several, since one has nothing to share.
     """
     weighed = {
         "distill_alpha": distillation.distill_alpha,
@@ -50,6 +52,7 @@ def run_settings(
         "seed": options.seed,
         "global_batch_size": samples_per_step,
         "block_size": options.block_size,
+        **({} if replicas is None else {"data_parallel": replicas}),
         "teacher_path": distillation.teacher_path or "none",
         "teacher_targets": stored_targets or "none",
         **(weighed if distillation.is_on else {}),

@@ -64,12 +64,11 @@ def introduce(
     start: str,
     saving: SavingMode,
 ) -> None:
-    """Open the metrics, warn of what lies ahead and print the header.
+    """Warn of what lies ahead and print the header.
 
     ``start`` as in `run_facts`; ``saving`` says how checkpoints are written.
     """
     config, samples = stages.current.config, stages.current.samples_per_step
-    open_metrics(report, config, trained, first_step, stages.end)
     save = estimated_save(report, config, trained)
     warn_ahead(report, config, launch, save, first_step)
     report.header(

@@ -281,9 +281,16 @@ def check_data_ahead(stages: Stages, world: World) -> None:
     on_rank_0(check, world)
 
 
-def keep_configuration(recipe: Recipe, report: RunReport, world: World, *, chosen: str = "") -> None:
-    """Write the resolved configuration to ``stats/run_config.toml``; print it with --debug.
+def show_configuration(recipe: Recipe, report: RunReport) -> None:
+    """Print the resolved configuration with --debug."""
+    if recipe.config.debug:
+        report.info(recipe_toml(recipe).rstrip())
 
+
+def keep_configuration(recipe: Recipe, report: RunReport, world: World, *, chosen: str = "") -> None:
+    """Write the resolved configuration to ``stats/run_config.toml``, once nothing refuses the run any more.
+
+    Until then the file is that of the run whose metrics and checkpoints lie beside it.
     ``chosen``: the flags that ask for what --tensor-parallel-size auto chose, as a comment.
     """
     text = recipe_toml(recipe)
@@ -295,8 +302,6 @@ def keep_configuration(recipe: Recipe, report: RunReport, world: World, *, chose
             write_text(path, text)
         except OSError as error:
             report.warn(f"{path} cannot be written ({error.strerror}): the run goes on without it")
-    if recipe.config.debug:
-        report.info(text.rstrip())
 
 
 def check_room_on_rank_0(

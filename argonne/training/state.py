@@ -220,9 +220,11 @@ class Run:
     def _settings(self) -> dict[str, Any]:
         config, teacher = self.config, self.trained.teacher
         stored = None if teacher is None else teacher.stored
+        several = self.trained.parallel.dp_size > 1
         return run_settings(
-            config.training, config.distillation, self.trained.dtype, self.samples_per_step, stored
-        )
+            config.training, config.distillation, self.trained.dtype, self.samples_per_step, stored,
+            config.parallel.data_parallel if several else None,
+        )  # fmt: skip
 
     def save(self, *, whole: bool = True) -> Path:
         """Write a checkpoint of the run as it stands; collective. ``whole``: as `CheckpointKeeper.save`."""

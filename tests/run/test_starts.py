@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from argonne.files import OutputFolder
 from argonne.testing.launch import Finished, checkpoint, command, environment, launch, start, status, wait
+from checkpointing import own_checkpoints
 from tests.run.whole_runs import STEPS
 
 pytestmark = pytest.mark.slow
@@ -94,3 +96,36 @@ def test_a_launcher_that_starts_no_ranks(
     )
     assert done.returncode == 2 and done.stderr.startswith(line) and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def kept_files(folder: Path) -> dict[str, bytes]:
+    """Every file of a run's folder but its lock and its status, which says how the last launch ended."""
+    own = {OutputFolder(folder).lock, OutputFolder(folder).status}
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path not in own}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--total-tokens", 2, "--batch-size", 4], "--total-tokens"),
+        (["--data-glob", "nowhere/*.parquet"], "nowhere/*.parquet"),
+        (["--teacher-path", "nowhere"], "--teacher-path nowhere is no folder"),  # the last to be looked for
+        (["--eval-data", "web=nowhere/*.parquet"], "nowhere/*.parquet"),
+    ],
+)
+def test_a_refused_resume_leaves_the_folder_as_it_was(
+    tmp_path: Path, data: list[str], flags: list[str], message: str
+) -> None:
+    usual = [*data, "--output-dir", tmp_path]
+    assert launch(1, *usual).code == 0
+    before = kept_files(tmp_path)
+    step, earlier = own_checkpoints(OutputFolder(tmp_path).pretrained)[-1]  # one that falls due may wait
+    assert step < STEPS
+    refused = launch(1, *usual, "--checkpoint-path", earlier, *flags)
+    (line,) = refused.errors()
+    assert refused.code != 0 and message in line
+    assert kept_files(tmp_path) == before
+    assert launch(1, *usual, "--checkpoint-path", earlier, "--weight-decay", 0.2).code == 0
+    after = kept_files(tmp_path)
+    config = OutputFolder(tmp_path).run_config
+    assert b"weight-decay = 0.2" in after[str(config)] and b"weight-decay = 0.2" not in before[str(config)]

@@ -1,5 +1,6 @@
 """What a resume says that it changes: settings of ours, of older and of pipeline files, and the rate."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,18 @@ def test_the_rest_of_the_settings() -> None:
     ]
     cooled = settings(lr_schedule="wsd", cooldown_steps=3)
     assert len(changed_settings(old, cooled)) == 2  # the schedule and its cooldown
+
+
+def test_a_changed_kind_of_replicas_is_said_where_there_were_and_are_several() -> None:
+    def kept(replicas: str | None) -> dict[str, Any]:
+        return run_settings(training_options(), DistillationOptions(), torch.float32, 2, replicas=replicas)
+
+    for old, new in itertools.permutations(("ddp", "fsdp", "hsdp", None), 2):
+        lines = changed_settings(saved_settings(view(run_settings=kept(old))), kept(new))
+        several = old is not None and new is not None
+        assert lines == (
+            [f"Changed since the checkpoint: --data-parallel was {old}, is {new}"] if several else []
+        )
 
 
 def test_an_older_checkpoint_is_compared_as_far_as_it_tells() -> None:
