@@ -22,7 +22,7 @@ import argonne.testing.corpus as corpus
 from argonne.benchmarks.common import Report, Row, table
 from argonne.config.presets import PRESETS, REFERENCE
 from argonne.errors import RunError
-from argonne.files import OutputFolder, read_json
+from argonne.files import OutputFolder
 from argonne.testing.launch import ROOT, SCRIPT, Finished, command, environment, metrics, start
 from argonne.tp.device_rates import known_device
 
@@ -100,7 +100,6 @@ class Measured:
     used: int
     """Largest use of a device as the driver sees it, contexts and NCCL's buffers included; 0 on the CPU."""
     mfu: float | None
-    tokens_per_second: float
     plan: Mapping[str, Any]
     """Keys of ``--plan=json``."""
     stdout: str
@@ -237,7 +236,6 @@ class Bench:
             peak=max(line["peak_memory_bytes"] for line in lines),
             used=used,
             mfu=sum(mfu) / len(mfu) if mfu else None,
-            tokens_per_second=max(line["tokens_per_second"] for line in lines),
             plan=plan,
             stdout=stdout,
         )
@@ -262,10 +260,6 @@ class Bench:
         if self.on_gpu:
             wait_until_free()
         return used, stdout
-
-    def status(self, name: str) -> dict[str, Any]:
-        """What a run's status file says."""
-        return read_json(OutputFolder(self.output(name)).status) or {}
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:

@@ -25,7 +25,7 @@ def bench_of(folder: Path, devices: int, *, on_gpu: bool = True) -> Bench:
 
 def measured(seconds: float, predicted: float = 0.2, **changes: Any) -> Measured:
     plan = {"predicted_step_seconds": {"total": predicted}, "bytes_per_rank": {"total": 20_000_000_000}}
-    values = {"seconds": [seconds] * 3, "peak": 0, "used": 0, "mfu": None, "tokens_per_second": 1.0,
+    values = {"seconds": [seconds] * 3, "peak": 0, "used": 0, "mfu": None,
               "plan": plan, "stdout": ""}  # fmt: skip
     return Measured(**{**values, **changes})
 
