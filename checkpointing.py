@@ -56,7 +56,6 @@ __all__ = [
     "estimate_save",
     "export_hf",
     "find_checkpoints",
-    "find_requested",
     "host_copy_bytes",
     "infer_model_config",
     "is_weights_folder",
@@ -68,7 +67,6 @@ __all__ = [
     "own_checkpoints",
     "prune",
     "read_rectangle",
-    "require_initial",
     "require_room",
     "require_safe_torch",
     "save_checkpoint",
@@ -79,6 +77,8 @@ __all__ = [
 
 FolderConfig = Callable[[Path, str], tuple[dict[str, Any], str]]
 """Reads a folder's config.json, messages naming a flag: keyword arguments of ArgonneConfig, model_type."""
+
+Opener = Callable[[Path], CheckpointReader]
 
 OLDEST_TORCH = (2, 10)
 FROM_SCRATCH = "NONE"
@@ -138,6 +138,7 @@ def choose_checkpoint(
     force_from_scratch: bool = False,
     written_before: Path | None = None,
     initial: InitialWeights | None = None,
+    verify: bool = True,
 ) -> CheckpointChoice:
     """Choose what to start from (rank 0).
 
@@ -145,26 +146,28 @@ def choose_checkpoint(
     for the newest in ``<output_dir>/pretrained``. ``written_before`` is the newest checkpoint of an earlier
     attempt of the same launch: after a restart the run resumes from it, or from the newest before it that
     verifies, whatever was requested at first. ``initial`` is used where the output folder has no checkpoint.
+    Without ``verify`` a file that opens is taken for one that verifies, and no weights are read.
     Raises CheckpointError where a named path is wrong, and where checkpoints exist but none can be loaded: a
     run never falls back to step 0 by itself.
     """
+    opened_by = verify_checkpoint if verify else open_any
     folder = OutputFolder(Path(output_dir)).pretrained
     if written_before is not None and written_before.parent == folder:
         last = checkpoint_step(written_before.name) or 0
         own = [(step, path) for step, path in find_checkpoints(folder) if step <= last]
         if own:
-            return _newest_that_verifies(folder, own)
-    choice = _requested_checkpoint(requested, output_dir, force_from_scratch)
+            return _newest_that_verifies(folder, own, opened_by)
+    choice = _requested_checkpoint(requested, output_dir, force_from_scratch, opened_by)
     if initial is None:
         return choice
     if choice.reader is not None:
         return replace(
             choice, reason=f"{choice.reason}; --init-from {initial.path} was used before, at step 0"
         )
-    return _initial_choice(initial)
+    return _initial_choice(initial, opened_by)
 
 
-def _initial_choice(initial: InitialWeights) -> CheckpointChoice:
+def _initial_choice(initial: InitialWeights, opened_by: Opener = verify_checkpoint) -> CheckpointChoice:
     path = Path(initial.path).expanduser()
     if is_weights_folder(path):
         try:
@@ -176,7 +179,7 @@ def _initial_choice(initial: InitialWeights) -> CheckpointChoice:
         what = f"{path} ({model_type}, {', '.join(dtypes)})"
         warnings: tuple[str, ...] = ()
     else:
-        found = _requested_checkpoint(initial.path, Path(), False, initial.flag)
+        found = _requested_checkpoint(initial.path, Path(), False, opened_by, initial.flag)
         assert found.reader is not None
         reader, warnings = weights_only(found.reader), found.warnings
         what = f"{reader.path} (its step {found.reader.step})"
@@ -196,7 +199,11 @@ def reopen(view: CheckpointView) -> CheckpointReader:
 
 
 def _requested_checkpoint(
-    requested: str | None, output_dir: Path, force_from_scratch: bool, flag: str = "--checkpoint-path"
+    requested: str | None,
+    output_dir: Path,
+    force_from_scratch: bool,
+    opened_by: Opener,
+    flag: str = "--checkpoint-path",
 ) -> CheckpointChoice:
     if force_from_scratch or (requested == FROM_SCRATCH and flag == "--checkpoint-path"):
         flag = "--force-from-scratch" if force_from_scratch else "--checkpoint-path NONE"
@@ -206,15 +213,15 @@ def _requested_checkpoint(
         candidates = find_checkpoints(folder) if folder.is_dir() else []
         if not candidates:
             return CheckpointChoice(reader=None, reason=f"no checkpoint in {folder}: starting from scratch")
-        return _newest_that_verifies(folder, candidates)
-    path, candidates = find_requested(requested, flag)
+        return _newest_that_verifies(folder, candidates, opened_by)
+    path, candidates = _find_requested(requested, flag)
     if candidates:
-        return _newest_that_verifies(path, candidates)
-    reader = verify_checkpoint(path)
+        return _newest_that_verifies(path, candidates, opened_by)
+    reader = opened_by(path)
     return CheckpointChoice(reader=reader, reason=f"resuming from {path} (step {reader.step})")
 
 
-def find_requested(requested: str, flag: str = "--checkpoint-path") -> tuple[Path, list[tuple[int, Path]]]:
+def _find_requested(requested: str, flag: str = "--checkpoint-path") -> tuple[Path, list[tuple[int, Path]]]:
     """(the file that ``flag`` names, nothing) or (its folder, (step, path) of each checkpoint there).
 
     No checkpoint is read. Raises CheckpointError where there is none.
@@ -241,12 +248,6 @@ def find_requested(requested: str, flag: str = "--checkpoint-path") -> tuple[Pat
     return path, candidates
 
 
-def require_initial(path: str) -> None:
-    """CheckpointError where ``--init-from`` names neither weights nor a checkpoint; neither is read."""
-    if not is_weights_folder(Path(path).expanduser()):
-        find_requested(path, "--init-from")
-
-
 def _weights_only(path: Path) -> CheckpointError:
     return CheckpointError(
         f"--checkpoint-path {path} holds weights only (safetensors), no training state: start from them with "
@@ -254,13 +255,15 @@ def _weights_only(path: Path) -> CheckpointError:
     )
 
 
-def _newest_that_verifies(folder: Path, candidates: list[tuple[int, Path]]) -> CheckpointChoice:
+def _newest_that_verifies(
+    folder: Path, candidates: list[tuple[int, Path]], opened_by: Opener
+) -> CheckpointChoice:
     passed_over = []
     for _, path in candidates:
         try:
             if path.resolve().parent != folder.resolve():
                 raise CheckpointError(f"checkpoint {path} is a link that leaves its folder")
-            reader = verify_checkpoint(path)
+            reader = opened_by(path)
         except CheckpointError as error:
             passed_over.append(f"passed over {error}")
             continue

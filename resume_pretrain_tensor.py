@@ -70,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
 
     prepare_gpus(config, environment)
-    from argonne.ranks.faults import run_error_of
     from argonne.ranks.world import disconnect
     from argonne.run.control import RunControl
     from argonne.run.processes import leave
@@ -94,15 +93,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = train(recipe, environment, control, report)
         disconnect()
         leave(code)
-    except (RunError, RuntimeError) as error:
-        problem = run_error_of(error, control.explain, environment)
-        if problem is None:
-            raise
-    if config.debug:
-        traceback.print_exception(problem)
-    code, line = control.fail(problem)
+    except Exception as error:  # noqa: BLE001 - the process ends here, as one that gloo's threads cannot abort
+        code, line = end_with_error(error, environment, control, debug=config.debug)
     report.close()
     leave(code, line)
+
+
+def end_with_error(
+    error: Exception, environment: Environment, control: RunControl, *, debug: bool
+) -> tuple[int, str | None]:
+    """Tell the other ranks and the status: the exit code, and the line to print. A fault of this program
+    shows its traceback.
+    """
+    from argonne.ranks.faults import run_error_of
+
+    problem = None
+    if isinstance(error, RunError | RuntimeError):
+        problem = run_error_of(error, control.explain, environment)
+    if debug or problem is None:
+        traceback.print_exception(problem or error)
+    return control.fail(problem)
 
 
 def warn_of_libraries(report: RunReport) -> None:

@@ -21,6 +21,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,14 +89,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parts = [part for part in PARTS if part not in ON_GPUS] if options.part == "all" else [options.part]
 
-    def work() -> None:
+    def measure(part: str) -> None:
+        report = run_part(part, options.rounds, options.device)
+        print(as_text(report), flush=True)
+        print("  -> " + ", ".join(map(str, write(report, options.output_dir))) + "\n", flush=True)
+
+    def work() -> str | None:
+        if options.part != "all":
+            measure(options.part)
+            return None
+        failed = []
         for part in parts:
-            report = run_part(part, options.rounds, options.device)
-            print(as_text(report), flush=True)
-            print("  -> " + ", ".join(map(str, write(report, options.output_dir))) + "\n", flush=True)
-        if options.part == "all":
-            fill_tables(DOCUMENT, options.output_dir, parts)
-            print(f"tables of {DOCUMENT.relative_to(ROOT)} rewritten")
+            try:
+                measure(part)
+            except Exception:  # noqa: BLE001 - one part that fails must not cost the half hour of the others
+                traceback.print_exc()
+                failed.append(part)
+        fill_tables(DOCUMENT, options.output_dir, [part for part in parts if part not in failed])
+        print(f"tables of {DOCUMENT.relative_to(ROOT)} rewritten")
+        return f"not measured, for the reasons above: {', '.join(failed)}" if failed else None
 
     return run_script(work, debug=options.debug)
 

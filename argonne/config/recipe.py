@@ -5,7 +5,7 @@ Standard library only.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 from argonne.config.flags import flag_fields, flag_names
 from argonne.config.options import DataOptions, RunConfig, TrainingOptions
@@ -46,6 +46,14 @@ class Recipe:
     def config(self) -> RunConfig:
         """The first stage's; what no stage changes is the same in all."""
         return self.stages[0].config
+
+    def with_model(self, settings: Mapping[str, Any] | None) -> Self:
+        """The same for a model of this configuration."""
+        stages = []
+        for stage in self.stages:
+            model = dataclasses.replace(stage.config.model, settings=settings)
+            stages.append(dataclasses.replace(stage, config=dataclasses.replace(stage.config, model=model)))
+        return dataclasses.replace(self, stages=tuple(stages))
 
 
 def groups() -> Iterator[tuple[str, type]]:

@@ -154,8 +154,10 @@ class RunControl:
         """
         return self._ending.finish(state, reason)
 
-    def fail(self, error: RunError) -> tuple[int, str | None]:
-        """The run ends with an error: the exit code, and the line to print (None: another rank prints it)."""
+    def fail(self, error: RunError | None) -> tuple[int, str | None]:
+        """The run ends with an error (None: with one that no one expected, whose traceback is shown): the
+        exit code, and the line to print (None: another rank prints it, or none does).
+        """
         return self._ending.fail(error)
 
     def explain(self, error: BaseException) -> RunError:

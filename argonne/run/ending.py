@@ -77,8 +77,14 @@ class Ending:
         self._end(Note(state=state, text=reason or "", final=True))
         return {"finished": 0, "stopped": self._launch.stop_code}.get(state, EXIT_FAILURE)
 
-    def fail(self, error: RunError) -> tuple[int, str | None]:
-        """End with an error: the exit code, and the line to print (None: another rank prints it)."""
+    def fail(self, error: RunError | None) -> tuple[int, str | None]:
+        """End with an error: the exit code, and the line to print (None: another rank prints it).
+
+        ``error`` is None where no one expected it: its traceback is all that is said.
+        """
+        if error is None:
+            self._at_exit()
+            return EXIT_FAILURE, None
         note = Note(state="failed", text=str(error), final=is_final(error))
         line = None if isinstance(error, _ToldError) else self._line(error, note)
         self._end(note)
@@ -107,7 +113,7 @@ class Ending:
         )
 
     def _at_exit(self) -> None:
-        """The interpreter ends without ``finish`` or ``fail``: after an error that no one expected."""
+        """An error that no one expected, or the interpreter ends without ``finish`` or ``fail``."""
         if self.armed:
             self._end(Note(state="failed", text="an unexpected error, whose traceback is on stderr"))
 

@@ -1,8 +1,9 @@
 """The matrix products of the layers: torch's own, or on the CPU those of the oneDNN that torch carries.
 
-Torch hands float32 products to MKL, which uses AVX-512 on Intel's processors only. On others oneDNN can be
-faster, by a factor that differs from machine to machine. Both compute in float32 throughout. GPUs, other
-dtypes, compiled graphs and small products use torch's own.
+Torch hands float32 products to MKL, which uses AVX-512 on Intel's processors only and is the faster one
+there, most of all in weight gradients. On others oneDNN can be faster, by a factor that differs from machine
+to machine. Both compute in float32 throughout. GPUs, Intel's processors, other dtypes, compiled graphs and
+small products use torch's own. Nothing is timed to decide: a run and its resume must take the same products.
 
 Torch has no public name for a product by oneDNN. `_onednn` alone calls the private op; where a torch lacks it
 or it refuses, torch's own products take its place. Which it is, is decided once, at the first product.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,15 @@ def _onednn(rows: Tensor, right: Tensor, bias: Tensor | None) -> Tensor | None:
     except (AttributeError, RuntimeError):
         return None
     return result
+
+
+@functools.cache
+def mkl_is_faster(processors: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether torch's own products are MKL's on a processor of Intel's."""
+    try:
+        return torch.backends.mkl.is_available() and "GenuineIntel" in processors.read_text(encoding="utf-8")
+    except OSError:  # another system than Linux
+        return False
 
 
 @functools.cache
@@ -53,6 +64,16 @@ def onednn_works() -> bool:
         return pool.submit(agrees).result()
 
 
+def onednn_is_used() -> bool:
+    """Whether large float32 products on this CPU are oneDNN's."""
+    return (
+        not mkl_is_faster()
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and onednn_works()
+    )
+
+
 def _by_onednn(left: Tensor, right: Tensor, flops: int) -> bool:
     return (
         left.device.type == "cpu"
@@ -60,9 +81,7 @@ def _by_onednn(left: Tensor, right: Tensor, flops: int) -> bool:
         and flops >= LEAST_FLOPS
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
-        and onednn_works()
+        and onednn_is_used()
     )
 
 

@@ -7,9 +7,18 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from argonne.config.presets import PRESETS, REFERENCE, check_stored_config, load_model_settings
+from argonne.config.families import read_folder_config
+from argonne.config.options import RunConfig
+from argonne.config.presets import MODEL_KEYS, PRESETS, REFERENCE, check_stored_config, load_model_settings
 from argonne.errors import CheckpointError
-from checkpointing import CheckpointReader, CheckpointView, check_model_config, infer_model_config
+from checkpointing import (
+    CheckpointReader,
+    CheckpointView,
+    InitialWeights,
+    check_model_config,
+    choose_checkpoint,
+    infer_model_config,
+)
 
 
 def resolve_model_config(
@@ -42,6 +51,32 @@ def resolve_model_config(
         explicit = {"num_attention_heads", "num_key_value_heads", "qk_norm", "v_norm", "sandwich_norm"}
     check_model_config(config, {key: given[key] for key in explicit.difference(ignored)}, reader.path)
     return config
+
+
+def planned_model(config: RunConfig) -> tuple[Mapping[str, Any] | None, str]:
+    """(configuration, what to call it) of the model that a run would train, no weight read or proved.
+
+    That of the checkpoint or the weights that the run would begin with, else of ``--model-config``; None
+    for the reference. Raises the run's own errors where what it would begin with is not there, cannot be
+    opened, or is another model than ``--model-config``.
+    """
+    begin, model = config.checkpoint, config.model
+    initial = (
+        InitialWeights(path=begin.init_from, folder_config=read_folder_config) if begin.init_from else None
+    )
+    choice = choose_checkpoint(
+        begin.checkpoint_path,
+        Path(config.output.output_dir),
+        force_from_scratch=begin.force_from_scratch,
+        initial=initial,
+        verify=False,
+    )
+    if choice.reader is None:
+        return model.settings, model.model_config or REFERENCE
+    off = ("interleaved_local_attention", "local_attention_window") if model.local_attention == "off" else ()
+    settings = resolve_model_config(choice.reader, model.model_config, model.settings, ignored=off)
+    settings = {key: value for key, value in settings.items() if key in MODEL_KEYS and value is not None}
+    return settings, f"the model of {choice.reader.path}"
 
 
 def explicit_keys(name: str, settings: Mapping[str, Any]) -> set[str]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from argonne.config.options import DataOptions, RunConfig
 from argonne.errors import DataError
-from checkpointing import FROM_SCRATCH, find_requested, require_initial
 from data_stream import Exclusion, find_shards
 
 TEXT_BYTES_PER_TOKEN = 4.5
@@ -48,17 +47,12 @@ class Reading:
 
 
 def require_files(configs: Sequence[RunConfig]) -> None:
-    """Raises the run's own RunError where a list of excluded documents cannot be read, or where a named
-    checkpoint or the weights to start from are not there. Data may lie elsewhere: the plan's text says so.
+    """Raises the run's own RunError where a list of excluded documents cannot be read. Data may lie
+    elsewhere: the plan's text says so.
     """
     for path in dict.fromkeys(config.data.exclude_documents for config in configs):
         if path is not None:
             Exclusion.read(Path(path))
-    options = configs[0].checkpoint
-    if options.checkpoint_path not in (None, FROM_SCRATCH):
-        find_requested(options.checkpoint_path)
-    if options.init_from is not None:
-        require_initial(options.init_from)
 
 
 def validation_sets(configs: Sequence[RunConfig]) -> Iterator[tuple[str, str]]:

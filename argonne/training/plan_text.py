@@ -11,6 +11,7 @@ from argonne.config.devices import PEAK_FLOPS
 from argonne.config.options import AUTO, RunConfig
 from argonne.config.recipe import Recipe
 from argonne.training.layouts import fastest_of_kinds, flags_of, misfit
+from argonne.training.model_config import planned_model
 from argonne.training.plan import (
     LayoutPlan,
     Subject,
@@ -37,15 +38,17 @@ LAYOUTS_SHOWN = 6
 
 def plan_text(recipe: Recipe) -> str:
     """What ``--plan`` prints: JSON, or text of at most 100 columns."""
-    config = recipe.config
     require_files([stage.config for stage in recipe.stages])
+    settings, name = planned_model(recipe.config)
+    recipe = recipe.with_model(settings)
+    config = recipe.config
     plans = stage_plans(recipe, _tokenizer_length(config))
     if config.planning.plan == "json":
         return json.dumps(stages_document(plans), indent=2)
     most = largest(plans)
     what, chosen = most.what, most.plan
     parts = (
-        _heading(what, chosen, most.name),
+        _heading(name, what, chosen, most.name),
         _stages(plans),
         _layers(what, chosen),
         _memory(what, chosen, most.name),
@@ -80,9 +83,8 @@ def _in_stage(name: str) -> str:
     return f" in stage {name}, which needs the most memory" if name else ""
 
 
-def _heading(what: Subject, chosen: LayoutPlan, stage: str) -> Iterator[str]:
+def _heading(name: str, what: Subject, chosen: LayoutPlan, stage: str) -> Iterator[str]:
     layout = chosen.layout
-    name = what.config.model.model_config or "argonne-2.0"
     samples = layout.batch_size * layout.accumulation * layout.dp_size
     yield (
         f"Plan: {name}, {what.outline.parameters:,} parameters on {what.world_size} x "

@@ -90,6 +90,31 @@ def test_padded_heads_give_the_same_attention() -> None:
     torch.testing.assert_close(outputs[0], outputs[1])
 
 
+def test_a_part_that_fails_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_part(part: str, rounds: int, device: str) -> Report:
+        if part == "data":
+            raise ValueError("a fault of the benchmark")
+        return Report(
+            name=part, title=f"Table of {part}", rows=(Row(name="row", ours=1.0, peer=2.0, unit="s"),)
+        )
+
+    parts = [part for part in benchmark.PARTS if part not in benchmark.ON_GPUS]
+    document = tmp_path / "performance.md"
+    document.write_text("".join(f"<!-- {part}: begin -->\nold\n<!-- {part}: end -->\n" for part in parts))
+    monkeypatch.setattr(benchmark, "run_part", run_part)
+    monkeypatch.setattr(benchmark, "DOCUMENT", document)
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    assert benchmark.main(["all", "--output-dir", str(tmp_path / "out")]) == 1
+    stderr = capsys.readouterr().err
+    assert "ValueError: a fault of the benchmark" in stderr
+    assert stderr.endswith("error: not measured, for the reasons above: data\n")
+    text = document.read_text()
+    assert text.count("old") == 1 and "data: begin -->\nold\n" in text
+    assert all(f"Table of {part}" in text for part in parts if part != "data")
+
+
 @pytest.mark.slow
 def test_the_whole_gpu_benchmark_on_the_cpu(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "gpu", "--device", "cpu"]

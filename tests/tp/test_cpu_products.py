@@ -1,6 +1,7 @@
 """Products by oneDNN are the products torch gives: values, gradients, strides, recomputation, fall-back."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +17,15 @@ from argonne.testing.models import random_tokens, relative_error, small_model
 from argonne.tp.cpu_products import add_matrix_product, linear, matrix_product, times_transposed
 from tp_shard import shard_tensor_parallel
 
+MKL_IS_FASTER = cpu_products.mkl_is_faster
+
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
 
 @pytest.fixture(autouse=True)
-def however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def however_small_on_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_products, "LEAST_FLOPS", 0)
+    monkeypatch.setattr(cpu_products, "mkl_is_faster", lambda: False)
 
 
 class CountProducts(TorchDispatchMode):
@@ -68,6 +72,32 @@ def test_matrix_products_of_views() -> None:
     assert relative_error(add_matrix_product(total.clone(), left.t(), right), expected) < 1e-6
     expected = torch.einsum("ab,ac->bc", left.double(), right.double())
     assert relative_error(times_transposed(left.t(), right.t()), expected) < 1e-6
+
+
+def test_torchs_own_on_intels_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(4, 8), torch.randn(6, 8)
+    monkeypatch.setattr(cpu_products, "mkl_is_faster", lambda: True)
+    assert not uses_onednn(lambda: linear(x, weight))
+    assert not cpu_products.onednn_is_used()
+
+
+@pytest.mark.parametrize(
+    ("processors", "has_mkl", "faster"),
+    [
+        ("vendor_id\t: GenuineIntel\nmodel name\t: Intel(R) Xeon(R) Processor\n", True, True),
+        ("vendor_id\t: GenuineIntel\nmodel name\t: Intel(R) Xeon(R) Processor\n", False, False),
+        ("vendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC 9R14\n", True, False),
+        (None, True, False),
+    ],
+)
+def test_where_mkl_is_faster(
+    processors: str | None, has_mkl: bool, faster: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    path = tmp_path / "cpuinfo"
+    if processors is not None:
+        path.write_text(processors)
+    assert MKL_IS_FASTER(path) is faster
 
 
 def test_other_dtypes_autocast_and_small_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

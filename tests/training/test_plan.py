@@ -1,23 +1,26 @@
 """--plan: what it prints and that it needs nothing; a run that does not fit ends before it allocates."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import resume_pretrain_tensor
 from argonne.config.command_line import parse_command_line
 from argonne.config.presets import PRESETS
-from argonne.errors import CheckpointError, DeviceError
+from argonne.errors import DeviceError
 from argonne.testing.launch import ROOT, environment
 from argonne.training import fit
 from argonne.training.build import flops_per_token
 from argonne.training.layouts import flags_of, misfit, nearest_that_fits, run_plan
 from argonne.training.plan import chosen_layout, plan_layout, subject_of
-from argonne.training.plan_data import require_files
+from checkpointing import verify_checkpoint
+from tests import FIXTURES
 from tests.verification.layouts import single_process
 
 KEYS = [
@@ -167,17 +170,60 @@ def test_a_file_that_is_not_there_is_named(
         assert all(part in line for part in (flag, missing, message))
 
 
-def test_checkpoints_and_weights_are_looked_for_and_not_read(tmp_path: Path) -> None:
-    config = parse_command_line(["--plan", "--checkpoint-path", str(tmp_path)])
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        require_files([config])
+def named(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """The model that the heading names."""
+    assert resume_pretrain_tensor.main(["--plan", *flags]) == 0
+    return capsys.readouterr().out.removeprefix("Plan: ").split(", ")[0]
+
+
+def test_the_model_is_that_of_what_the_run_begins_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a named checkpoint, of weights to begin with and of the newest in the output folder; damage of the
+    weights is no matter, they are not read."""
+    here = "--plan-world-size", "2", "--tensor-parallel-size", "2", "--output-dir", str(tmp_path)
+    told = json.loads((FIXTURES / "streaming_checkpoint_step_25.json").read_text())
+    saved = torch.load(FIXTURES / "streaming_checkpoint_step_25.pth", weights_only=True)
+    source = tmp_path / "streaming_checkpoint_step_25.pth"
+    torch.save({**saved, "model_config": told["config"]}, source)
+    reader = verify_checkpoint(source)
+    parameters = sum(math.prod(reader.shape(name)) for name in reader.names)
+    for flag in ("--checkpoint-path", "--init-from"):
+        assert named(capsys, *here, flag, str(source)) == f"the model of {source}"
+        assert planned(capsys, *here, flag, str(source))["parameters"] == parameters
+    folder = FIXTURES / "family_checkpoint_step_20_hf"
+    assert named(capsys, *here, "--init-from", str(folder)) == f"the model of {folder}"
+
     (tmp_path / "pretrained").mkdir()
-    checkpoint = tmp_path / "pretrained" / "tensor_parallel_checkpoint_step_3.pth"
-    checkpoint.touch()
-    require_files([config])
-    require_files([parse_command_line(["--plan", "--checkpoint-path", str(checkpoint)])])
-    require_files([parse_command_line(["--plan", "--checkpoint-path", "NONE"])])
-    require_files([parse_command_line(["--plan", "--init-from", str(tmp_path)])])
+    own = tmp_path / "pretrained" / source.name
+    damaged = bytearray(source.read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    own.write_bytes(damaged)
+    assert named(capsys, *here) == f"the model of {own}"
+    assert planned(capsys, *here)["parameters"] == parameters
+    assert named(capsys, *here, "--checkpoint-path", "NONE") == "argonne-2.0"
+    scratch = "--force-from-scratch", "--model-config", "argonne-tiny"
+    assert named(capsys, *here, *scratch) == "argonne-tiny"
+
+
+def test_a_checkpoint_that_a_run_could_not_begin_with_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(FIXTURES / "streaming_checkpoint_step_25.pth")
+    empty = tmp_path / "pretrained" / "tensor_parallel_checkpoint_step_3.pth"
+    for flags, part in (
+        (["--checkpoint-path", str(tmp_path)], "holds no checkpoint"),
+        (
+            ["--checkpoint-path", source, "--model-config", "argonne-2.0"],
+            "24 query and 8 key/value heads (--model-config)",
+        ),
+        (["--checkpoint-path", str(empty)], str(empty)),
+    ):
+        assert resume_pretrain_tensor.main(["--plan", *flags]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and part in line
+        empty.parent.mkdir(exist_ok=True)
+        empty.touch()
 
 
 def test_validation_sets_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
