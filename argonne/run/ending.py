@@ -37,6 +37,7 @@ _LOWER_RANK_SECONDS = 3.0
 """How long a rank waits for a lower one to meet the same error before it speaks itself."""
 LOSING_SECONDS = 15.0
 """How long a failed collective is not explained by itself where a host may be gone."""
+_UNEXPECTED = Note(state="failed", text="an unexpected error, whose traceback is on stderr")
 
 
 def is_final(error: RunError) -> bool:
@@ -83,7 +84,7 @@ class Ending:
         ``error`` is None where no one expected it: its traceback is all that is said.
         """
         if error is None:
-            self._at_exit()
+            self._end(_UNEXPECTED)
             return EXIT_FAILURE, None
         note = Note(state="failed", text=str(error), final=is_final(error))
         line = None if isinstance(error, _ToldError) else self._line(error, note)
@@ -113,9 +114,9 @@ class Ending:
         )
 
     def _at_exit(self) -> None:
-        """An error that no one expected, or the interpreter ends without ``finish`` or ``fail``."""
+        """The interpreter ends without ``finish`` or ``fail``."""
         if self.armed:
-            self._end(Note(state="failed", text="an unexpected error, whose traceback is on stderr"))
+            self._end(_UNEXPECTED)
 
     def _disarm(self) -> None:
         self.armed = False

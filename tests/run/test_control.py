@@ -109,6 +109,13 @@ def test_an_error_fails_the_run_with_its_code_and_line(tmp_path: Path) -> None:
     assert status(tmp_path)["state"] == "failed"
 
 
+def test_an_error_that_no_one_expected_fails_the_run_without_a_line(tmp_path: Path) -> None:
+    control = control_of(tmp_path)
+    control.claim()
+    assert control.fail(None) == (1, None)
+    assert status(tmp_path)["state"] == "failed" and "traceback" in status(tmp_path)["reason"]
+
+
 def test_why_it_stops_is_this_ranks_reason_or_a_peers(
     control: RunControl, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,7 @@ def reference(run: FinishedRun, step: int) -> tuple[float, float]:
         for parameter in model.parameters()
         if parameter.grad is not None
     ]
-    return float(loss), math.sqrt(float(sum(squares)))
+    return float(loss.detach()), math.sqrt(float(sum(squares)))
 
 
 def test_a_step_bit_for_bit_with_its_documents(
