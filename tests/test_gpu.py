@@ -211,4 +211,4 @@ def test_a_run_is_resumed(device: str, tmp_path: Path) -> None:
     # The schedule's length differs in the first three steps; the loss there hardly moves.
     assert resumed[-1]["loss"] == pytest.approx(straight[-1]["loss"], rel=5e-2)
     if device == "cuda":
-        assert all(line["peak_memory_bytes"] > 0 for line in straight)
+        assert all(0 < line["peak_memory_bytes"] <= line["peak_reserved_bytes"] for line in straight)

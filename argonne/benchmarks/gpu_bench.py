@@ -97,6 +97,8 @@ class Measured:
     """Of each step that counts."""
     peak: int
     """Largest allocation of rank 0, bytes."""
+    reserved: int
+    """The most that torch's allocator of rank 0 held, bytes; 0 on the CPU."""
     used: int
     """Largest use of a device as the driver sees it, contexts and NCCL's buffers included; 0 on the CPU."""
     mfu: float | None
@@ -234,6 +236,7 @@ class Bench:
         return Measured(
             seconds=[line["step_seconds"] for line in lines],
             peak=max(line["peak_memory_bytes"] for line in lines),
+            reserved=max(line.get("peak_reserved_bytes", 0) for line in lines),
             used=used,
             mfu=sum(mfu) / len(mfu) if mfu else None,
             plan=plan,

@@ -74,7 +74,7 @@ def step_rows(case: Case, run: Measured) -> list[Row]:
             spread=rounds, note=mfu)
     ]  # fmt: skip
     if run.used:
-        used = f"{run.used / 1e9:.1f} GB in use on the device"
+        used = f"{run.reserved / 1e9:.1f} GB reserved, {run.used / 1e9:.1f} GB in use on the device"
         rows.append(
             Row(name=f"peak allocated, {case.name}", ours=run.peak, peer=run.predicted_peak, unit="B",
                 target=1.05, note=used)
@@ -89,7 +89,8 @@ def layouts(bench: Bench) -> Part:
 
         def one(case: Case = case) -> Part:
             run = runs[case.name] = bench.run(case.name, *case.flags)
-            record = {"seconds": run.seconds, "peak": run.peak, "used": run.used, "mfu": run.mfu}
+            record = {"seconds": run.seconds, "peak": run.peak, "reserved": run.reserved}
+            record |= {"used": run.used, "mfu": run.mfu}
             return Part(rows=step_rows(case, run), data={case.name: record | {"plan": dict(run.plan)}})
 
         part.attempt(f"step, {case.name}", one)

@@ -46,6 +46,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def reserved_memory(device: torch.device) -> dict[str, int]:
+    """Key of the metrics for what torch's allocator has held of a GPU at most, unused pieces included."""
+    return {"peak_reserved_bytes": torch.cuda.max_memory_reserved(device)} if device.type == "cuda" else {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Advance:
     """Where a step brings the run, known when it is started."""
@@ -179,6 +184,7 @@ class Run:
         self.loss = result.totals.loss
         extra = {**step.extra, **self._source_losses(step, result)}
         extra |= dict(zip(("ce_loss", "kd_loss"), result.totals.loss_parts, strict=False))
+        extra |= reserved_memory(self.trained.parallel.device)
         if result.spike is not None:
             extra |= self.spikes.skipped(result.spike, step.step, step.before, step.position, self.report)
         if result.skipped:

@@ -25,7 +25,7 @@ def bench_of(folder: Path, devices: int, *, on_gpu: bool = True) -> Bench:
 
 def measured(seconds: float, predicted: float = 0.2, **changes: Any) -> Measured:
     plan = {"predicted_step_seconds": {"total": predicted}, "bytes_per_rank": {"total": 20_000_000_000}}
-    values = {"seconds": [seconds] * 3, "peak": 0, "used": 0, "mfu": None,
+    values = {"seconds": [seconds] * 3, "peak": 0, "reserved": 0, "used": 0, "mfu": None,
               "plan": plan, "stdout": ""}  # fmt: skip
     return Measured(**{**values, **changes})
 
@@ -70,9 +70,10 @@ def test_layouts_compared_at_the_same_tokens_a_step(
 
 def test_what_is_measured_stands_beside_the_prediction(tmp_path: Path) -> None:
     (case, *_) = cases(bench_of(tmp_path, 8))
-    time, memory = step_rows(case, measured(0.3, mfu=0.21, peak=22_000_000_000, used=25_000_000_000))
+    bytes_seen = {"peak": 22_000_000_000, "reserved": 23_500_000_000, "used": 25_000_000_000}
+    time, memory = step_rows(case, measured(0.3, mfu=0.21, **bytes_seen))
     assert (time.ours, time.peer, time.ratio) == (0.3, 0.2, pytest.approx(1.5)) and time.note == "MFU 21.0%"
-    assert memory.met is False and memory.note == "25.0 GB in use on the device"
+    assert memory.met is False and memory.note == "23.5 GB reserved, 25.0 GB in use on the device"
 
 
 def test_decisions_follow_from_the_factors(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from argonne.training.between_steps import check_replicas_if_due
 from argonne.training.keeper import CheckpointKeeper
 from argonne.training.optimizer import StepTotals
 from argonne.training.run_data import RunData
-from argonne.training.state import Run, peak_memory_bytes
+from argonne.training.state import Run, peak_memory_bytes, reserved_memory
 from argonne.training.step import StepResult, TrainingStep, Votes
 from checkpointing import open_chosen
 from tests.training.small_run import (
@@ -190,3 +190,9 @@ def test_memory_of_this_process() -> None:
     before = peak_memory_bytes(torch.device("cpu"))
     held = torch.ones(40_000_000)
     assert before > 10**8 and peak_memory_bytes(torch.device("cpu")) >= before and held.numel()
+
+
+def test_reserved_memory_is_a_figure_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7)
+    assert reserved_memory(torch.device("cuda", 0)) == {"peak_reserved_bytes": 7}
+    assert reserved_memory(torch.device("cpu")) == {}
