@@ -56,11 +56,14 @@ def resolve_model_config(
 def planned_model(config: RunConfig) -> tuple[Mapping[str, Any] | None, str]:
     """(configuration, what to call it) of the model that a run would train, no weight read or proved.
 
-    That of the checkpoint or the weights that the run would begin with, else of ``--model-config``; None
-    for the reference. Raises the run's own errors where what it would begin with is not there, cannot be
-    opened, or is another model than ``--model-config``.
+    That of the checkpoint or the weights that the flags name; else of ``--model-config``, whatever another
+    run has left in the output folder; else of the newest checkpoint there; None for the reference. Raises
+    the run's own errors where what it would begin with is not there, cannot be opened, or is another model
+    than ``--model-config``.
     """
     begin, model = config.checkpoint, config.model
+    if model.model_config is not None and begin.checkpoint_path is None and begin.init_from is None:
+        return model.settings, model.model_config
     initial = (
         InitialWeights(path=begin.init_from, folder_config=read_folder_config) if begin.init_from else None
     )
